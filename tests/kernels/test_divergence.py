@@ -193,6 +193,8 @@ def test_the_most_likely_of_all_ranks():
     assert_close(log_nk, np.take_along_axis(log_nv, wanted_nk, 1), terms=TEACHER * VOCABULARY)
     with pytest.raises(ValueError, match="13 most likely of 12 tokens"):
         most_likely(x_ne, head_ev, 13, chunk=8, reduce=Reduce(lambda x: x, lambda x: x))
+    with pytest.raises(ValueError, match="11 most likely of 10 tokens"):
+        most_likely(x_ne, head_ev, 11, chunk=8, vocab_size=10, reduce=Reduce(lambda x: x, lambda x: x))
 
 
 def test_log_probabilities_that_were_rounded_up_leave_no_rest():

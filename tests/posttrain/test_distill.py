@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from tests.helpers import RUN, hybrid, run_config, several_devices
 
-from orogen.checkpoint.open import open_model
+from orogen.checkpoint.open import open_folder, open_model
 from orogen.cli import main
 from orogen.config.distill import DistillConfig
 from orogen.config.load import load
@@ -261,6 +261,8 @@ def test_bad_input_is_one_line(taught, refused):
     command = ["distill", "--checkpoint", taught / "teacher", "--run", taught / "new", "--gin_file"]
     line = refused(*command, taught / "student.gin", "--gin_bindings", "ModelConfig.vocab_size = 300")
     assert "ModelConfig.vocab_size is 300; expected 259, the teacher's" in line
+    line = refused(*command, taught / "student.gin", "--gin_bindings", "DistillConfig.top_k = 260")
+    assert "DistillConfig.top_k is 260; expected at most 259, as many as ModelConfig.vocab_size" in line
     assert "no bindings of DistillConfig" in refused(*command, taught / "teacher.gin")
     line = refused("train", "--run", taught / "new", "--gin_file", taught / "student.gin")
     assert "DistillConfig has bindings; expected none: this task has no teacher" in line
@@ -297,3 +299,19 @@ def test_stored_logits_train_as_the_living_teacher(taught, refused, capsys):
     other = ("--gin_bindings", "DataConfig.seed = 7")
     assert "expected" in refused(*run[:-1], "--student", taught / "whole", "--run", taught / "new", *other)
     assert "expected one of them" in refused(*command)
+    preferred = ("--gin_bindings", "PreferenceConfig.loss = 'dpo'", "--gin_bindings", "PreferenceConfig.template = 'x'")
+    line = refused(*command, *top, *preferred, "--write_logits", taught / "more")
+    assert "PreferenceConfig has bindings; expected none: this task reads no pairs of answers" in line
+    # As whole as the logits that the teacher of --checkpoint wrote, but another's.
+    both = ["--gin_bindings", stored, *top, "--gin_file", taught / "stored.gin"]
+    line = refused("distill", "--checkpoint", taught / "living", *both, "--run", taught / "new")
+    assert "are of another teacher than --checkpoint; expected its own" in line
+    config, _ = load([taught / "stored.gin"], [stored])
+    with open_folder(taught / "teacher") as folder:
+        task = Distillation(folder, config.distill, run_dir=taught / "new", student=None)
+        assert task.open(config, None).content_hash
+    # A run that learned all tokens, of an earlier test or begun here, does not go on with the nine that are stored.
+    if not (taught / "parts").exists():
+        distill(taught, "parts", "--gin_bindings", "TrainConfig.steps = 2")
+    line = refused(*alone, "--run", taught / "parts", "--resume", "--gin_bindings", "TrainConfig.steps = 6")
+    assert "position has top_k = None; expected 9, as here" in line

@@ -125,11 +125,15 @@ def test_rewards_of_conversations_and_the_best_of_several_answers(runs, capsys):
     said = [("a", "b"), ("question", "an answer that is longer"), ("a", "b")]
     records = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in said]
     write(folder / "said", *records)
+    spaced = folder / "said" / "pairs.jsonl"
+    spaced.write_text("\n" + spaced.read_text())  # an empty line has no reward
     files = ["--input", str(folder / "said" / "pairs.jsonl"), "--out", str(folder / "rewards.jsonl")]
     capsys.readouterr()
     assert main(["reward", "--checkpoint", str(folder / "reward"), *files, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["conversations"] == 3
-    rewards = [json.loads(text)["reward"] for text in (folder / "rewards.jsonl").read_text().splitlines()]
+    written = [json.loads(text) for text in (folder / "rewards.jsonl").read_text().splitlines()]
+    assert [one["line"] for one in written] == [2, 3, 4]
+    rewards = [one["reward"] for one in written]
     assert rewards[0] == pytest.approx(rewards[2], abs=1e-5) and rewards[0] != pytest.approx(rewards[1], abs=1e-5)
     # The score by hand: the last token's final hidden state times the head.
     opened = open_model(folder / "reward")

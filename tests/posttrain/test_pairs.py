@@ -11,7 +11,7 @@ from orogen.config.data import DataConfig
 from orogen.config.preference import PreferenceConfig
 from orogen.infer.chat import own_template
 from orogen.posttrain import chats
-from orogen.posttrain.pair_batches import ROW, PairSource, one_pass
+from orogen.posttrain.pair_batches import ROW, PairSource, packed, pair_batch
 from orogen.posttrain.pairs import open_pairs
 from orogen.posttrain.preference import REFERENCE
 
@@ -79,6 +79,16 @@ def test_only_the_answer_is_learned_however_many_turns_there_are(tmp_path):
     assert b"<function=f>" not in texts[1]
 
 
+def test_arguments_of_calls_are_objects_in_every_form_of_a_pair(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    ranks = [{"rank": 1, "completion": "no"}, {"rank": 0, "completion": call}]
+    sides = {"prompt": "which?", "chosen": call, "rejected": "no"}
+    one, other = opened(write(tmp_path, sides, {"prompt": "which?", "completions": ranks}), length=600).pairs["train"]
+    for side, same in zip(one, other, strict=True):
+        np.testing.assert_array_equal(side.tokens_t, same.tokens_t)
+    assert b"<function=f>" in tokenizer().decode_bytes(other.chosen.tokens_t)
+
+
 def test_pairs_that_are_too_long_or_equal_are_counted(tmp_path):
     records = [pair(n) for n in range(6)] + [pair(6, good="x" * 200), pair(7, good="a", bad="a")]
     corpus = opened(write(tmp_path, *records))
@@ -100,6 +110,8 @@ def test_pairs_that_are_too_long_or_equal_are_counted(tmp_path):
         ({"prompt": [USER, GOOD], "chosen": "a", "rejected": "b"}, "the prompt ends with the assistant"),
         ({"prompt": "a", "chosen": [GOOD, USER], "rejected": "b"}, "chosen has messages of assistant, user"),
         ({"prompt": "a", "completions": [{"rank": 1, "completion": "b"}] * 2}, "it has 2 completions; expected two of"),
+        ({"prompt": "a", "completions": 3}, "completions is 3; expected a list"),
+        ({"prompt": "a", "completions": [3]}, "completions[0] is 3; expected an object"),
         ({"prompt": "a", "completions": [{"rank": "1", "completion": "b"}]}, "completions[0].rank is '1'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"type": "function"}]}, "tools[0].function"),
     ],
@@ -123,7 +135,9 @@ def test_both_answers_of_a_pair_are_neighbours_and_an_epoch_has_each_pair_once(t
     references = np.arange(22, dtype=np.float32).reshape(11, 2) - 50
     known = {(tuple(p.chosen.tokens_t), tuple(p.rejected.tokens_t)): n for n, p in enumerate(pairs)}
     seen = []
-    for batch in one_pass(pairs, references, size=2, length=120, pad_id=0):
+    rows = packed(pairs, length=120)
+    for start in range(0, len(rows), 2):
+        batch = pair_batch(rows[start : start + 2], pairs, references, size=2, length=120, pad_id=0)
         assert batch.tokens_bt.shape == (2, 120) and batch.extras[ROW].tolist() == [[0] * 120, [1] * 120]
         for row, found in enumerate(documents(batch)):
             numbers = [known[tuple(found[n : n + 2])] for n in range(0, len(found), 2)]

@@ -40,9 +40,11 @@ class Numbers:
 
 @pytest.fixture
 def open_reference(tmp_path, monkeypatch):
-    """Opens the references of 8 pairs of training and 2 held-out ones, in files of 3 pairs."""
+    """Opens the references of 8 pairs of training and 2 held-out ones, in files of 3 pairs. None reads those of the
+    tuning split, which are not computed."""
     monkeypatch.setattr(reference, "PART", 3)
-    corpus = SimpleNamespace(pairs={"train": range(8), "heldout": range(100, 102)}, content_hash="0123456789abcdef99")
+    pairs = {"train": range(8), "heldout": range(100, 102), "tuning": range(7)}
+    corpus = SimpleNamespace(pairs=pairs, content_hash="0123456789abcdef99")
     return lambda numbers: Reference(tmp_path, corpus, numbers, log=lambda line: None)
 
 

@@ -3,6 +3,7 @@
 The teacher is a formula of each token and the one before it in its piece.
 """
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import pytest
 from tests.helpers import RUN
 
 from orogen.config.checks import ConfigError
+from orogen.config.files import write_atomically
 from orogen.config.load import load
+from orogen.config.phases import PhaseConfig
 from orogen.posttrain import stored_logits
 from orogen.posttrain.stored_logits import StoredLogits, write_logits
 from orogen.posttrain.teacher import IDS, LOG
@@ -89,6 +92,56 @@ def test_a_pass_that_was_stopped_goes_on(opened, tmp_path, monkeypatch):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(ConfigError, match="exists; expected a new one"):
         write(opened, tmp_path / "parts", counting)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2), (4, 3)])
+def test_a_pass_goes_on_with_another_batch_size(opened, tmp_path, monkeypatch, sizes):
+    monkeypatch.setattr(stored_logits, "FLUSHED", 2)
+    seen = []
+    counting = SimpleNamespace(fingerprint="a formula", extras=lambda batch: seen.append(batch) or said(batch))
+    sequences = lambda: int(sum((batch.segments_bt != 0).any(1).sum() for batch in seen))  # noqa: E731
+    write(opened, tmp_path / "whole", counting)
+    every = sequences()
+    first, second = (load([tmp_path / "run.gin"], [f"TrainConfig.batch_size = {size}"])[0] for size in sizes)
+    with pytest.raises(KeyboardInterrupt):
+        write((first, opened[1]), tmp_path / "parts", teacher_that_stops_after(5))
+    seen.clear()
+    write((second, opened[1]), tmp_path / "parts", counting)
+    assert 0 < sequences() < every - 4 * sizes[0] + sizes[1]  # what was kept, but for a batch that it ends within
+    for name in ("ids.npy", "log.npy", "starts.npy", "manifest.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("at", ["manifest", "rename"])
+def test_a_pass_that_is_stopped_at_its_end_keeps_all_of_it(opened, tmp_path, monkeypatch, at):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    def write_but_the_manifest(path, content):
+        return stop() if path.name == stored_logits.MANIFEST else write_atomically(path, content)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        if at == "manifest":
+            patched.setattr(stored_logits, "write_atomically", write_but_the_manifest)
+        else:
+            patched.setattr(type(tmp_path), "rename", stop)
+        write(opened, tmp_path / "logits", teacher_that_stops_after(1000))
+    write(opened, tmp_path / "logits", teacher_that_stops_after(0))  # it is not asked again
+    assert StoredLogits(tmp_path / "logits", *opened).teacher == "a formula"
+    names = {"ids.npy", "log.npy", "starts.npy", "manifest.json"}
+    assert {path.name for path in (tmp_path / "logits").iterdir()} == names
+
+
+def test_phases_with_sequences_of_another_length_are_refused(opened, tmp_path):
+    """Their pieces of a document begin elsewhere, so the teacher would have seen other tokens."""
+    write(opened, tmp_path / "logits", teacher_that_stops_after(1000))
+    longer = dataclasses.replace(opened[0].train, steps=4, phases=(PhaseConfig(after=2, sequence_length=48),))
+    config = dataclasses.replace(opened[0], train=longer)
+    with pytest.raises(ConfigError, match="a phase has sequence_length = 48; expected 24, that of the logits in"):
+        StoredLogits(tmp_path / "logits", config, opened[1])
+    with pytest.raises(ConfigError, match="a phase has sequence_length = 48; expected 24, that of all steps"):
+        write((config, opened[1]), tmp_path / "more", teacher_that_stops_after(1000))
+    assert not (tmp_path / "more.partial").exists()
 
 
 @pytest.mark.parametrize(

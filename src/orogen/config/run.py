@@ -161,7 +161,8 @@ class OptimizerConfig:
     moment_dtype: Annotated[str, "dtype of moments between steps: float32 or bfloat16"] = "float32"
     trained: Annotated[
         tuple[str, ...],
-        "what is trained: letters of the pattern, embedding, head, norm, mtp, resampler, score; empty: all",
+        "what is trained, with its buffers: letters of the pattern, embedding, head, norm, mtp, resampler, score; "
+        "empty: all",
     ] = ()
     frozen: Annotated[
         tuple[str, ...], "modules that are not trained, such as router or mtp; their buffers are still updated"

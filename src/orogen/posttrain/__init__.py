@@ -11,7 +11,8 @@ Its step leaves hidden states, and the student's step computes both models' logi
 ranks that share the vocabulary (`kernels/divergence`). Hidden states of the whole global batch are held, in the compute
 dtype: tokens per data and context rank x the teacher's width.
 `--write_logits` stores the teacher's top_k log-probabilities beside the data (`stored_logits.py`), 6 bytes each; later
-runs with these data and sequence length read them by memory map, in any order of documents, and need no teacher.
+runs with these data and sequence length read them by memory map, in any order of documents, and need no teacher; one
+given by --checkpoint all the same is read once, for its tokenizer and to refuse another than wrote them.
 Under a PrecisionConfig, which the teacher does not follow, this is quantisation-aware distillation, or with
 cross_entropy alone quantisation-aware training: `gin_configs/posttrain/`. Evaluations also measure the divergence.
 
@@ -28,7 +29,7 @@ and weight decay would shrink it.
 head of the vocabulary, on the score at each conversation's last token; from a language model's checkpoint it begins
 with a new head. `orogen reward` scores conversations, `orogen best_of` keeps the best of several answers. `genrm.py`
 has what a generative reward model is shown and writes, its reward in training, and the rewards of answers that it
-compared.
+compared: functions for environments of one's own, which no command runs.
 
 **Reinforcement learning** (`orogen rl`, `rl.py`): group-relative policy optimisation on `environments/`. A run's source
 of batches (`source.py`) draws tasks (`curriculum.py`), lets the weights that are about to train answer each of them

@@ -53,9 +53,10 @@ def best_of(
     return [_best(messages, rewards) for messages in answers]
 
 
-def write_best(found: Sequence[Best]) -> bytes:
-    """One JSON object per line: the number of the line it answers, the message kept, its reward, and all rewards."""
-    lines = ({"line": number, **one._asdict()} for number, one in enumerate(found, 1))
+def write_best(found: Sequence[Best], places: Iterable[dict[str, Any]]) -> bytes:
+    """One JSON object per line: the place of the line it answers, the message kept, its reward, and all rewards.
+    places: from `chats.places_of`."""
+    lines = ({**place, **one._asdict()} for place, one in zip(places, found, strict=True))
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 

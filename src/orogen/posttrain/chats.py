@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, TypeVar
@@ -126,6 +126,15 @@ def read_lines(path: Path, parse: Callable[..., Read]) -> Iterator[tuple[str, Re
                     raise ConfigError(f"{file}:{number} has more than {MAX_LINE_BYTES} bytes; expected a shorter line")
                 if line.strip():
                     yield f"{key_in(path, file)}:{number}", parse(line, where=f"{file}:{number}")
+
+
+def places_of(keys: Iterable[str], path: Path) -> list[dict[str, Any]]:
+    """The place of each line that `read_lines` read from `path`: its number and, in a folder, the file's name there."""
+    found = []
+    for key in keys:
+        file, _, number = key.rpartition(":")
+        found.append(({"file": file} if path.is_dir() else {}) | {"line": int(number)})
+    return found
 
 
 def conversation_of(line: bytes, *, where: str) -> Conversation:

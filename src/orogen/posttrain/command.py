@@ -11,7 +11,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.preference import BRADLEY_TERRY
 from orogen.config.run import RunConfig
 from orogen.config.streams import say
-from orogen.train.command import add_train_arguments, run_task
+from orogen.train.command import add_train_arguments, require_read, run_task
 
 if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
@@ -54,15 +54,16 @@ def reward(options: argparse.Namespace) -> int:
     from orogen.checkpoint.open import open_model
     from orogen.config.files import write_atomically
     from orogen.config.load import load_engine
-    from orogen.posttrain.chats import conversation_of, read_lines
+    from orogen.posttrain.chats import conversation_of, places_of, read_lines
     from orogen.posttrain.reward import RewardModel
 
-    conversations = [one for _, one in read_lines(options.input, conversation_of)]
+    conversations = dict(read_lines(options.input, conversation_of))
     plan, engine = load_engine(options.gin_bindings)
     opened = open_model(options.checkpoint, plan, engine.compute_dtype)
     with contextlib.closing(_chat(options.checkpoint, opened, options.chat_template)) as chat:
-        rewards = RewardModel(opened, chat, dtype=engine.compute_dtype).score(conversations)
-    lines = (json.dumps({"line": number, "reward": value}) + "\n" for number, value in enumerate(rewards, 1))
+        rewards = RewardModel(opened, chat, dtype=engine.compute_dtype).score(list(conversations.values()))
+    places = places_of(conversations, options.input)
+    lines = (json.dumps({**place, "reward": value}) + "\n" for place, value in zip(places, rewards, strict=True))
     write_atomically(options.out, "".join(lines).encode())
     mean = sum(rewards) / max(len(rewards), 1)
     facts = {"out": str(options.out), "conversations": len(rewards), "mean": mean}
@@ -79,12 +80,12 @@ def best_of(options: argparse.Namespace) -> int:
     from orogen.infer.engine import Engine
     from orogen.posttrain.best_of import best_of as run
     from orogen.posttrain.best_of import write_best
-    from orogen.posttrain.chats import read_lines
+    from orogen.posttrain.chats import places_of, read_lines
     from orogen.posttrain.pairs import prompt_of
     from orogen.posttrain.reward import RewardModel
     from orogen.simulate.fit import require_inference_fits
 
-    prompts = [one for _, one in read_lines(options.input, prompt_of)]
+    prompts = dict(read_lines(options.input, prompt_of))
     plan, config = load_engine(options.gin_bindings)
     with open_folder(options.checkpoint) as folder, contextlib.ExitStack() as held:
         require_inference_fits(folder.config, plan, config, free_memory(), settings={})
@@ -95,8 +96,8 @@ def best_of(options: argparse.Namespace) -> int:
         score = RewardModel(judge, judges, dtype=config.compute_dtype).score
         fields = {"max_tokens": options.tokens, "temperature": options.temperature, "top_p": options.top_p}
         engine = held.enter_context(contextlib.closing(Engine(opened, config)))
-        found = run(engine, chat, prompts, score, count=options.count, fields=fields, seed=options.seed)
-    write_atomically(options.out, write_best(found))
+        found = run(engine, chat, list(prompts.values()), score, count=options.count, fields=fields, seed=options.seed)
+    write_atomically(options.out, write_best(found, places_of(prompts, options.input)))
     failed = sum(one.message is None for one in found)
     facts = {"out": str(options.out), "prompts": len(found), "failed": failed}
     answer(options, facts, [f"{len(found)} prompts answered in {options.out}, of which {failed} failed"])
@@ -125,7 +126,7 @@ def _add_files(parser: argparse.ArgumentParser, asked: str) -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help=CHECKPOINT)
     add("--input", type=Path, required=True, metavar="IN.jsonl", help=asked)
-    add("--out", type=Path, required=True, metavar="OUT.jsonl", help="gets one line per line of --input")
+    add("--out", type=Path, required=True, metavar="OUT.jsonl", help="gets one line per line of --input with text")
     add("--chat_template", metavar="T", help="a file, or one of ours, in place of the checkpoint's")
     add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=bindings)
 
@@ -225,6 +226,7 @@ def _write_logits(options: argparse.Namespace, folder: "Folder | None") -> int:
     # Of the gin files' model, only the vocabulary would matter: it is the teacher's.
     config, _ = load(options.gin_file, [*options.gin_bindings, *model_bindings(folder.config)])
     config.need("data", "train", "distill")
+    require_read(config, ("chat", "distill"))
     if config.distill.top_k is None or config.distill.logits is not None or config.plan.stage > 1:
         raise ConfigError(
             "--write_logits: expected DistillConfig.top_k, no DistillConfig.logits and a plan of one stage"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from orogen.checkpoint.folders import Folder
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, require
 from orogen.config.distill import DistillConfig
 from orogen.config.model import ModelConfig
 from orogen.config.run import RunConfig
@@ -27,8 +27,8 @@ from orogen.parallel.plan import Plan
 from orogen.posttrain.chats import ChatCorpus
 from orogen.posttrain.sft import make_sft
 from orogen.posttrain.stored_logits import StoredLogits
-from orogen.posttrain.teacher import Teacher, knowledge, require_same_vocabulary, teacher_plan
-from orogen.train.formats import in_formats
+from orogen.posttrain.teacher import Teacher, fingerprint_of, knowledge, require_same_vocabulary, teacher_plan
+from orogen.train.formats import in_formats, is_switched
 from orogen.train.heldout import Heldout, heldout_plan, measure
 from orogen.train.next_token import LOSS, MTP_LOSS, target_weights, targets
 from orogen.train.pretraining import PRETRAINING, train_loader
@@ -73,11 +73,14 @@ def _shares(config: ModelConfig, depths: int) -> Mapping[str, float]:
 
 
 class TaughtBatches:
-    """A `Source`: the batches of a loader, in a position that names the teacher. add: what is known of a batch without
-    its pass."""
+    """A `Source`: the batches of a loader, in a position that names the teacher and how many of its most likely tokens
+    are learned, None for all: whether it runs or its logits are stored may change, and these not. add: what is known of
+    a batch without its pass."""
 
-    def __init__(self, loader: Loader, teacher: str, add: Callable[[Batch], Batch] = lambda batch: batch):
-        self._loader, self._teacher, self._add = loader, teacher, add
+    def __init__(
+        self, loader: Loader, teacher: str, top_k: int | None, add: Callable[[Batch], Batch] = lambda batch: batch
+    ):
+        self._loader, self._taught, self._add = loader, {"teacher": teacher, "top_k": top_k}, add
         self.progress: Callable[[], None] = lambda: None
 
     def take(self, state: Any) -> Batch:
@@ -87,16 +90,15 @@ class TaughtBatches:
     def state(self) -> dict[str, Any]:
         """The position after the last batch taken."""
         found = self._loader.state()
-        return {**found, "identity": {**found["identity"], "teacher": self._teacher}}
+        return {**found, "identity": {**found["identity"], **self._taught}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after the batch at which `state` was taken. Raises ConfigError if it is from other data or another
-        teacher."""
-        known = state.get("identity", {}).get("teacher")
-        if known != self._teacher:
-            raise ConfigError(
-                f"the saved data position has teacher = {known!r}; expected {self._teacher!r}, this one's"
-            )
+        """Continues after the batch at which `state` was taken. Raises ConfigError if it is from other data, another
+        teacher or another number of its tokens."""
+        for name, value in self._taught.items():
+            known = state.get("identity", {}).get(name)
+            if known != value:
+                raise ConfigError(f"the saved data position has {name} = {known!r}; expected {value!r}, as here")
         self._loader.restore(state)
 
 
@@ -107,10 +109,12 @@ class Distance:
         self._heldout, self._teacher = heldout, teacher
         self.progress: Callable[[], None] = lambda: None
         self.sampled, self.whole = (*heldout.sampled, SCORE), (*heldout.whole, f"whole_{SCORE}")
-        self._plan = in_formats(heldout_plan(config), config.precision, config.model)
-        settings: Any = {"frozen": teacher.variables}
-        measured = measure(built, objective, config.model, self._plan, config.train.compute_dtype, **settings)
-        self._measured = distributed.compiled_together(measured)
+        self._plan, self._precision, self._measured = heldout_plan(config), config.precision, []
+        for switched in (False, True) if config.precision.switch_step is not None else (False,):
+            plan = in_formats(self._plan, config.precision, config.model, switched=switched)
+            settings: Any = {"frozen": teacher.variables}
+            measured = measure(built, objective, config.model, plan, config.train.compute_dtype, **settings)
+            self._measured.append(distributed.compiled_together(measured))
 
     def sample(self, state: TrainState) -> dict[str, float]:
         """The scores of a sample."""
@@ -125,11 +129,12 @@ class Distance:
 
     def _mean(self, state: TrainState, batches: Iterable[Batch]) -> float:
         params = jax.jit(placement.working, static_argnums=1)(state.params, self._plan)
+        measured = self._measured[is_switched(self._precision, int(state.step))]
         total = count = 0.0
         for batch in batches:
             placed = batch_to_devices(batch, self._plan)
             placed = placed._replace(extras={**placed.extras, **self._teacher.extras(batch)})
-            found: dict[str, Metric] = self._measured(params, state.buffers, placed, self._teacher.variables)
+            found: dict[str, Metric] = measured(params, state.buffers, placed, self._teacher.variables)
             one = jax.device_get(found[DIVERGENCE])
             total, count = total + float(one.sum), count + float(one.count)
             self.progress()
@@ -137,9 +142,9 @@ class Distance:
 
 
 class Distillation:
-    """The parts of the task that share a teacher. folder: that of the teacher, which stays open, None if its logits are
-    stored; student: that from which the student starts, None for a new one; run_dir: of the run, which keeps a chat
-    template once it has begun."""
+    """The parts of the task that share a teacher. folder: that of the teacher, which stays open; None if its logits are
+    stored, unless it is to be compared with theirs; student: that from which the student starts, None for a new one;
+    run_dir: of the run, which keeps a chat template once it has begun."""
 
     def __init__(self, folder: Folder | None, distill: DistillConfig, *, run_dir: Path, student: Path | None):
         self._folder, self._distill = folder, distill
@@ -161,7 +166,9 @@ class Distillation:
     def open(self, config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:
         """The data, as the student's tokenizer or, for a new student, the teacher's has them. Raises ConfigError if the
         teacher, or what is stored of it, does not suit the run."""
-        of_teacher = None
+        of_teacher, tokens = None, config.model.vocab_size
+        expected = f"at most {tokens}, as many as ModelConfig.vocab_size"
+        require(self._distill.top_k is None or self._distill.top_k <= tokens, self._distill, "top_k", expected)
         if self._folder is not None:
             require_same_vocabulary(self._folder.config, config.model)
             RunConfig(model=self._folder.config, plan=teacher_plan(config, self._distill), train=config.train).check()
@@ -173,6 +180,9 @@ class Distillation:
             raise ConfigError("the data have another tokenizer than the teacher; expected the teacher's")
         if self._distill.logits is not None:
             self._stored = StoredLogits(Path(self._distill.logits), config, corpus)
+            if self._folder is not None and fingerprint_of(self._folder, config) != self._stored.teacher:
+                logits = f"the logits in {self._distill.logits!r}"
+                raise ConfigError(f"{logits} are of another teacher than --checkpoint; expected its own")
         return corpus
 
     def _keep(self, corpus: Corpus, run_dir: Path) -> None:
@@ -186,9 +196,9 @@ class Distillation:
     def _source(self, config: RunConfig, corpus: Corpus) -> TaughtBatches:
         if self._stored is not None:
             loader = train_loader(config, self._stored.numbered(corpus))
-            return TaughtBatches(loader, self._stored.teacher, self._stored.add)
+            return TaughtBatches(loader, self._stored.teacher, self._stored.top_k, self._stored.add)
         assert self._teacher is not None
-        return TaughtBatches(train_loader(config, corpus), self._teacher.fingerprint)
+        return TaughtBatches(train_loader(config, corpus), self._teacher.fingerprint, self._distill.top_k)
 
     def _evaluation(self, config: RunConfig, built: Built, corpus: Corpus) -> Evaluation | None:
         heldout = PRETRAINING.evaluation(config, built, corpus)

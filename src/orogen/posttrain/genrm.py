@@ -1,5 +1,6 @@
 """Generative reward models: two answers shown to a judge, what it writes about them, and rewards of both.
 
+No command runs it: these are functions for environments of one's own.
 The judge is a chat model whose template has roles for the answers, as Qwen3-Nemotron-235B-A22B-GenRM's. It writes a
 JSON object with the helpfulness of each answer, 1 to 5, and a ranking, 1 (the first is much better) to 6 (the second).
 Sources: Nemotron 3 Nano report, section 3; NeMo Gym, resources_servers/genrm_compare.

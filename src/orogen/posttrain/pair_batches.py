@@ -5,7 +5,7 @@ A row lies on one data rank and in one microbatch, so a loss of pairs needs no e
 Letters: b batch (rows), t time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,15 +62,6 @@ def pair_batch(
                 start += len(tokens_t)
     batch.weights_bt[batch.positions_bt == 0] = 0
     return batch._replace(extras=extras)
-
-
-def one_pass(
-    pairs: Sequence[Pair], references: References | None, *, size: int, length: int, pad_id: int
-) -> Iterator[Batch]:
-    """Batches of all pairs, packed in their order; the last one is padded with empty rows."""
-    rows = packed(pairs, length=length)
-    for start in range(0, len(rows), size):
-        yield pair_batch(rows[start : start + size], pairs, references, size=size, length=length, pad_id=pad_id)
 
 
 class PairSource:

@@ -152,8 +152,10 @@ def _rendered(key: str, one: Compared, chat: Chat) -> Pair:
 def _compared(line: bytes, *, where: str) -> Compared:
     """Raises ConfigError unless the line holds a pair that can be learned from."""
     record = read_object(line, where=where)
-    for name in (*PROMPTS, "chosen", "rejected"):
-        value = record.get(name)
+    completions = record.get("completions")  # not checked yet
+    listed = completions if isinstance(completions, list) else []
+    ranked = [one.get("completion") for one in listed if isinstance(one, dict)]
+    for value in (*(record.get(name) for name in (*PROMPTS, "chosen", "rejected")), *ranked):
         spell_arguments([value] if isinstance(value, dict) else value)
     check_form(record, _LINE, where=where)
     prompt, sides = _prompt(record), _sides(record, where)

@@ -36,6 +36,7 @@ from orogen.train.task import ByName, Objective
 
 PART = 4096  # pairs of a file
 FOLDER = "reference"
+SPLITS = "train", "heldout"  # those that a run reads
 SAID = "said"
 # (model, hidden states, batch, plan) -> a number (b, n) of each document.
 PerDocument = Callable[..., Array]
@@ -97,7 +98,7 @@ class DocumentNumbers:
 
 
 class Reference:
-    """The references of each split of a run's pairs. numbers: what computes them.
+    """The references of the splits of a run's pairs that it reads. numbers: what computes them.
 
     A run's first state is the reference model. Raises ConfigError where a run that has begun lacks its files.
     """
@@ -111,8 +112,8 @@ class Reference:
         """Those of a split's pairs, (p, 2), in their order. state: from which they are computed if it is the run's
         first, and if they are not in the files. progress is called after each batch."""
         if not self._known:
-            splits = self._corpus.pairs.items()
-            self._known = {name: self._split(name, pairs, state, progress) for name, pairs in splits}
+            pairs = self._corpus.pairs
+            self._known = {name: self._split(name, pairs[name], state, progress) for name in SPLITS}
         return self._known[split]
 
     def _split(self, name: str, pairs: Sequence[Pair], state: TrainState, progress: Callable[[], None]) -> References:

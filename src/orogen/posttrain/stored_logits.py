@@ -1,8 +1,8 @@
 """The most likely tokens that a teacher predicted, on disk beside the tokens that it read, and read by memory map.
 
 A folder holds `manifest.json`, written last, and arrays of one row per token of the train splits: `ids.npy` (int32) and
-`log.npy` (float16: its last digit is a hundredth of the log-probability's own size at most), both (rows, k), the most
-likely first; `starts.npy` (int64) has the first row of each document, source after source. A document's tokens are
+`log.npy` (float16, with a relative error of at most 2^-11 from 2^-14 to 65504 in size), both (rows, k), the most likely
+first; `starts.npy` (int64) has the first row of each document, source after source. A document's tokens are
 those of a training stream, in pieces of the run's sequence length, of which each sees only itself.
 Letters: b batch, t time, k most likely tokens, r rows.
 """
@@ -36,6 +36,7 @@ COUNTS = "sequence_length", "vocab_size", "top_k", "rows"
 FORM = Record({**dict.fromkeys(TEXTS, str), **dict.fromkeys(COUNTS, COUNT)}, {})
 DTYPES = {"ids": np.int32, "log": np.float16}
 FLUSHED = 64  # batches after which what is written so far is kept
+BEGUN = Record({"manifest": dict, "sequences": Whole(0, 2**62)}, {})  # progress.json
 
 
 class Numbered(Sequence[Stream]):
@@ -76,12 +77,13 @@ def write_logits(
 ) -> dict[str, Any]:
     """Runs the teacher over every training document and writes what it predicts; returns the manifest.
 
-    Goes on where an earlier call of the same teacher and data was stopped. Raises ConfigError if `out` exists, or if
-    its beginnings are of others.
+    Goes on where an earlier call of the same teacher and data was stopped, whatever its batch size. Raises ConfigError
+    if `out` exists, if its beginnings are of others, or if the run has sequences of several lengths.
     """
     partial = out.with_name(out.name + ".partial")
     if out.exists():
         raise ConfigError(f"folder {str(out)!r} exists; expected a new one")
+    _require_length(config, config.train.sequence_length, "that of all steps, to write logits for them")
     lengths = [len(split[i].tokens_t) for split in _train(corpus) for i in range(len(split))]
     starts = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)]).astype(np.int64)
     top_k = config.need("distill").distill.top_k
@@ -90,24 +92,25 @@ def write_logits(
         "rows": int(sum(lengths)),
     }  # fmt: skip
     arrays, done = _begin(partial, manifest, starts)
-    train, number = config.train, 0
+    train, sequences, written = config.train, 0, 0
     for source in numbered(corpus, starts).sources.values():
         batches = HeldoutPass(
             streams=source.splits["train"], batch_size=train.batch_size, sequence_length=train.sequence_length,
             pad_id=corpus.tokenizer.pad_id, process_rows=slice(0, train.batch_size),
         )  # fmt: skip
         for batch in batches:
-            number += 1
-            if number <= done:
+            sequences += int((batch.segments_bt != 0).any(axis=1).sum())
+            if sequences <= done:
                 continue
             _write(arrays, batch, teacher, contexts=config.plan.context)
-            if number % FLUSHED == 0:
-                _keep(partial, arrays, manifest, number)
-                log(f"{number} batches of {train.batch_size} x {train.sequence_length} tokens")
-    _keep(partial, arrays, manifest, number)
-    (partial / PROGRESS).unlink()
+            written += 1
+            if written % FLUSHED == 0:
+                _keep(partial, arrays, manifest, sequences)
+                log(f"{sequences} sequences of {train.sequence_length} tokens")
+    _keep(partial, arrays, manifest, sequences)
     write_atomically(partial / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     partial.rename(out)
+    (out / PROGRESS).unlink()  # last: a call that was stopped just before still has all of it
     return manifest
 
 
@@ -122,6 +125,7 @@ class StoredLogits:
             if self._manifest[name] != value:
                 found = f"the logits in {str(folder)!r} have {name} = {self._manifest[name]!r}"
                 raise ConfigError(f"{found}; expected {value!r}, that of this run")
+        _require_length(config, self._manifest["sequence_length"], f"that of the logits in {str(folder)!r}")
         rows, k = self._manifest["rows"], self._manifest["top_k"]
         self._top_k = config.need("distill").distill.top_k or k
         if self._top_k > k:
@@ -135,6 +139,11 @@ class StoredLogits:
         """The fingerprint of the teacher that wrote it."""
         return self._manifest["teacher"]
 
+    @property
+    def top_k(self) -> int:
+        """How many tokens the run reads of those that are stored."""
+        return self._top_k
+
     def numbered(self, corpus: Corpus) -> Corpus:
         """The corpus, whose batches know their rows here."""
         return numbered(corpus, self._starts)
@@ -145,6 +154,13 @@ class StoredLogits:
         row_bt = np.maximum(extras.pop(ROW), 0)
         read = {name: array[row_bt, : self._top_k] for name, array in self._arrays.items()}
         return batch._replace(extras={**extras, IDS: read["ids"], LOG: read["log"].astype(np.float32)})
+
+
+def _require_length(config: RunConfig, length: int, whose: str) -> None:
+    """Raises ConfigError if the run has steps with sequences of another length, whose pieces see other tokens."""
+    for one in config.stretches():
+        if one.sequence_length != length:
+            raise ConfigError(f"a phase has sequence_length = {one.sequence_length}; expected {length}, {whose}")
 
 
 def _train(corpus: Corpus) -> list[Split]:
@@ -165,14 +181,14 @@ def _identity(corpus: Corpus, config: RunConfig) -> dict[str, Any]:
 
 
 def _begin(partial: Path, manifest: dict[str, Any], starts: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays to fill, and how many batches of them are written already."""
+    """The arrays to fill, and how many packed sequences of them are written already."""
     shape = manifest["rows"], manifest["top_k"]
     if (partial / PROGRESS).is_file():
-        known = read_json(partial / PROGRESS, Record({"manifest": dict, "batches": Whole(0, 2**62)}, {}))
+        known = read_json(partial / PROGRESS, BEGUN)
         if known["manifest"] != manifest:
             raise ConfigError(f"{str(partial)!r} was begun with another teacher or other data; expected to remove it")
         arrays = {name: _mapped(partial / f"{name}.npy", shape, dtype, "r+") for name, dtype in DTYPES.items()}
-        return arrays, known["batches"]
+        return arrays, known["sequences"]
     partial.mkdir(parents=True, exist_ok=True)
     np.save(partial / STARTS, starts)
     arrays: dict[str, np.ndarray] = {
@@ -183,10 +199,10 @@ def _begin(partial: Path, manifest: dict[str, Any], starts: np.ndarray) -> tuple
     return arrays, 0
 
 
-def _keep(partial: Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any], batches: int) -> None:
+def _keep(partial: Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any], sequences: int) -> None:
     for array in arrays.values():
         array.flush()  # type: ignore[attr-defined]
-    write_atomically(partial / PROGRESS, json.dumps({"manifest": manifest, "batches": batches}).encode())
+    write_atomically(partial / PROGRESS, json.dumps({"manifest": manifest, "sequences": sequences}).encode())
 
 
 def _write(arrays: dict[str, np.ndarray], batch: Batch, teacher: Teacher, *, contexts: int) -> None:

@@ -79,9 +79,8 @@ class Teacher:
     def __init__(self, folder: Folder, config: RunConfig, plan: Plan, *, top_k: int | None):
         distill = config.need("distill").distill
         require_same_vocabulary(folder.config, config.model)
-        given = teacher_plan(config, distill)
-        opened = read_model(folder, given, config.train.compute_dtype, tokenizer=False)
-        self._to, self._plan, self._top_k = plan, opened.plan, top_k
+        opened = _opened(folder, config, distill)
+        self._student_plan, self._teacher_plan, self._top_k = plan, opened.plan, top_k
         place = jax.jit(placement.working, static_argnums=1)
         self._state = place(opened.params, opened.plan), opened.buffers
         self.fingerprint = _fingerprint(opened)
@@ -90,11 +89,11 @@ class Teacher:
 
     def extras(self, batch: Batch) -> dict[str, Array]:
         """What it says of each token, placed as the run's batches. batch: on the host, of the run's shape."""
-        placed = batch_to_devices(batch._replace(extras={}), self._plan)
-        return jax.device_put(self._run(*self._state, placed), self._to.sharding(*BATCH_AXES))
+        placed = batch_to_devices(batch._replace(extras={}), self._teacher_plan)
+        return jax.device_put(self._run(*self._state, placed), self._student_plan.sharding(*BATCH_AXES))
 
     def _program(self, opened: Opened) -> Callable[..., dict[str, Array]]:
-        plan, parts = self._plan, self._plan.config.microbatches
+        plan, parts = self._teacher_plan, self._teacher_plan.config.microbatches
         axes = STREAM if self._top_k is None else BATCH_AXES
 
         def of_part(model: Any, part: Batch) -> dict[str, Array]:
@@ -116,9 +115,18 @@ class Teacher:
 
         def run(params: Any, buffers: Any, batch: Batch) -> dict[str, Array]:
             found = on_devices(params, buffers, batch)
-            return {name: _reordered(x, self._plan, self._to) for name, x in found.items()}
+            return {name: _reordered(x, plan, self._student_plan) for name, x in found.items()}
 
         return jax.jit(run, out_shardings=plan.sharding(*BATCH_AXES), compiler_options=plan.compiler_options)
+
+
+def fingerprint_of(folder: Folder, config: RunConfig) -> str:
+    """The fingerprint of a teacher that is read for this alone."""
+    return _fingerprint(_opened(folder, config, config.need("distill").distill))
+
+
+def _opened(folder: Folder, config: RunConfig, distill: DistillConfig) -> Opened:
+    return read_model(folder, teacher_plan(config, distill), config.train.compute_dtype, tokenizer=False)
 
 
 def knowledge(batch: Batch, frozen: Any, plan: Plan) -> Hidden | Likely:
@@ -151,9 +159,16 @@ def _head(opened: Opened, plan: Plan) -> nnx.Variable:
 
 
 def _fingerprint(opened: Opened) -> str:
-    """What tells this teacher from others: its config and the weights of its final norm."""
-    whole = jax.jit(lambda tree: tree, out_shardings=opened.plan.sharding())(opened.params["norm"])
-    digest = hashlib.sha256(model_text(opened.config).encode())
-    for leaf in jax.tree.leaves(whole):
-        digest.update(np.asarray(leaf.astype(jnp.float32)).tobytes())
-    return digest.hexdigest()
+    """What tells this teacher from others: its config, and of each parameter and buffer the sum of the bits that its
+    numbers have in bfloat16.
+
+    These integers are the same under every plan, in any order of summation and with rows of zeros that pad the
+    vocabulary, and in every dtype that a teacher is read in.
+    """
+
+    def sums(trees: Any) -> Array:
+        bits = lambda x: lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)  # noqa: E731
+        return jnp.stack([jnp.sum(bits(leaf), dtype=jnp.uint32) for leaf in jax.tree.leaves(trees)])
+
+    found = jax.jit(sums, out_shardings=opened.plan.sharding())((opened.params, opened.buffers))
+    return hashlib.sha256(model_text(opened.config).encode() + np.asarray(found, "<u4").tobytes()).hexdigest()

@@ -115,7 +115,7 @@ def train(options: argparse.Namespace) -> int:
     return run_task(options, task, optional=("vision",))
 
 
-def _require_read(config: RunConfig, read: Sequence[str]) -> None:
+def require_read(config: RunConfig, read: Sequence[str]) -> None:
     """Raises ConfigError if the config has a part that only other tasks read. read: those that this one reads."""
     for part, why in ONLY_SOME.items():
         if getattr(config, part) is not None and part not in read:
@@ -133,7 +133,7 @@ def run_task(
     with contextlib.ExitStack() as held:
         config, text, origin = _load_with_checkpoint(options, held, adapt)
         config.need("model", "data", "train", "optimizer", *parts)
-        _require_read(config, (*parts, *optional))
+        require_read(config, (*parts, *optional))
         from orogen.checkpoint.steps import NotSavedError
         from orogen.simulate.fit import require_training_fits
         from orogen.train.back import FaultyHardwareError

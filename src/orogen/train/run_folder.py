@@ -40,7 +40,8 @@ FREE_TRAIN_FIELDS = (
 )
 # Of how it computes, when the recipe changes may be decided late.
 FREE_PRECISION_FIELDS = ("switch_step", "switch_to", "switch_roles", "health_every")
-# Where the teacher runs, and where its log-probabilities lie; the data's position knows which ones they are.
+# Where the teacher runs, and where its log-probabilities lie; the data's position knows whose they are and of how many
+# tokens.
 FREE_DISTILL_FIELDS = ("teacher_plan", "logits")
 FREE_FIELDS = {"train": FREE_TRAIN_FIELDS, "precision": FREE_PRECISION_FIELDS, "distill": FREE_DISTILL_FIELDS}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

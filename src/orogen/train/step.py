@@ -3,7 +3,7 @@
 Letters: m microbatches, b batch, t time, l layers, e experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from orogen.train.optimizer import learning_rate
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.task import Computation, Metric, Objective
-from orogen.train.trained import only_trained, trained_mask
+from orogen.train.trained import only_trained, trained_biases, trained_mask
 from orogen.train.whole import WholePass
 
 BATCH_AXES = ("batch", "context")
@@ -177,17 +177,20 @@ def apply_gradients(
     grad_norm: Array,
     bias_rate: float,
     finite: Array,
+    moving: Sequence[bool] | None = None,
     left: Any = None,
 ) -> TrainState:
-    """The state after one update or, unless `finite`, the same state with the step counted as skipped. left: the states
-    that the batch leaves to carry."""
+    """The state after one update or, unless `finite`, the same state with the step counted as skipped. moving: of each
+    buffer, whether it is updated, from `trained_biases`; None: all are. left: the states that the batch leaves to
+    carry."""
     grads = lax.with_sharding_constraint(grads, placement.shardings(grads, plan))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
         updates, opt_state = optimizer.update(grads, opt_state, params, grad_norm=grad_norm)
         leaves, structure = jax.tree.flatten(buffers)  # none if routers have no correction bias
         counted = load if leaves else []
-        biases = [update_bias(bias, part, bias_rate) for bias, part in zip(leaves, counted, strict=True)]
+        rates = [bias_rate if moves else 0.0 for moves in moving or [True] * len(leaves)]
+        biases = [update_bias(*of_layer) for of_layer in zip(leaves, counted, rates, strict=True)]
         return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
 
     if plan.config.offload_optimizer:
@@ -244,7 +247,7 @@ def step_function(
     )  # fmt: skip
     bias_rate = config.train.router_bias_update_rate
     rate = learning_rate(config.optimizer, config.train.steps, config.train.rates)
-    trained = trained_mask(built, config.optimizer)
+    trained, moving = trained_mask(built, config.optimizer), trained_biases(built, config.optimizer)
 
     def step(
         state: TrainState, batch: Batch, replay: Any = None, frozen: Any = None
@@ -261,7 +264,7 @@ def step_function(
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
             state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
-            left=sums.carried,
+            moving=moving, left=sums.carried,
         )  # fmt: skip
         metrics = StepMetrics(
             loss=loss,

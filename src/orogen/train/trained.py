@@ -13,7 +13,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.run import OptimizerConfig, RunConfig
 from orogen.model.block import places, repeats
 from orogen.model.lm import Built
-from orogen.model.stages import BACKBONE, EMBEDDING, HEAD, LAYERS, VOCABULARY
+from orogen.model.stages import BACKBONE, EMBEDDING, HEAD, LAYERS, MTP, VOCABULARY
 from orogen.train.optimizer import make_optimizer
 
 
@@ -25,24 +25,26 @@ def optimizer_of(config: RunConfig, built: Built) -> optax.GradientTransformatio
 
 def trained_mask(built: Built, config: OptimizerConfig) -> nnx.State | None:
     """Of each parameter, whether the run trains it: it is in a part that is `trained`, and in no module that is
-    `frozen`. None: all are trained, as nothing is named.
+    `frozen`, whose names mean the same under every plan. None: all are trained, as nothing is named.
 
-    Raises ConfigError if no parameter has one of the names, or if embedding and head, which stages keep as one array,
-    are not treated alike.
+    Raises ConfigError if no parameter has one of the names, or if what stages keep as one array is not treated alike:
+    embedding and head, and layers of the backbone and of the MTP block.
     """
     names, frozen = config.trained, config.frozen
     if not names and not frozen:
         return None
     parts: set[str] = set()
     modules: set[str] = set()
-    pattern = "".join(main for main, _ in built.layout.chunks)
+    pattern, mtp = _backbone(built), built.layout.mtp
+    if LAYERS in built.params:
+        _require_alike(names, frozen, mtp)
 
     def chosen(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
-        keys = tuple(getattr(key, "key", key) for key in path)
+        keys = _keys(path)
         part = part_of(keys, pattern)
         of_vocabulary = part == VOCABULARY
         parts.update({EMBEDDING, HEAD} if of_vocabulary else {part})
-        inside = {key for key in keys if isinstance(key, str)} | ({EMBEDDING, HEAD} if of_vocabulary else set())
+        inside = _modules(keys, pattern, mtp) | ({EMBEDDING, HEAD} if of_vocabulary else set())
         modules.update(inside)
         for field, listed in (("trained", names), ("frozen", frozen)):
             if of_vocabulary and (EMBEDDING in listed) != (HEAD in listed):
@@ -60,6 +62,36 @@ def trained_mask(built: Built, config: OptimizerConfig) -> nnx.State | None:
     return mask
 
 
+def trained_biases(built: Built, config: OptimizerConfig) -> list[bool]:
+    """Of each buffer, the correction biases of routers, whether its steps move it: those of parts that are not
+    `trained` stay, while those of modules that are `frozen` move."""
+    names, pattern = config.trained, _backbone(built)
+    is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(built.buffers, is_leaf=is_leaf)]
+    return [not names or part_of(_keys(path), pattern) in names for path in paths]
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(getattr(key, "key", key) for key in path)
+
+
+def _backbone(built: Built) -> str:
+    """The letters of the backbone's layers."""
+    return "".join(main for main, _ in built.layout.chunks)
+
+
+def _require_alike(names: Sequence[str], frozen: Sequence[str], mtp: str) -> None:
+    """Raises ConfigError if the layers `mtp` of the MTP block are not treated like the backbone's of their letters."""
+    expected = "stages keep the MTP block's layers and the backbone's of their letters as one array"
+    for letter in sorted(set(mtp)):
+        if names and (letter in names) != (MTP in names):
+            raise ConfigError(
+                f"OptimizerConfig.trained is {tuple(names)!r}; expected both {letter} and mtp, or neither: {expected}"
+            )
+        if MTP in frozen and letter not in frozen:
+            raise ConfigError(f"OptimizerConfig.frozen is {tuple(frozen)!r}; expected {letter} beside mtp: {expected}")
+
+
 def _require_known(field: str, names: Sequence[str], known: set[str], expected: str) -> None:
     for name in names:
         if name not in known:
@@ -72,27 +104,37 @@ def part_of(path: tuple[Any, ...], pattern: str) -> str:
     model's state, in the layout of a whole model or of stages; pattern: the backbone's letters."""
     if path[0] == LAYERS:
         return path[1]
-    if path[0] != BACKBONE:
-        return path[0]
-    children = tuple(key for key in path if isinstance(key, int))
-    return _letters(pattern)[children]
+    return _in_layer(path, pattern)[0] if path[0] == BACKBONE else path[0]
+
+
+def _modules(path: tuple[Any, ...], pattern: str, mtp: str) -> set[str]:
+    """The names of the modules that a parameter is in. One of a layer is in `layers`, the layer's letter and its own
+    modules: in a whole model as in stages, which keep layers by their letter. pattern, mtp: the letters of both."""
+    names = path
+    if path[0] == BACKBONE:
+        letter, below = _in_layer(path, pattern)
+        names = (LAYERS, letter, *below)
+    elif path[:2] == (MTP, LAYERS):
+        letter, below = _in_layer(path[1:], mtp)
+        names = (MTP, LAYERS, letter, *below)
+    return {name for name in names if isinstance(name, str)}
+
+
+def _in_layer(path: tuple[Any, ...], pattern: str) -> tuple[str, tuple[Any, ...]]:
+    """The letter of a layer in a whole model, and the keys below it. path: that of a stack's parameter, whose name
+    comes first, then `children` before the number of each child on the way; numbers further below belong to the layer's
+    own modules."""
+    letters = _letters(pattern)
+    for end in range(3, len(path) + 1, 2):
+        if (letter := letters.get(path[2:end:2])) is not None:
+            return letter, path[end:]
+    raise KeyError(path)
 
 
 @functools.lru_cache(maxsize=64)
-def _letters(pattern: str) -> "_Longest":
+def _letters(pattern: str) -> dict[tuple[int, ...], str]:
     """The letter of each place in the backbone's stack, by the children on the way."""
-    return _Longest(
-        {place.path: letter for letter, place in zip(pattern, places(repeats(pattern)), strict=True)}
-    )  # fmt: skip
-
-
-class _Longest(dict[tuple[int, ...], str]):
-    """Looks a path up by the part of it that is a key: numbers below a layer belong to its own modules."""
-
-    def __missing__(self, path: tuple[int, ...]) -> str:
-        if not path:
-            raise KeyError(path)
-        return self[path[:-1]]
+    return {place.path: letter for letter, place in zip(pattern, places(repeats(pattern)), strict=True)}
 
 
 def only_trained(grads: Any, mask: nnx.State | None) -> Any:

@@ -23,7 +23,7 @@ from orogen.train.state import TrainState
 from orogen.train.step import apply_gradients, batch_to_devices, gradients
 from orogen.train.task import Metric, Objective
 from orogen.train.terms import by_row, loss_size, without_rows
-from orogen.train.trained import trained_mask
+from orogen.train.trained import trained_biases, trained_mask
 from orogen.train.verdict import (
     GRADIENT,
     LOSS,
@@ -182,6 +182,7 @@ def _updated(side: Side, name: str, placed: Any, grads: nnx.State, load: Any) ->
             grad_norm=jnp.sqrt(square_sums(grads).sum()),
             bias_rate=train.router_bias_update_rate,
             finite=jnp.asarray(True),
+            moving=trained_biases(built, config),
         )
         return built.whole(new.params), built.whole(new.buffers)
 

@@ -28,8 +28,10 @@ def most_likely(
     ones the lower ids. Has no gradient.
 
     Arguments as those of `cross_entropy`. gather: concatenates (n, k) of all ranks of the vocabulary along k. Raises
-    ValueError if the ranks together have fewer columns.
+    ValueError if the vocabulary, or all ranks together, have fewer columns.
     """
+    if vocab_size is not None and count > vocab_size:  # columns of padding are no tokens
+        raise ValueError(f"the {count} most likely of {vocab_size} tokens; expected at most as many")
     columns = head_ev.shape[1]
     own = min(count, columns)
 
