@@ -313,5 +313,6 @@ def test_stored_logits_train_as_the_living_teacher(taught, refused, capsys):
     # A run that learned all tokens, of an earlier test or begun here, does not go on with the nine that are stored.
     if not (taught / "parts").exists():
         distill(taught, "parts", "--gin_bindings", "TrainConfig.steps = 2")
+        capsys.readouterr()
     line = refused(*alone, "--run", taught / "parts", "--resume", "--gin_bindings", "TrainConfig.steps = 6")
     assert "position has top_k = None; expected 9, as here" in line
