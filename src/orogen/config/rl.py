@@ -34,6 +34,7 @@ ALGORITHMS = {
 KINDS = ("synthetic", "reasoning_gym", "code", "json_schema", "instructions", "workplace")
 # Kinds whose tasks come from a family, and those whose tasks may come from a file.
 OF_FAMILIES, OF_FILES = ("synthetic", "reasoning_gym"), ("code", "json_schema", "instructions")
+RUN_CODE = ("code", "reasoning_gym")  # what the model writes may run as Python
 IMPORTANCE = ("none", "tis", "icepop", "sequence")
 OVERLONG = ("keep", "filter", "penalty")
 PLAIN = "plain"
@@ -62,7 +63,9 @@ class EnvironmentConfig:
     turns: Annotated[int, "the most turns of the assistant in one episode"] = 8
     seconds: Annotated[float, "deadline of one verification"] = 10.0
     memory_mb: Annotated[int, "memory of the process that verifies, and of a program in the sandbox"] = 1024
-    unsandboxed: Annotated[bool, "whether code may run without bubblewrap: only for code that you trust"] = False
+    unsandboxed: Annotated[
+        bool, "whether code, or a family of reasoning_gym that evaluates answers, may run without a sandbox"
+    ] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -81,7 +84,7 @@ class EnvironmentConfig:
         expected = "0: only synthetic tasks have it"
         require(not self.partial_credit or self.kind == "synthetic", self, "partial_credit", expected)
         expected = f"False: kind {self.kind!r} runs no code"
-        require(not self.unsandboxed or self.kind == "code", self, "unsandboxed", expected)
+        require(not self.unsandboxed or self.kind in RUN_CODE, self, "unsandboxed", expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

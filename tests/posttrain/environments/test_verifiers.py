@@ -1,6 +1,7 @@
 """What each kind of environment rewards, on tasks and answers by hand."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -248,3 +249,39 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"expected `pip install 'orogen\[rl\]'`"):
         made("reasoning_gym", family="chain_sum")
+
+
+GYM = """
+from reasoning_gym import families
+def create_dataset(name, size, seed):
+    return getattr(families, name)()
+"""
+FAMILY = """
+class Base:
+    def __len__(self): return 3
+    def __getitem__(self, number): return {"question": "q", "answer": "4"}
+class n_queens(Base):
+    def score_answer(self, answer, entry): return float(SCORE)
+"""
+
+
+@pytest.mark.parametrize("score", ["eval(answer) == 4", "sympy.parse_expr(answer) == 4", "int(answer) == 4"])
+def test_a_scorer_that_runs_the_answer_is_refused(tmp_path, monkeypatch, score):
+    package = tmp_path / "reasoning_gym"
+    package.mkdir()
+    (package / "__init__.py").write_text(GYM)
+    (package / "families.py").write_text(
+        "import types\nsympy = types.SimpleNamespace(parse_expr=int)\n" + FAMILY.replace("SCORE", score)
+    )
+    for name in ("reasoning_gym", "reasoning_gym.families"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if "(answer)" in score and not score.startswith("int"):
+        with pytest.raises(
+            ConfigError, match="EnvironmentConfig.family is 'n_queens', whose module calls .*unsandboxed"
+        ):
+            made("reasoning_gym", family="n_queens")
+    trusted = not score.startswith("int")
+    assert reward(made("reasoning_gym", family="n_queens", unsandboxed=trusted), "<answer>4</answer>") == 1
+    for name in ("reasoning_gym", "reasoning_gym.families"):
+        del sys.modules[name]
