@@ -76,6 +76,26 @@ STDIN = {"prompt": "double", "tests": [{"input": "2\n", "output": "4"}, {"input"
 CHECK = {"prompt": "half", "check": "assert half(4) == 2\nassert half(3) == 1.5"}
 
 
+SPY = """
+import os, sys
+half = lambda x: x / 2
+try:
+    found = {found}
+except OSError:
+    found = ''
+os.write(1, found.split('print(')[-1].encode())
+print(found.split('print(')[-1].strip("')\\n"), flush=True)
+os._exit(0)
+"""
+CHEAT = """
+class Equal(float):
+    __eq__ = lambda self, other: True
+AssertionError = Exception
+__builtins__['AssertionError'] = print
+half = lambda x: Equal(7)
+"""
+
+
 @pytest.mark.parametrize(
     ("number", "program", "expected"),
     [
@@ -88,6 +108,14 @@ CHECK = {"prompt": "half", "check": "assert half(4) == 2\nassert half(3) == 1.5"
         (1, "import os\nos._exit(0)", 0),  # before the check
         (1, "import socket\nhalf = lambda x: x / 2\nwhile True: pass", 0),
         (1, "", 0),
+        (1, "half = lambda x: x / 2\nprint('noise')\nabs = lambda x: 0", 1),
+        # It finds no check, neither on stdin nor in files or other processes, and cannot say that it has passed.
+        (1, SPY.format(found="sys.stdin.read()"), 0),
+        (1, SPY.format(found="open('stdin').read()"), 0),
+        (1, SPY.format(found="open('/tmp/task/stdin').read()"), 0),
+        (1, SPY.format(found="open(f'/proc/{os.getppid()}/fd/0').read()"), 0),
+        (1, SPY.format(found="open(f'/proc/{os.getppid()}/environ').read()"), 0),
+        (1, CHEAT, 0),
     ],
 )
 def test_a_program_must_pass_all_its_tests(tmp_path, number, program, expected):
@@ -130,16 +158,34 @@ def test_code_needs_bubblewrap_unless_that_is_allowed(monkeypatch):
 
 
 def test_bubblewrap_has_neither_network_nor_files(monkeypatch, tmp_path):
-    """A stand-in for bwrap shows its arguments and runs what comes after `--`."""
+    """A stand-in for bwrap writes down its arguments and says what the program of the first trial does."""
     tool = tmp_path / "bwrap"
-    tool.write_text('#!/bin/sh\necho "$@"\n')
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\nprintf "started\\n1\\n"\n')
     tool.chmod(0o755)
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tool))
-    words = sandbox.Sandbox(seconds=5, memory=2**30).run("").output.decode().split()
+    assert sandbox.Sandbox(seconds=5, memory=2**30).run("").output == b"1\n"
+    words = (tmp_path / "words").read_text().split()
     options, program = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert all(options[n - 2] == "--size" for n, word in enumerate(options) if word == "--tmpfs")
+    binds = [n for n, word in enumerate(options) if word == "--ro-bind"]
+    assert options.index("/tmp") < min(binds) and {"/tmp", "/dev/shm"} <= set(options)
     assert {"--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--tmpfs"} <= set(options)
     assert "--bind" not in options and "--share-net" not in options and program[-1] == "/tmp/task/main.py"
     assert str(tmp_path) not in options
+
+
+def test_a_sandbox_that_cannot_start_is_no_wrong_answer(monkeypatch, tmp_path):
+    tool = tmp_path / "bwrap"
+    tool.write_text("#!/bin/sh\necho 'bwrap: no permissions' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tool))
+    with pytest.raises(ConfigError, match="does not run in the sandbox: bwrap: no permissions; expected"):
+        made("code")
+    monkeypatch.setattr(sandbox.Sandbox, "_require_works", lambda self: None)  # it works at first, then no more
+    environment = made("code", corpus=lines(tmp_path, STDIN, CHECK))
+    for number in (0, 1):
+        with pytest.raises(sandbox.SandboxError, match="did not start: bwrap: no permissions"):
+            reward(environment, "print(4)", number)
 
 
 def test_the_last_block_of_code_counts():
