@@ -91,6 +91,17 @@ def test_an_episode_of_tools_is_learned_turn_by_turn(rollouts):
     assert not any(t.chosen[0] for t in one.tracks)
 
 
+@pytest.mark.parametrize("argument", ['"\\ud800"', "[" * 500 + "]" * 500], ids=["surrogate", "nested"])
+def test_a_conversation_that_cannot_go_on_is_a_fault_of_its_sample(argument):
+    form = Templated(Chat(tokenizer(), own_template("nemotron_3_nano")))
+    made = Rollouts(config(), tokenizer(), {"desk": make_environment(DESK)}, form)
+    text = f'Let me see.</think><tool_call>{{"name": "find_people", "arguments": {{"name": {argument}}}}}</tool_call>'
+    (sample,) = made.write([Draw("desk", 5, 0, (1,))], Scripted(text, "</think>Done."), temperature=1.0)
+    made.close()
+    assert np.isnan(sample.reward) and sample.fault is not None and sample.fault.startswith("unreadable: ")
+    assert made.faults == {"unreadable": 1}
+
+
 def test_a_row_that_is_full_ends_an_episode_without_reward():
     form = Plain(tokenizer())
     first = len(form.open(make_environment(DESK).example(5), make_environment(DESK).example(5).messages, None).ids)
