@@ -198,7 +198,8 @@ def test_json_must_be_of_its_schema(tmp_path):
     environment = made("json_schema", corpus=lines(tmp_path, {"prompt": "p", "schema": schema}))
     good = ['{"a": 1, "b": 2}', ' {"a": 1}\n', '```json\n{"a": 3}\n```']
     bad = ['{"a": 1.5}', "{}", '{"a": 1} {"a": 2}', "the answer", "", "[" * 10**5]
-    assert [reward(environment, text) for text in good + bad] == [1] * 3 + [0] * 6
+    bad += ['{"a": 1, "b": NaN}', '{"a": 1, "b": [-Infinity]}']
+    assert [reward(environment, text) for text in good + bad] == [1] * 3 + [0] * 8
     generated = made("json_schema", level=2)
     assert "schema" in generated.example(1).messages[0]["content"] and reward(generated, "{}", 1) == 0
     with pytest.raises(ConfigError, match="the schema of task 1 is none"):
@@ -234,10 +235,12 @@ def test_an_instruction_is_followed_or_not(tmp_path, check, good, bad):
     assert (reward(environment, good), reward(environment, bad), reward(environment, " ")) == (1, 0, 0)
 
 
-def test_a_check_that_there_is_not_is_refused(tmp_path):
+def test_an_unknown_check_is_refused(tmp_path):
     for check in ({"name": "rhymes"}, {"name": "words", "least": 1, "colour": 2}):
         with pytest.raises(ConfigError, match="checks of task 1"):
             made("instructions", corpus=lines(tmp_path, {"prompt": "p", "checks": [check]}))
+    with pytest.raises(ConfigError, match=r"checks of task 1 is \[\]; expected at least one"):
+        made("instructions", corpus=lines(tmp_path, {"prompt": "p", "checks": []}))
 
 
 @pytest.mark.parametrize(
