@@ -135,6 +135,10 @@ def test_other_environments_do_not_go_on(recipe, tmp_path, capsys):
             ["RLConfig.max_tokens = 96"],
             "RLConfig.max_tokens is 96; expected less than TrainConfig.sequence_length = 96",
         ),
+        (
+            ["PrecisionConfig.recipe = 'mxfp8'"],
+            "PrecisionConfig.recipe is 'mxfp8'; expected 'plain': rollouts and the trainer's log-probabilities",
+        ),
         (["RLConfig.kl = 0.1"], "RLConfig.kl is 0.1; expected --checkpoint DIR too"),
         (["digits/EnvironmentConfig.examples = 1"], "environment 'digits' has no task to train on"),
         (["TrainConfig.batch_ramp = (2, 2, 10)"], "TrainConfig.batch_ramp is (2, 2, 10); expected None"),

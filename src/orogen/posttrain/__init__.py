@@ -48,5 +48,7 @@ several times (`rollout.py`), has the answers verified, and packs them with thei
   rewards that are no numbers (`failed_verifications`, `faults/KIND`; in no baseline), overlong answers, masked tokens.
 - *Mixtures of experts*: `OptimizerConfig.frozen = ('router', 'mtp')` keeps these as they are, while correction biases
   are still updated, as in Nemotron 3 Nano's recipe.
+- *Not built*: router replay (the trainer routes tokens anew, by its own rounding), rollouts by a server over HTTP, and
+  rollouts under a PrecisionConfig, which is refused.
 - `rollouts/NUMBER.jsonl` of the run folder holds some samples of each batch to read, with rewards and advantages.
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 from orogen.checkpoint.open import open_folder
 from orogen.config.checks import ConfigError, require
+from orogen.config.precision import PrecisionConfig
 from orogen.config.rl import PLAIN, RLConfig
 from orogen.config.run import RunConfig
 from orogen.cost.assemble import assemble
@@ -112,6 +113,10 @@ def _check(config: RunConfig) -> None:
     require(train.ngram_order == 0, train, "ngram_order", "0: there is no text to fit on")
     length = train.sequence_length
     require(rl.max_tokens < length, rl, "max_tokens", f"less than TrainConfig.sequence_length = {length}")
+    for field in ("recipe", "keep", "switch_step"):
+        kept = getattr(PrecisionConfig(), field)
+        expected = f"{kept!r}: rollouts and the trainer's log-probabilities are not quantised"
+        require(getattr(config.precision, field) == kept, config.precision, field, expected)
     require(not rl.exact or config.plan.devices == 1, rl, "exact", f"False on {config.plan.devices} devices")
     if distributed.count() > 1:
         raise ConfigError(f"{distributed.count()} processes; expected one: its engine writes the rollouts")
