@@ -82,6 +82,7 @@ def test_an_episode_of_tools_is_learned_turn_by_turn(rollouts):
     expected = [tokenizer().encode(text).tolist() + [sorted(tokenizer().end_ids)[-1]] for text in texts]
     chosen = [i for t in one.tracks for i, mine in zip(t.ids, t.chosen, strict=True) if mine]
     assert chosen == sum(expected, []) and one.tokens == len(chosen)
+    assert one.longest == max(map(len, expected)) < one.tokens
     reported = [p for t in one.tracks for p, mine in zip(t.rollout, t.chosen, strict=True) if mine]
     assert reported == [-0.5 - place / 64 for ids in expected for place in range(len(ids))]
     read = tokenizer().decode(engine.requests[2].prompt)  # the second turn: the first one's tool has answered

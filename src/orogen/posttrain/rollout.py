@@ -97,7 +97,7 @@ class Rollouts:
 
     @property
     def faults(self) -> dict[str, int]:
-        """Verifications that came to nothing, by kind, since the beginning."""
+        """Verifications that came to nothing, by kind, since this process began, in evaluations too."""
         found = {UNREADABLE: self._unreadable} if self._unreadable else {}
         for pool in self._pools.values():
             for kind, count in pool.faults.items():
@@ -201,6 +201,7 @@ class Rollouts:
         tokens = [token for output in outputs for token in output.tokens]
         episode.sample.tracks[-1].add([token.id for token in tokens], [float(token.logprob or 0) for token in tokens])
         episode.sample.overlong |= last.finish == LENGTH
+        episode.sample.longest = max(episode.sample.longest, len(tokens))
         self.spent.tokens += len(tokens)
         return "".join(output.text for output in outputs)
 
