@@ -75,11 +75,11 @@ class RolloutSource:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state` was saved. Raises ConfigError if it is from other environments,
-        another tokenizer or another seed."""
+        another tokenizer, another seed, or another model that KL refers to."""
         if state.get("identity") != self._identity:
             raise ConfigError(
                 f"the position is of {state.get('identity')}; expected one of {self._identity}: environments, "
-                "tokenizer and seed must be those of the run"
+                "tokenizer, seed and the model of KL must be those of the run"
             )
         self._rollout, self._packed, self._measures = state["rollout"], state["left"], dict(state["measures"])
         self._left = _unpacked(self._packed)
