@@ -106,22 +106,24 @@ def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path, until: ExitStack |
             pad_id=corpus.tokenizer.pad_id, run_dir=run_dir, reference=reference,
         )  # fmt: skip
 
-    def evaluation(config: RunConfig, built: Built, corpus: Corpus) -> HeldoutTasks | None:
-        assert isinstance(corpus, Tasks)
-        tasks = corpus.split.numbers["heldout"]
-        if not any(tasks.values()):
-            return None
-        return HeldoutTasks(corpus.rollouts, tasks, rows=config.train.evaluate_rows, repeated=corpus.split.repeated)
-
-    def keep(corpus: Corpus, run_dir: Path) -> None:
-        assert isinstance(corpus, Tasks)
-        if corpus.template is not None:
-            keep_template(corpus.template, run_dir)
-
     return Task(
-        objective=policy_objective(terms_of(rl)), open=open_, source=source, evaluation=evaluation,
-        measures=lambda position: dict(position["measures"]), keep=keep,
+        objective=policy_objective(terms_of(rl)), open=open_, source=source, evaluation=_evaluation,
+        measures=lambda position: dict(position["measures"]), keep=_keep,
     )  # fmt: skip
+
+
+def _evaluation(config: RunConfig, built: Built, corpus: Corpus) -> HeldoutTasks | None:
+    assert isinstance(corpus, Tasks)
+    tasks = corpus.split.numbers["heldout"]
+    if not any(tasks.values()):
+        return None
+    return HeldoutTasks(corpus.rollouts, tasks, rows=config.train.evaluate_rows, repeated=corpus.split.repeated)
+
+
+def _keep(corpus: Corpus, run_dir: Path) -> None:
+    assert isinstance(corpus, Tasks)
+    if corpus.template is not None:
+        keep_template(corpus.template, run_dir)
 
 
 def _check(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 NOT_DUMPABLE = 4  # PR_SET_DUMPABLE: with 0, no process of this user reads this one's memory or open files
 MOST_LINE = 2**20
@@ -55,6 +56,7 @@ class Remote:
         self.names = self._exchange(program)
 
     def _exchange(self, message):
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline(MOST_LINE)
@@ -66,14 +68,14 @@ class Remote:
         """What the program's function returns. Raises what it raised, by the name of a built-in error."""
         found = self._exchange([name, packed(args), packed(named)])
         if "raised" in found:
-            kind = getattr(builtins, str(found["raised"]), RuntimeError)
-            known = isinstance(kind, type) and issubclass(kind, Exception) and kind is not UnicodeDecodeError
+            kind: Any = getattr(builtins, str(found["raised"]), RuntimeError)
+            known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
             raise (kind if known else RuntimeError)("in the program")
         return unpacked(found["value"])
 
     def namespace(self):
         """What the check sees of the program: its functions and plain values; built-in names are the check's own."""
-        found = {"__name__": "check"}
+        found: dict[str, Any] = {"__name__": "check"}
         for name, value in self.names.items():
             if not hasattr(builtins, name) and not name.startswith("__"):
                 found[name] = self._function(name) if value is None else unpacked(value[0])
@@ -103,7 +105,7 @@ def serve():
         answers.write(json.dumps(message).encode() + b"\n")
         answers.flush()
 
-    held = {"__name__": "__main__"}
+    held: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(json.loads(calls.readline()), "program", "exec"), held)
     say(shown(held))
     for line in calls:

@@ -76,5 +76,5 @@ def _evaluators(kind: type) -> list[str]:
         for node in ast.walk(ast.parse(inspect.getsource(sys.modules[name]))):
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
-                found |= {called} & EVALUATORS
+                found.update({str(called)} & EVALUATORS)
     return sorted(found)
