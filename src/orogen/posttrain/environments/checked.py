@@ -33,7 +33,7 @@ def packed(x):
     raise TypeError(f"{type(x).__name__} is no plain value")
 
 
-def unpacked(x):
+def unpacked(x: Any) -> Any:
     """The inverse of `packed`."""
     if not isinstance(x, list):
         return x
