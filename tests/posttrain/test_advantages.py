@@ -66,7 +66,7 @@ def test_length_control_by_hand():
 
 def test_the_overlong_penalty_by_hand():
     settings = {"most": 100, "buffer": 20, "penalty": 0.5}
-    assert [overlong_penalty(n, **settings) for n in (1, 80, 90, 100)] == [0, 0, -0.25, -0.5]
+    assert [overlong_penalty(n, **settings) for n in (1, 80, 90, 100, 101, 900)] == [0, 0, -0.25, -0.5, -0.5, -0.5]
 
 
 TRAINER = np.log([0.5, 0.2, 0.9, 0.3])
@@ -91,6 +91,15 @@ def test_corrections_by_hand(importance, expected):
         and found.largest == pytest.approx(np.log(3))
         and found.total == pytest.approx(np.log(2) + np.log(3) + np.log(30 / 29))
     )
+
+
+def test_truncated_importance_sampling_has_no_lower_bound_unless_one_is_set():
+    """As in NeMo RL; ratios 1, 1/2, 3, 1.034. IcePop's bound stays 0.5."""
+    small, high = TRAINER - np.array([0, 1, 0, 0]), {"importance_high": 5.0, "sequence_error": None}
+    found = corrected(small, ROLLOUT, dataclasses.replace(RL, importance="tis", **high))
+    np.testing.assert_allclose(found.weight_t, [1, 0.5 / np.e, 3, 30 / 29], rtol=1e-12)
+    found = corrected(small, ROLLOUT, dataclasses.replace(RL, importance="icepop", **high))
+    np.testing.assert_allclose(found.weight_t, [1, 0, 3, 30 / 29], rtol=1e-12)
 
 
 def test_a_sequence_outside_is_masked_as_a_whole():

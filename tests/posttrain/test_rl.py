@@ -11,7 +11,11 @@ from tests.train.kills import TIMED
 
 from orogen.checkpoint.open import open_model
 from orogen.cli import main
+from orogen.config.checks import ConfigError
 from orogen.config.load import load
+from orogen.model.lm import initial_state
+from orogen.posttrain import rl, rollout
+from orogen.posttrain.environments.pool import Pool
 from orogen.posttrain.rl import make_rl
 from orogen.report.metrics import read_metrics
 from orogen.train.run import train
@@ -135,6 +139,10 @@ def test_other_environments_do_not_go_on(recipe, tmp_path, capsys):
             ["RLConfig.max_tokens = 96"],
             "RLConfig.max_tokens is 96; expected less than TrainConfig.sequence_length = 96",
         ),
+        (
+            ["PrecisionConfig.recipe = 'mxfp8'"],
+            "PrecisionConfig.recipe is 'mxfp8'; expected 'plain': rollouts and the trainer's log-probabilities",
+        ),
         (["RLConfig.kl = 0.1"], "RLConfig.kl is 0.1; expected --checkpoint DIR too"),
         (["digits/EnvironmentConfig.examples = 1"], "environment 'digits' has no task to train on"),
         (["TrainConfig.batch_ramp = (2, 2, 10)"], "TrainConfig.batch_ramp is (2, 2, 10); expected None"),
@@ -155,3 +163,40 @@ def test_bad_settings_are_one_line_and_status_2(recipe, tmp_path, capsys, bindin
 def test_another_task_has_no_environments(recipe, tmp_path, capsys):
     assert main(["train", "--gin_file", str(recipe), "--run", str(tmp_path / "run")]) == 2
     assert "RLConfig has bindings; expected none: this task has no environments" in capsys.readouterr().err
+
+
+class Folder:
+    """A checkpoint whose weights a seed decides."""
+
+    def __init__(self, model, seed):
+        self.model, self.seed = model, seed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def read(self, built, plan, dtype):
+        return tuple(map(built.laid, initial_state(self.model, self.seed)))
+
+
+def test_a_run_does_not_go_on_with_another_reference(recipe, tmp_path, monkeypatch):
+    config, _ = load([recipe], ["RLConfig.kl = 0.1"])
+    monkeypatch.setattr(rl, "open_folder", lambda origin: Folder(config.model, int(origin.name)))
+    corpus = make_rl(config.rl, None, tmp_path).open(config, None)
+    source_of = lambda seed: make_rl(config.rl, tmp_path / seed, tmp_path).source(config, corpus)  # noqa: E731
+    position = json.loads(json.dumps(source_of("3").state()))
+    source_of("3").restore(position)
+    with pytest.raises(ConfigError, match="seed and the model of KL must be those of the run"):
+        source_of("4").restore(position)
+    corpus.close()
+
+
+def test_verifying_processes_end_with_the_command(recipe, tmp_path, monkeypatch, capsys):
+    """Also when the run fails."""
+    pools = []
+    monkeypatch.setattr(rollout, "Pool", lambda *one, **more: pools.append(Pool(*one, **more)) or pools[-1])
+    bindings = bound("TrainConfig.sequence_length = 8", "RLConfig.max_tokens = 2")
+    assert main(["rl", "--gin_file", str(recipe), "--run", str(tmp_path / "run"), *bindings]) == 2
+    assert len(pools) == 2 and all(worker._process is None for pool in pools for worker in pool._all)

@@ -82,6 +82,7 @@ def test_an_episode_of_tools_is_learned_turn_by_turn(rollouts):
     expected = [tokenizer().encode(text).tolist() + [sorted(tokenizer().end_ids)[-1]] for text in texts]
     chosen = [i for t in one.tracks for i, mine in zip(t.ids, t.chosen, strict=True) if mine]
     assert chosen == sum(expected, []) and one.tokens == len(chosen)
+    assert one.longest == max(map(len, expected)) < one.tokens
     reported = [p for t in one.tracks for p, mine in zip(t.rollout, t.chosen, strict=True) if mine]
     assert reported == [-0.5 - place / 64 for ids in expected for place in range(len(ids))]
     read = tokenizer().decode(engine.requests[2].prompt)  # the second turn: the first one's tool has answered
@@ -89,6 +90,17 @@ def test_an_episode_of_tools_is_learned_turn_by_turn(rollouts):
     for request in engine.requests:
         assert any(t.ids[: len(request.prompt)] == list(request.prompt) for t in one.tracks)
     assert not any(t.chosen[0] for t in one.tracks)
+
+
+@pytest.mark.parametrize("argument", ['"\\ud800"', "[" * 500 + "]" * 500], ids=["surrogate", "nested"])
+def test_a_conversation_that_cannot_go_on_is_a_fault_of_its_sample(argument):
+    form = Templated(Chat(tokenizer(), own_template("nemotron_3_nano")))
+    made = Rollouts(config(), tokenizer(), {"desk": make_environment(DESK)}, form)
+    text = f'Let me see.</think><tool_call>{{"name": "find_people", "arguments": {{"name": {argument}}}}}</tool_call>'
+    (sample,) = made.write([Draw("desk", 5, 0, (1,))], Scripted(text, "</think>Done."), temperature=1.0)
+    made.close()
+    assert np.isnan(sample.reward) and sample.fault is not None and sample.fault.startswith("unreadable: ")
+    assert made.faults == {"unreadable": 1}
 
 
 def test_a_row_that_is_full_ends_an_episode_without_reward():

@@ -34,6 +34,7 @@ ALGORITHMS = {
 KINDS = ("synthetic", "reasoning_gym", "code", "json_schema", "instructions", "workplace")
 # Kinds whose tasks come from a family, and those whose tasks may come from a file.
 OF_FAMILIES, OF_FILES = ("synthetic", "reasoning_gym"), ("code", "json_schema", "instructions")
+RUN_CODE = ("code", "reasoning_gym")  # what the model writes may run as Python
 IMPORTANCE = ("none", "tis", "icepop", "sequence")
 OVERLONG = ("keep", "filter", "penalty")
 PLAIN = "plain"
@@ -62,7 +63,9 @@ class EnvironmentConfig:
     turns: Annotated[int, "the most turns of the assistant in one episode"] = 8
     seconds: Annotated[float, "deadline of one verification"] = 10.0
     memory_mb: Annotated[int, "memory of the process that verifies, and of a program in the sandbox"] = 1024
-    unsandboxed: Annotated[bool, "whether code may run without bubblewrap: only for code that you trust"] = False
+    unsandboxed: Annotated[
+        bool, "whether code, or a family of reasoning_gym that evaluates answers, may run without a sandbox"
+    ] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -81,7 +84,7 @@ class EnvironmentConfig:
         expected = "0: only synthetic tasks have it"
         require(not self.partial_credit or self.kind == "synthetic", self, "partial_credit", expected)
         expected = f"False: kind {self.kind!r} runs no code"
-        require(not self.unsandboxed or self.kind == "code", self, "unsandboxed", expected)
+        require(not self.unsandboxed or self.kind in RUN_CODE, self, "unsandboxed", expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,9 @@ class RLConfig:
         str | None, "what the loss is a mean over: each token, or each sequence with its mean; None: the algorithm's"
     ] = None
     importance: Annotated[str, "correction for rollouts that differ: none, tis, icepop or sequence"] = "icepop"
-    importance_low: Annotated[float, "least weight of a token, or of a sequence's geometric mean"] = 0.5
+    importance_low: Annotated[
+        float | None, "least weight of a token, or of a sequence's geometric mean; None: 0 with tis, else 0.5"
+    ] = None
     importance_high: Annotated[float, "largest one"] = 2.0
     sequence_error: Annotated[float | None, "mismatch above which a sequence is left out; None: none is"] = 2.0
     baseline: Annotated[str, "group or leave_one_out"] = "leave_one_out"
@@ -174,7 +179,7 @@ class RLConfig:
         require(self.clip_low is None or self.clip_low < 1, self, "clip_low", "below 1")
         require(self.dual_clip is None or self.dual_clip > 1, self, "dual_clip", "above 1")
         expected = f"below importance_high = {self.importance_high}"
-        require(self.importance_low < self.importance_high, self, "importance_low", expected)
+        require(self.least_importance < self.importance_high, self, "importance_low", expected)
         require(self.sequence_error is None or self.sequence_error >= 1, self, "sequence_error", "1 or more, or None")
         require(self.prompts % self.updates == 0, self, "updates", f"a divisor of prompts = {self.prompts}")
         require(self.prompts >= len(self.environments), self, "prompts", "at least one per environment")
@@ -190,3 +195,10 @@ class RLConfig:
         """The field, or what the algorithm sets where it is None."""
         value = getattr(self, field)
         return getattr(ALGORITHMS[self.algorithm], field) if value is None else value
+
+    @property
+    def least_importance(self) -> float:
+        """importance_low, or where it is None what NeMo RL takes for tis, and IcePop's bound for the others."""
+        if self.importance_low is not None:
+            return self.importance_low
+        return 0.0 if self.importance == "tis" else 0.5

@@ -45,9 +45,13 @@ several times (`rollout.py`), has the answers verified, and packs them with thei
 - *A run that is killed goes on to the bit* and counts no sample twice: seeds derive from the run's seed, the number of
   the rollout, and the place in it; the engine takes new weights as if it were new. Batches that are left of a rollout
   with several updates are part of the checkpoint.
+- *Held-out tasks* ask no question that is trained on (`task_split.py`), unless an environment has fewer than 20
+  different ones: `env.json` and the log then say so.
 - *What has no gradient is counted*: groups with equal rewards (`zero_gradient_groups`), failed verifications and
   rewards that are no numbers (`failed_verifications`, `faults/KIND`; in no baseline), overlong answers, masked tokens.
 - *Mixtures of experts*: `OptimizerConfig.frozen = ('router', 'mtp')` keeps these as they are, while correction biases
   are still updated, as in Nemotron 3 Nano's recipe.
+- *Not built*: router replay (the trainer routes tokens anew, by its own rounding), rollouts by a server over HTTP, and
+  rollouts under a PrecisionConfig, which is refused.
 - `rollouts/NUMBER.jsonl` of the run folder holds some samples of each batch to read, with rewards and advantages.
 """

@@ -26,7 +26,7 @@ def advantages(reward_n: np.ndarray, *, baseline: str, normalise: bool, clip: fl
     found_n = np.zeros(len(reward_n))
     there_n = ~np.isnan(reward_n)
     known = np.asarray(reward_n, np.float64)[there_n]
-    if len(known) < 2 or np.all(known == known[0]):
+    if all_equal(known):
         return found_n
     if baseline == "group":
         mean, deviation = np.full(len(known), known.mean()), np.full(len(known), known.std(ddof=1))
@@ -77,8 +77,8 @@ def length_bonus(
 
 
 def overlong_penalty(length: int, *, most: int, buffer: int, penalty: float) -> float:
-    """min(0, -(length - (most - buffer)) / buffer · penalty). Source: arXiv:2503.14476, eq. 13."""
-    return min(0.0, -(length - (most - buffer)) / buffer * penalty)
+    """From 0 at most - buffer tokens to -penalty at `most` and beyond. Source: arXiv:2503.14476, eq. 13."""
+    return max(-penalty, min(0.0, -(length - (most - buffer)) / buffer * penalty))
 
 
 class Corrected(NamedTuple):
@@ -101,12 +101,12 @@ def corrected(trainer_t: np.ndarray, rollout_t: np.ndarray, rl: RLConfig) -> Cor
     with np.errstate(over="ignore", invalid="ignore"):
         ratio_t, error_t = np.exp(gap_t), np.exp(np.abs(gap_t))
         whole = float(np.exp(gap_t.mean())) if len(gap_t) else 1.0
-    inside_t = (ratio_t >= rl.importance_low) & (ratio_t <= rl.importance_high)
+    inside_t = (ratio_t >= rl.least_importance) & (ratio_t <= rl.importance_high)
     weight_t = {
         "none": lambda: np.ones(len(gap_t)),
-        "tis": lambda: np.clip(ratio_t, rl.importance_low, rl.importance_high),
+        "tis": lambda: np.clip(ratio_t, rl.least_importance, rl.importance_high),
         "icepop": lambda: np.where(inside_t, ratio_t, 0),
-        "sequence": lambda: ratio_t * (rl.importance_low <= whole <= rl.importance_high),
+        "sequence": lambda: ratio_t * (rl.least_importance <= whole <= rl.importance_high),
     }[rl.importance]()
     weight_t = np.where(np.isfinite(ratio_t), weight_t, 0) if rl.importance != "none" else weight_t
     kept = rl.sequence_error is None or bool(len(gap_t) == 0 or error_t.mean() <= rl.sequence_error)

@@ -168,12 +168,14 @@ SFT = Command(
 def rl(options: argparse.Namespace) -> int:
     """`orogen rl`."""
 
-    def task(config: RunConfig) -> "Task":
-        from orogen.posttrain.rl import make_rl
+    with contextlib.ExitStack() as held:
 
-        return make_rl(config.rl, options.checkpoint, options.run)
+        def task(config: RunConfig) -> "Task":
+            from orogen.posttrain.rl import make_rl
 
-    return run_task(options, task, "rl")
+            return make_rl(config.rl, options.checkpoint, options.run, held)
+
+        return run_task(options, task, "rl")
 
 
 def _add_distill_arguments(parser: argparse.ArgumentParser) -> None:

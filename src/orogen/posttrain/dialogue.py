@@ -1,5 +1,6 @@
 """Episodes as token sequences: what the model reads before each of its turns, and what it said."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,8 +50,19 @@ class Templated:
 
 
 def _checked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `Said` became is checked already: its calls have arguments as objects."""
-    return [m if m["role"] == "assistant" else check_messages([m])[0] for m in messages]
+    """As of a server's request: calls have arguments as text there. Raises ConfigError for those that no JSON file may
+    have, such as lone surrogates or deep nesting."""
+    return check_messages([_asked(message) for message in messages])
+
+
+def _asked(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def said_of(text: str, opened: Opened, tools: Sequence[Mapping[str, Any]]) -> Said:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from orogen.config.streams import say
 from orogen.posttrain.rollout import Draw, Rollouts
 
 REWARD, FAILURE, WHOLE = "heldout_reward", "heldout_failure", "whole_"
@@ -14,10 +15,13 @@ class HeldoutTasks:
     """Scores a state by its rewards on held-out tasks: about `rows` of them, or all.
 
     The first score is 1 - reward, since of scores the lowest is the best. A failed verification has a reward of 0.
+    repeated: environments with so few questions that held-out ones are trained on too, which is said once.
     """
 
-    def __init__(self, rollouts: Rollouts, tasks: Mapping[str, Sequence[int]], *, rows: int) -> None:
-        self._rollouts = rollouts
+    def __init__(
+        self, rollouts: Rollouts, tasks: Mapping[str, Sequence[int]], *, rows: int, repeated: Sequence[str] = ()
+    ) -> None:  # fmt: skip
+        self._rollouts, self._repeated = rollouts, repeated
         self._all = {name: list(numbers) for name, numbers in tasks.items() if len(numbers)}
         share = -(-rows // max(1, len(self._all)))
         self._some = {name: _spread(numbers, share) for name, numbers in self._all.items()}
@@ -35,6 +39,10 @@ class HeldoutTasks:
         return self._scores(state, self._all, self.whole)
 
     def _scores(self, state: Any, tasks: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict[str, float]:
+        if self._repeated:
+            names_of = ", ".join(self._repeated)
+            say(f"held-out tasks of {names_of} repeat questions of training: they have too few different ones")
+            self._repeated = ()
         engine = self._rollouts.take(state.params, state.buffers)
         means = []
         for name, numbers in tasks.items():

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from orogen.config.rl import RLConfig
-from orogen.posttrain.advantages import all_equal
 from orogen.posttrain.samples import Mismatch, Sample
 
 
@@ -16,14 +15,14 @@ def measured(
     """Means over samples, and `NAME/ENVIRONMENT` over those of each environment. A reward is a mean over the samples
     that have one; without any, it is left out.
 
-    zero_gradient_groups: share of the groups whose rewards are equal. mismatch: of the trainer's log-probabilities from
+    zero_gradient_groups: share of the groups without an advantage. mismatch: of the trainer's log-probabilities from
     the rollout's, over tokens; masked_tokens: share whose weight is 0; left_out_sequences: share of sequences with too
     large an error.
     """
     found = _of(samples, "")
     for one in rl.environments:
         found |= _of([sample for sample in samples if sample.environment == one.name], f"/{one.name}")
-    equal = [all_equal(np.array([sample.reward for sample in group])) for group in groups]
+    equal = [is_flat(group) for group in groups]
     return found | {
         "zero_gradient_groups": float(np.mean(equal)),
         "mismatch_mean": mismatch.total / max(mismatch.tokens, 1),
@@ -31,6 +30,11 @@ def measured(
         "masked_tokens": mismatch.masked / max(mismatch.tokens, 1),
         "left_out_sequences": mismatch.left_out / max(mismatch.sequences, 1),
     }
+
+
+def is_flat(group: Sequence[Sample]) -> bool:
+    """Whether a judged group has no gradient: its rewards, with what is added for lengths, are equal."""
+    return all(sample.advantage == 0 for sample in group)
 
 
 def _of(samples: Sequence[Sample], suffix: str) -> dict[str, float]:

@@ -1,14 +1,21 @@
 """The task of `orogen rl`: answers that the training weights write, judged by environments."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax import Array
+
 from orogen.checkpoint.open import open_folder
 from orogen.config.checks import ConfigError, require
+from orogen.config.precision import PrecisionConfig
 from orogen.config.rl import PLAIN, RLConfig
 from orogen.config.run import RunConfig
 from orogen.cost.assemble import assemble
@@ -30,6 +37,7 @@ from orogen.posttrain.objective import policy_objective, terms_of
 from orogen.posttrain.rollout import Rollouts
 from orogen.posttrain.sft import keep_template, template_of
 from orogen.posttrain.source import Reference, RolloutSource
+from orogen.posttrain.task_split import SplitTasks, split_tasks
 from orogen.train.task import Task
 
 ENVIRONMENTS = "environments"  # DataConfig.corpus: tasks come from RLConfig.environments
@@ -38,15 +46,15 @@ ENVIRONMENTS = "environments"  # DataConfig.corpus: tasks come from RLConfig.env
 class Tasks(Corpus):
     """The tasks of all environments, as a corpus of their prompts.
 
-    by_split: by split and environment, numbers of tasks. template: None for plain text.
+    template: None for plain text.
     """
 
     def __init__(
-        self, run: RunConfig, environments: Mapping[str, Environment], by_split: Mapping[str, Mapping[str, list[int]]],
+        self, run: RunConfig, environments: Mapping[str, Environment], split: SplitTasks,
         template: str | dict[str, str] | None, **fields: Any,
     ) -> None:  # fmt: skip
         super().__init__(**fields)
-        self._run, self.environments, self.by_split, self.template = run, environments, by_split, template
+        self._run, self.environments, self.split, self.template = run, environments, split, template
 
     @cached_property
     def rollouts(self) -> Rollouts:
@@ -55,12 +63,20 @@ class Tasks(Corpus):
         return Rollouts(self._run, self.tokenizer, self.environments, form)
 
     def describe(self) -> dict[str, Any]:
-        """As a corpus of text, with the number of tasks of each environment."""
-        return {**super().describe(), "tasks": {name: len(one) for name, one in self.environments.items()}}
+        """As a corpus of text, with the number of tasks of each environment, and the environments whose held-out
+        questions are trained on too."""
+        tasks = {name: len(one) for name, one in self.environments.items()}
+        return {**super().describe(), "tasks": tasks, "heldout_repeats_training": self.split.repeated}
+
+    def close(self) -> None:
+        """Ends the processes that verify."""
+        if "rollouts" in self.__dict__:
+            self.rollouts.close()
 
 
-def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path) -> Task:
-    """The task. origin: the folder with the first checkpoint, from which KL is measured, and perhaps a template."""
+def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path, until: ExitStack | None = None) -> Task:
+    """The task. origin: the folder with the first checkpoint, from which KL is measured, and perhaps a template. until:
+    with its end, the processes that verify end too; None: with `Tasks.close`."""
 
     def open_(config: RunConfig, tokenizer: Tokenizer | None) -> Corpus:
         _check(config)
@@ -73,33 +89,41 @@ def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path) -> Task:
             check_vocab_size(tokenizer, data.vocab_size, name="DataConfig.vocab_size")
         kept = run_dir if any(run_dir.glob("chat_template.*")) else origin
         template = None if rl.template == PLAIN else template_of(rl.template, kept, tokenizer)
-        return _open_tasks(config, tokenizer, template)
+        tasks = _open_tasks(config, tokenizer, template)
+        if until is not None:
+            until.callback(tasks.close)
+        return tasks
 
     def source(config: RunConfig, corpus: Corpus) -> RolloutSource:
         assert isinstance(corpus, Tasks)
         built = assemble(config.model, config.plan, length=config.train.sequence_length).built
         scorer = Likelihoods(config, built)
+        identity, reference = _identity(config, corpus), _reference(rl, origin, built, scorer)
+        if reference is not None:
+            identity["reference"] = _fingerprint(built, *reference())
         return RolloutSource(
-            config, corpus.rollouts, dict(corpus.by_split["train"]), scorer, identity=_identity(config, corpus),
-            pad_id=corpus.tokenizer.pad_id, run_dir=run_dir, reference=_reference(rl, origin, built, scorer),
+            config, corpus.rollouts, dict(corpus.split.numbers["train"]), scorer, identity=identity,
+            pad_id=corpus.tokenizer.pad_id, run_dir=run_dir, reference=reference,
         )  # fmt: skip
 
-    def evaluation(config: RunConfig, built: Built, corpus: Corpus) -> HeldoutTasks | None:
-        assert isinstance(corpus, Tasks)
-        tasks = corpus.by_split["heldout"]
-        if not any(tasks.values()):
-            return None
-        return HeldoutTasks(corpus.rollouts, tasks, rows=config.train.evaluate_rows)
-
-    def keep(corpus: Corpus, run_dir: Path) -> None:
-        assert isinstance(corpus, Tasks)
-        if corpus.template is not None:
-            keep_template(corpus.template, run_dir)
-
     return Task(
-        objective=policy_objective(terms_of(rl)), open=open_, source=source, evaluation=evaluation,
-        measures=lambda position: dict(position["measures"]), keep=keep,
+        objective=policy_objective(terms_of(rl)), open=open_, source=source, evaluation=_evaluation,
+        measures=lambda position: dict(position["measures"]), keep=_keep,
     )  # fmt: skip
+
+
+def _evaluation(config: RunConfig, built: Built, corpus: Corpus) -> HeldoutTasks | None:
+    assert isinstance(corpus, Tasks)
+    tasks = corpus.split.numbers["heldout"]
+    if not any(tasks.values()):
+        return None
+    return HeldoutTasks(corpus.rollouts, tasks, rows=config.train.evaluate_rows, repeated=corpus.split.repeated)
+
+
+def _keep(corpus: Corpus, run_dir: Path) -> None:
+    assert isinstance(corpus, Tasks)
+    if corpus.template is not None:
+        keep_template(corpus.template, run_dir)
 
 
 def _check(config: RunConfig) -> None:
@@ -112,6 +136,10 @@ def _check(config: RunConfig) -> None:
     require(train.ngram_order == 0, train, "ngram_order", "0: there is no text to fit on")
     length = train.sequence_length
     require(rl.max_tokens < length, rl, "max_tokens", f"less than TrainConfig.sequence_length = {length}")
+    for field in ("recipe", "keep", "switch_step"):
+        kept = getattr(PrecisionConfig(), field)
+        expected = f"{kept!r}: rollouts and the trainer's log-probabilities are not quantised"
+        require(getattr(config.precision, field) == kept, config.precision, field, expected)
     require(not rl.exact or config.plan.devices == 1, rl, "exact", f"False on {config.plan.devices} devices")
     if distributed.count() > 1:
         raise ConfigError(f"{distributed.count()} processes; expected one: its engine writes the rollouts")
@@ -119,34 +147,14 @@ def _check(config: RunConfig) -> None:
 
 def _open_tasks(config: RunConfig, tokenizer: Tokenizer, template: str | dict[str, str] | None) -> Tasks:
     environments = {one.name: make_environment(one) for one in config.rl.environments}
-    documents, place_of = [], {}
-    for name, environment in environments.items():
-        for number in range(len(environment)):
-            document = _document(name, environment, number)
-            documents.append(document)
-            place_of[document.key] = name, number
-    split = corpora.split_documents(documents, config=config.data)
-    by_split = {
-        part: {name: [place_of[d.key][1] for d in found if place_of[d.key][0] == name] for name in environments}
-        for part, found in split.items()
-    }
-    for name in environments:
-        if not by_split["train"][name]:
-            raise ConfigError(f"environment {name!r} has no task to train on; expected more examples")
-    splits = {part: TokenizedSplit(found, tokenizer) for part, found in split.items()}
+    split = split_tasks(environments, config.data)
+    splits = {part: TokenizedSplit(found, tokenizer) for part, found in split.texts.items()}
     # Tasks and templates decide what is written: a resumed run must have the same.
-    known = json.dumps([corpora.content_hash(documents), template], sort_keys=True)
+    known = json.dumps([corpora.content_hash(split.documents), template], sort_keys=True)
     source = Source(corpora.content_hash([Document("tasks", known)]), splits, None)
     return Tasks(
-        config, environments, by_split, template, config=config.data, sources={ONLY: source}, tokenizer=tokenizer
+        config, environments, split, template, config=config.data, sources={ONLY: source}, tokenizer=tokenizer
     )  # fmt: skip
-
-
-def _document(name: str, environment: Environment, number: int) -> Document:
-    example = environment.example(number)
-    messages: Sequence[dict[str, Any]] = example.messages
-    text = json.dumps([list(messages), list(example.tools), example.secret], ensure_ascii=False)
-    return Document(f"{name}/{number}", text)
 
 
 def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
 
 
 def _reference(rl: RLConfig, origin: Path | None, built: Built, scorer: Likelihoods) -> Reference | None:
-    """The weights that KL refers to, read when they are first needed."""
+    """The weights that KL refers to, read once."""
     if not rl.kl:
         return None
     if origin is None:
@@ -174,3 +182,19 @@ def _reference(rl: RLConfig, origin: Path | None, built: Built, scorer: Likeliho
         return held[0]
 
     return reference
+
+
+def _fingerprint(built: Built, *states: Any) -> str:
+    """Of parameters and buffers of a laid-out model: a hash of each array's bits, weighted by their places and summed
+    modulo 2**32, so that neither the plan nor the order of the sum changes it."""
+
+    def sums(states: Any) -> list[Array]:
+        return [_weighted_bits(leaf) for leaf in jax.tree.leaves(list(map(built.whole, states)))]
+
+    found = [int(one) for one in jax.device_get(jax.jit(sums)(list(states)))]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _weighted_bits(x: Array) -> Array:
+    words = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).ravel()
+    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)

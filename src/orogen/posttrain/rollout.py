@@ -38,6 +38,7 @@ from orogen.train.heldout import at_work
 
 PAGE, PIECE = 16, 64  # tokens of a page, and of a piece of a prompt where texts are long
 SHORT = 256  # tokens of a text below which a piece is one page
+UNREADABLE = "unreadable"  # a conversation that cannot be continued, since its template or tokenizer fails at it
 READ = 2048  # prompt tokens that are read at a time
 
 
@@ -84,13 +85,20 @@ class Rollouts:
         self.settings = _engine_config(config, self._plan.config)
         sizes_of(config.model, self._plan.config, self.settings)
         self._engine: Engine | None = None
-        self._pools = {one.name: Pool(one, workers=self.rl.workers) for one in self.rl.environments}
+        self._unreadable = 0
         self.spent = Spent()
+        self._pools: dict[str, Pool] = {}
+        try:
+            for one in self.rl.environments:
+                self._pools[one.name] = Pool(one, workers=self.rl.workers)
+        except ConfigError:
+            self.close()
+            raise
 
     @property
     def faults(self) -> dict[str, int]:
-        """Verifications that came to nothing, by kind, since the beginning."""
-        found: dict[str, int] = {}
+        """Verifications that came to nothing, by kind, since this process began, in evaluations too."""
+        found = {UNREADABLE: self._unreadable} if self._unreadable else {}
         for pool in self._pools.values():
             for kind, count in pool.faults.items():
                 found[kind] = found.get(kind, 0) + count
@@ -136,8 +144,7 @@ class Rollouts:
             began = time.perf_counter()
             texts = self._speak(live, engine, temperature, progress)
             spoke = time.perf_counter()
-            turns = self._verify(live, texts)
-            progress()
+            turns = self._verify(live, texts, progress)
             self.spent.writing += spoke - began
             self.spent.verifying += time.perf_counter() - spoke
             live = [one for one, turn in zip(live, turns, strict=True) if self._goes_on(one, turn)]
@@ -194,11 +201,14 @@ class Rollouts:
         tokens = [token for output in outputs for token in output.tokens]
         episode.sample.tracks[-1].add([token.id for token in tokens], [float(token.logprob or 0) for token in tokens])
         episode.sample.overlong |= last.finish == LENGTH
+        episode.sample.longest = max(episode.sample.longest, len(tokens))
         self.spent.tokens += len(tokens)
         return "".join(output.text for output in outputs)
 
-    def _verify(self, live: Sequence[_Episode], texts: Sequence[str]) -> list[Turn | Fault]:
-        """What comes of each turn; environments verify at the same time as each other, in their own processes."""
+    def _verify(
+        self, live: Sequence[_Episode], texts: Sequence[str], progress: Callable[[], None]
+    ) -> list[Turn | Fault]:
+        """What comes of each turn: one environment after another, each in its own processes."""
         asked: dict[str, list[tuple[int, Asked]]] = {}
         for place, (episode, text) in enumerate(zip(live, texts, strict=True)):
             assert episode.opened is not None
@@ -211,7 +221,7 @@ class Rollouts:
             asked.setdefault(episode.draw.environment, []).append((place, turn))
         found: dict[int, Turn | Fault] = {}
         for name, turns in asked.items():
-            results = self._pools[name].verify([turn for _, turn in turns])
+            results = self._pools[name].verify([turn for _, turn in turns], progress)
             found |= {place: result for (place, _), result in zip(turns, results, strict=True)}
         return [found[place] for place in range(len(live))]
 
@@ -223,8 +233,14 @@ class Rollouts:
         episode.state, episode.turn = turn.state, episode.turn + 1
         if turn.rewards is None:
             episode.messages += turn.replies
-            if self._open(episode):
-                return True
+            try:
+                if self._open(episode):
+                    return True
+            except Exception as error:  # templates and tokenizers may raise anything at what a model wrote
+                reason = str(error).splitlines()[:1]
+                sample.fault = f"{UNREADABLE}: {type(error).__name__}: {''.join(reason)}"
+                self._unreadable += 1
+                return False
             sample.overlong = True
             sample.reward = 0.0  # the row is full before the episode is over
             return False

@@ -41,7 +41,7 @@ class Track:
 class Sample:
     """One answer to a task. group: of answers to one task. reward: the sum of `rewards`, NaN if the verifier failed,
     for the reason `fault`. overlong: an answer reached its most tokens, or the episode its row. sizes: characters of
-    all thoughts and of all contents."""
+    all thoughts and of all contents; longest: tokens of the longest turn."""
 
     environment: str
     number: int
@@ -55,6 +55,7 @@ class Sample:
     fault: str | None = None
     overlong: bool = False
     sizes: tuple[int, int] = (0, 0)
+    longest: int = 0
     advantage: float = 0.0
     largest_gap: float = 0.0
 

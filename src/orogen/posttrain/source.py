@@ -4,10 +4,11 @@ Letters: b batch, t time, n samples of a group.
 """
 
 import base64
+import collections
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import Batch, Place
 from orogen.infer.engine import Engine
 from orogen.infer.exact_scores import ExactScores
-from orogen.posttrain.advantages import advantages, all_equal, length_bonus, overlong_penalty
+from orogen.posttrain.advantages import advantages, length_bonus, overlong_penalty
 from orogen.posttrain.curriculum import Curriculum
 from orogen.posttrain.likelihood import Likelihoods
-from orogen.posttrain.measures import measured
+from orogen.posttrain.measures import is_flat, measured
 from orogen.posttrain.rollout import Draw, Rollouts
 from orogen.posttrain.samples import Mismatch, Sample, Track, batch_of
 
@@ -74,11 +75,11 @@ class RolloutSource:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `state` was saved. Raises ConfigError if it is from other environments,
-        another tokenizer or another seed."""
+        another tokenizer, another seed, or another model that KL refers to."""
         if state.get("identity") != self._identity:
             raise ConfigError(
                 f"the position is of {state.get('identity')}; expected one of {self._identity}: environments, "
-                "tokenizer and seed must be those of the run"
+                "tokenizer, seed and the model of KL must be those of the run"
             )
         self._rollout, self._packed, self._measures = state["rollout"], state["left"], dict(state["measures"])
         self._left = _unpacked(self._packed)
@@ -88,12 +89,11 @@ class RolloutSource:
         """One batch per update, of samples that the weights of `state` write."""
         began, spent = time.perf_counter(), self._rollouts.spent
         before = spent.writing, spent.verifying, spent.tokens
+        faults = collections.Counter(self._rollouts.faults)
         engine = self._rollouts.take(state.params, state.buffers)
         if self._curriculum.profile_due(self._rollout):
             self._curriculum.profiled(self._profile(engine))
         samples, resampled = self._groups(engine)
-        for group in _by_group(samples):
-            self._judge(group)
         wrote = time.perf_counter()
         groups = _by_group(samples)
         share = len(groups) // self._rl.updates
@@ -104,7 +104,7 @@ class RolloutSource:
             mismatch = mismatch.plus(one)
         self._measures = measured(samples, groups, mismatch, self._rl) | {
             "resampled_groups": float(resampled),
-            **{f"faults/{kind}": float(count) for kind, count in sorted(self._rollouts.faults.items())},
+            **_named_faults(collections.Counter(self._rollouts.faults) - faults),
             "rollout_ms": 1e3 * (spent.writing - before[0]),
             "verify_ms": 1e3 * (spent.verifying - before[1]),
             "score_ms": 1e3 * (time.perf_counter() - wrote),
@@ -114,20 +114,20 @@ class RolloutSource:
         return [batch for batch, _ in made]
 
     def _groups(self, engine: Engine) -> tuple[list[Sample], int]:
-        """The samples of the batch's tasks, and how many groups were replaced because their rewards were equal."""
+        """The judged samples of the batch's tasks, and how many groups were replaced because they had no gradient."""
         drawn = self._curriculum.draw(self._rollout)
         samples = self._write(drawn, engine, round_=0)
         replaced = 0
         for round_ in range(1, int(self._rl.chosen("resample")) + 1):
             groups = _by_group(samples)
-            dull = [place for place, group in enumerate(groups) if all_equal(_rewards(group))]
+            dull = [place for place, group in enumerate(groups) if is_flat(group)]
             if not dull:
                 break
             names = [groups[place][0].environment for place in dull]
             again = [(name, self._curriculum.more(name, 1, self._rollout)[0]) for name in names]
             fresh = _by_group(self._write(again, engine, round_=round_))
             for place, group in zip(dull, fresh, strict=True):
-                if not all_equal(_rewards(group)):
+                if not is_flat(group):
                     for sample in group:
                         sample.group = place
                     groups[place] = group
@@ -142,7 +142,10 @@ class RolloutSource:
             for group, (name, number) in enumerate(drawn)
             for sample in range(self._rl.samples)
         ]
-        return self._sampled(draws, engine)
+        samples = self._sampled(draws, engine)
+        for group in _by_group(samples):
+            self._judge(group)
+        return samples
 
     def _sampled(self, draws: Sequence[Draw], engine: Engine) -> list[Sample]:
         return self._rollouts.write(draws, engine, temperature=self._rl.temperature, progress=self.progress)
@@ -166,7 +169,7 @@ class RolloutSource:
         rl, reward_n = self._rl, _rewards(group)
         if rl.chosen("overlong") == "penalty":
             settings = {"most": rl.max_tokens, "buffer": rl.overlong_buffer, "penalty": rl.overlong_penalty}
-            reward_n = reward_n + [overlong_penalty(sample.tokens, **settings) for sample in group]
+            reward_n = reward_n + [overlong_penalty(sample.longest, **settings) for sample in group]
         if rl.length_control or rl.concise_bonus:
             sizes = [np.array([sample.sizes[part] for sample in group]) for part in (0, 1)]
             settings = {"weight": rl.length_control, "concise": rl.concise_bonus}
@@ -216,6 +219,10 @@ class RolloutSource:
         chosen = [samples[n * len(samples) // count] for n in range(count)]
         lines = "".join(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in chosen)
         write_atomically(folder / f"{self._rollout:08d}.jsonl", lines.encode("utf-8", "surrogatepass"))
+
+
+def _named_faults(faults: Mapping[str, int]) -> dict[str, float]:
+    return {f"faults/{kind}": float(count) for kind, count in sorted(faults.items())}
 
 
 def _rewards(group: Sequence[Sample]) -> np.ndarray:

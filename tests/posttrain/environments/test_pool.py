@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from orogen.config.checks import ConfigError
 from orogen.config.rl import EnvironmentConfig
 from orogen.posttrain.environments.interface import Said, Turn
 from orogen.posttrain.environments.pool import Asked, Fault, Pool
@@ -37,3 +38,24 @@ def test_a_bad_verifier_is_counted_and_the_next_answers(pool, said, kind, reason
     assert isinstance(found[0], Fault) and found[0].kind == kind and reason in found[0].reason
     assert found[1:] == [GOOD] * 3 and pool.faults[kind] == before + 1
     assert time.monotonic() - began < 30
+
+
+def test_an_environment_that_cannot_run_is_refused_at_once(tmp_path):
+    """Its own last words are the reason."""
+    config = EnvironmentConfig(name="gone", kind="synthetic", family="chess")
+    with pytest.raises(ConfigError, match="environment 'gone' does not run: .*EnvironmentConfig.family is 'chess'"):
+        Pool(config, workers=1)
+
+
+def test_a_pool_says_that_it_is_at_work_and_gives_up(monkeypatch):
+    """Each result is progress; three in a row without an answer are enough, with an answer between they are not."""
+    monkeypatch.setattr("orogen.posttrain.environments.pool.GIVE_UP", 3)
+    config = EnvironmentConfig(name="bad", kind="synthetic", family="copy", seconds=0.2, memory_mb=700)
+    made = Pool(config, workers=1, module="tests.posttrain.environments.bad_worker")
+    done, asked = [], lambda *texts: [Asked(0, None, Said(text)) for text in texts]
+    made.verify(asked("crash", "crash", "good", "hang", "crash"), lambda: done.append(1))
+    assert len(done) == 5
+    with pytest.raises(ConfigError, match="environment 'bad': 3 verifications in a row had no answer; expected"):
+        made.verify(asked("crash", "good"), lambda: done.append(1))
+    assert len(done) == 6
+    made.close()

@@ -1,6 +1,7 @@
 """What each kind of environment rewards, on tasks and answers by hand."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -75,6 +76,26 @@ STDIN = {"prompt": "double", "tests": [{"input": "2\n", "output": "4"}, {"input"
 CHECK = {"prompt": "half", "check": "assert half(4) == 2\nassert half(3) == 1.5"}
 
 
+SPY = """
+import os, sys
+half = lambda x: x / 2
+try:
+    found = {found}
+except OSError:
+    found = ''
+os.write(1, found.split('print(')[-1].encode())
+print(found.split('print(')[-1].strip("')\\n"), flush=True)
+os._exit(0)
+"""
+CHEAT = """
+class Equal(float):
+    __eq__ = lambda self, other: True
+AssertionError = Exception
+__builtins__['AssertionError'] = print
+half = lambda x: Equal(7)
+"""
+
+
 @pytest.mark.parametrize(
     ("number", "program", "expected"),
     [
@@ -87,6 +108,14 @@ CHECK = {"prompt": "half", "check": "assert half(4) == 2\nassert half(3) == 1.5"
         (1, "import os\nos._exit(0)", 0),  # before the check
         (1, "import socket\nhalf = lambda x: x / 2\nwhile True: pass", 0),
         (1, "", 0),
+        (1, "half = lambda x: x / 2\nprint('noise')\nabs = lambda x: 0", 1),
+        # It finds no check, neither on stdin nor in files or other processes, and cannot say that it has passed.
+        (1, SPY.format(found="sys.stdin.read()"), 0),
+        (1, SPY.format(found="open('stdin').read()"), 0),
+        (1, SPY.format(found="open('/tmp/task/stdin').read()"), 0),
+        (1, SPY.format(found="open(f'/proc/{os.getppid()}/fd/0').read()"), 0),
+        (1, SPY.format(found="open(f'/proc/{os.getppid()}/environ').read()"), 0),
+        (1, CHEAT, 0),
     ],
 )
 def test_a_program_must_pass_all_its_tests(tmp_path, number, program, expected):
@@ -129,16 +158,34 @@ def test_code_needs_bubblewrap_unless_that_is_allowed(monkeypatch):
 
 
 def test_bubblewrap_has_neither_network_nor_files(monkeypatch, tmp_path):
-    """A stand-in for bwrap shows its arguments and runs what comes after `--`."""
+    """A stand-in for bwrap writes down its arguments and says what the program of the first trial does."""
     tool = tmp_path / "bwrap"
-    tool.write_text('#!/bin/sh\necho "$@"\n')
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\nprintf "started\\n1\\n"\n')
     tool.chmod(0o755)
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tool))
-    words = sandbox.Sandbox(seconds=5, memory=2**30).run("").output.decode().split()
+    assert sandbox.Sandbox(seconds=5, memory=2**30).run("").output == b"1\n"
+    words = (tmp_path / "words").read_text().split()
     options, program = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert all(options[n - 2] == "--size" for n, word in enumerate(options) if word == "--tmpfs")
+    binds = [n for n, word in enumerate(options) if word == "--ro-bind"]
+    assert options.index("/tmp") < min(binds) and {"/tmp", "/dev/shm"} <= set(options)
     assert {"--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--tmpfs"} <= set(options)
     assert "--bind" not in options and "--share-net" not in options and program[-1] == "/tmp/task/main.py"
     assert str(tmp_path) not in options
+
+
+def test_a_sandbox_that_cannot_start_is_no_wrong_answer(monkeypatch, tmp_path):
+    tool = tmp_path / "bwrap"
+    tool.write_text("#!/bin/sh\necho 'bwrap: no permissions' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tool))
+    with pytest.raises(ConfigError, match="does not run in the sandbox: bwrap: no permissions; expected"):
+        made("code")
+    monkeypatch.setattr(sandbox.Sandbox, "_require_works", lambda self: None)  # it works at first, then no more
+    environment = made("code", corpus=lines(tmp_path, STDIN, CHECK))
+    for number in (0, 1):
+        with pytest.raises(sandbox.SandboxError, match="did not start: bwrap: no permissions"):
+            reward(environment, "print(4)", number)
 
 
 def test_the_last_block_of_code_counts():
@@ -151,7 +198,8 @@ def test_json_must_be_of_its_schema(tmp_path):
     environment = made("json_schema", corpus=lines(tmp_path, {"prompt": "p", "schema": schema}))
     good = ['{"a": 1, "b": 2}', ' {"a": 1}\n', '```json\n{"a": 3}\n```']
     bad = ['{"a": 1.5}', "{}", '{"a": 1} {"a": 2}', "the answer", "", "[" * 10**5]
-    assert [reward(environment, text) for text in good + bad] == [1] * 3 + [0] * 6
+    bad += ['{"a": 1, "b": NaN}', '{"a": 1, "b": [-Infinity]}']
+    assert [reward(environment, text) for text in good + bad] == [1] * 3 + [0] * 8
     generated = made("json_schema", level=2)
     assert "schema" in generated.example(1).messages[0]["content"] and reward(generated, "{}", 1) == 0
     with pytest.raises(ConfigError, match="the schema of task 1 is none"):
@@ -187,10 +235,12 @@ def test_an_instruction_is_followed_or_not(tmp_path, check, good, bad):
     assert (reward(environment, good), reward(environment, bad), reward(environment, " ")) == (1, 0, 0)
 
 
-def test_a_check_that_there_is_not_is_refused(tmp_path):
+def test_an_unknown_check_is_refused(tmp_path):
     for check in ({"name": "rhymes"}, {"name": "words", "least": 1, "colour": 2}):
         with pytest.raises(ConfigError, match="checks of task 1"):
             made("instructions", corpus=lines(tmp_path, {"prompt": "p", "checks": [check]}))
+    with pytest.raises(ConfigError, match=r"checks of task 1 is \[\]; expected at least one"):
+        made("instructions", corpus=lines(tmp_path, {"prompt": "p", "checks": []}))
 
 
 @pytest.mark.parametrize(
@@ -248,3 +298,39 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"expected `pip install 'orogen\[rl\]'`"):
         made("reasoning_gym", family="chain_sum")
+
+
+GYM = """
+from reasoning_gym import families
+def create_dataset(name, size, seed):
+    return getattr(families, name)()
+"""
+FAMILY = """
+class Base:
+    def __len__(self): return 3
+    def __getitem__(self, number): return {"question": "q", "answer": "4"}
+class n_queens(Base):
+    def score_answer(self, answer, entry): return float(SCORE)
+"""
+
+
+@pytest.mark.parametrize("score", ["eval(answer) == 4", "sympy.parse_expr(answer) == 4", "int(answer) == 4"])
+def test_a_scorer_that_runs_the_answer_is_refused(tmp_path, monkeypatch, score):
+    package = tmp_path / "reasoning_gym"
+    package.mkdir()
+    (package / "__init__.py").write_text(GYM)
+    (package / "families.py").write_text(
+        "import types\nsympy = types.SimpleNamespace(parse_expr=int)\n" + FAMILY.replace("SCORE", score)
+    )
+    for name in ("reasoning_gym", "reasoning_gym.families"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if "(answer)" in score and not score.startswith("int"):
+        with pytest.raises(
+            ConfigError, match="EnvironmentConfig.family is 'n_queens', whose module calls .*unsandboxed"
+        ):
+            made("reasoning_gym", family="n_queens")
+    trusted = not score.startswith("int")
+    assert reward(made("reasoning_gym", family="n_queens", unsandboxed=trusted), "<answer>4</answer>") == 1
+    for name in ("reasoning_gym", "reasoning_gym.families"):
+        del sys.modules[name]

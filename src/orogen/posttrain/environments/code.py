@@ -1,12 +1,13 @@
 """Programs that must pass unit tests, in the sandbox.
 
 A task is a line {"key"?: text, "prompt": text, "tests": [{"input": text, "output": text}, …]} whose program reads stdin
-and writes stdout, or {…, "check": Python source} whose program is followed by that source, as in HumanEval. Without a
-file, tasks ask for small functions.
+and writes stdout, or {…, "check": Python source} that calls functions of the program, as in HumanEval: it runs in
+another process (`checked.py`), with plain values as arguments and results, and the program never sees it. A check that
+needs the program's classes, generators or changed arguments fails. Without a file, tasks ask for small functions.
 """
 
+import json
 import random
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from orogen.posttrain.environments.sandbox import Sandbox
 
 MOST_TESTS = 50  # of one task, as in Nemotron 3 Nano's RLVR
 FENCE = "```"
-# The check comes on stdin, so that a program which ends early has not said the word at the check's end.
-_CHECKED = "exec(compile(__import__('sys').stdin.read(), 'check', 'exec'))\n"
+_CHECKED = Path(__file__).with_name("checked.py").read_text(encoding="utf-8")
 _TASK = Record({"prompt": str}, {"key": str, "tests": ListOf(Record({"input": str, "output": str})), "check": str})
 
 
@@ -61,10 +61,9 @@ class Code:
         return over(tests=1.0)
 
     def _passes(self, program: str, check: str) -> bool:
-        """Whether the check runs to its end after the program, in one module."""
-        word = secrets.token_hex(16)
-        ran = self._sandbox.run(f"{program}\n{_CHECKED}", f"{check}\nprint({word!r})\n".encode())
-        return ran.end == "finished" and ran.output.rstrip().endswith(word.encode())
+        """Whether the check, which calls the program, runs to its end."""
+        given = json.dumps({"program": program, "check": check})
+        return self._sandbox.run(_CHECKED, given.encode()).end == "finished"
 
 
 def _words(output: bytes) -> list[list[bytes]]:

@@ -31,3 +31,8 @@ def lines_of(file: Path, record: Record, *, one_of: Sequence[str] = ()) -> list[
     if not found:
         raise ConfigError(f"{file} has no task; expected some")
     return found
+
+
+def no_constant(name: str) -> Any:
+    """For `json.loads`: raises ValueError for NaN and infinities, which Python reads and JSON does not have."""
+    raise ValueError(f"{name} is not JSON")

@@ -13,7 +13,7 @@ from typing import Any
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import ListOf, Record
 from orogen.config.rl import EnvironmentConfig
-from orogen.posttrain.environments.files import lines_of
+from orogen.posttrain.environments.files import lines_of, no_constant
 from orogen.posttrain.environments.interface import Example, Said, Turn, asked, over
 
 _TASK = Record({"prompt": str, "checks": ListOf(dict)}, {"key": str})
@@ -30,7 +30,7 @@ def _paragraphs(text: str) -> list[str]:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        json.loads(text, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return False
     return True
@@ -79,12 +79,14 @@ TOPICS, WORDS = ("rain", "trains", "bread", "the sea", "chess"), ("blue", "quick
 
 
 class Instructions:
-    """Raises ConfigError for a malformed file, a check that there is not, or arguments that it does not take."""
+    """Raises ConfigError for a malformed file, a task without checks, an unknown check, or unknown arguments."""
 
     def __init__(self, config: EnvironmentConfig) -> None:
         self._config = config
         self._tasks = None if config.corpus is None else lines_of(Path(config.corpus), _TASK)
         for number, task in enumerate(self._tasks or (), 1):
+            if not task["checks"]:
+                raise ConfigError(f"{config.corpus}: checks of task {number} is []; expected at least one")
             try:
                 _followed("probe", task["checks"])
             except (KeyError, TypeError, AttributeError) as error:

@@ -7,11 +7,13 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from orogen.config.checks import ConfigError
 from orogen.config.json_file import parse_json
 from orogen.config.rl import EnvironmentConfig
 from orogen.posttrain.environments.interface import Said, Turn
@@ -19,7 +21,9 @@ from orogen.posttrain.environments.worker import LENGTH, config_message, written
 
 WORKER = "orogen.posttrain.environments.worker"
 MOST_ANSWER = 2**22  # bytes of one answer
+MOST_ERRORS = 2**16  # bytes of what a process says while it starts
 START_SECONDS = 60.0  # for Python and what an environment imports
+GIVE_UP = 32  # verifications in a row without an answer, after which the environment counts as broken
 # What can become of a verification, beside a turn.
 TIMEOUT, CRASH, FLOOD, RAISED, NAN = FAULTS = ("timeout", "crash", "flood", "raised", "nan")
 
@@ -40,7 +44,8 @@ class Asked(NamedTuple):
 
 
 class Pool:
-    """Verifies the turns of one environment in `workers` processes, each started when first needed."""
+    """Verifies the turns of one environment in `workers` processes: the first one is started at once, so that an
+    environment that cannot run is refused, and the others when they are first needed. Raises ConfigError."""
 
     def __init__(self, config: EnvironmentConfig, *, workers: int, module: str = WORKER) -> None:
         """module: what a process runs, with the protocol of `worker`."""
@@ -49,26 +54,44 @@ class Pool:
         self._all = [_Worker(config, module) for _ in range(workers)]
         for worker in self._all:
             self._workers.put(worker)
+        self._silent = 0
+        self._all[0].begin()
         self._threads = ThreadPoolExecutor(workers, "verify")
 
-    def verify(self, turns: Sequence[Asked]) -> list[Turn | Fault]:
-        """What comes of each turn, in their order. Faults are counted in `faults`."""
-        found = list(self._threads.map(self._one, turns))
-        self.faults.update(one.kind for one in found if isinstance(one, Fault))
+    def verify(self, turns: Sequence[Asked], progress: Callable[[], None] = lambda: None) -> list[Turn | Fault]:
+        """What comes of each turn, in their order. Faults are counted in `faults`. progress: called after each.
+
+        Raises ConfigError when GIVE_UP verifications in a row ended without an answer.
+        """
+        found: list[Turn | Fault] = []
+        for one in self._threads.map(self._one, turns):
+            found.append(one)
+            self.faults.update([one.kind] if isinstance(one, Fault) else ())
+            progress()
         return found
 
     def _one(self, asked: Asked) -> Turn | Fault:
         worker = self._workers.get()
         try:
-            return worker.ask(asked)
+            if self._silent >= GIVE_UP:
+                raise ConfigError(
+                    f"environment {self.config.name!r}: {GIVE_UP} verifications in a row had no answer; expected a "
+                    f"verifier that answers within EnvironmentConfig.seconds = {self.config.seconds:g}"
+                )
+            found = worker.ask(asked)
+            self._silent = self._silent + 1 if isinstance(found, Fault) and found.kind in (TIMEOUT, CRASH) else 0
+            return found
         finally:
             self._workers.put(worker)
 
     def close(self) -> None:
-        """Ends the processes."""
-        self._threads.shutdown()
+        """Ends the processes, also those that are at work."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._all:
             worker.end()
+        self._threads.shutdown()
+        for worker in self._all:
+            worker.end()  # one that was just being started
 
 
 class _Worker:
@@ -78,15 +101,29 @@ class _Worker:
         self._config, self._module = config, module
         self._process: subprocess.Popen[bytes] | None = None
 
+    def begin(self) -> None:
+        """Starts the process. Raises ConfigError, with what it said, if it does not get ready."""
+        with tempfile.TemporaryFile() as errors:
+            try:
+                self._started(errors)
+            except (OSError, EOFError, ValueError, _FloodError) as error:
+                self.end()
+                errors.seek(0)
+                said = errors.read(MOST_ERRORS).decode(errors="replace").strip().splitlines()
+                reason = said[-1] if said else f"{type(error).__name__} {error}"
+                raise ConfigError(f"environment {self._config.name!r} does not run: {reason}") from None
+
     def ask(self, asked: Asked) -> Turn | Fault:
         request = {"number": asked.number, "state": asked.state, "said": asked.said._asdict()}
         # A task of many tests has a deadline of its own for each: the sandbox ends those.
         seconds = self._config.seconds * (60 if self._config.kind == "code" else 1)
         try:
             answer = self._exchange(written(request), seconds)
+        except RecursionError:
+            return Fault(RAISED, "arguments of a call are nested too deeply to be sent")
         except TimeoutError:
             self.end()
-            return Fault(TIMEOUT, f"no answer within {self._config.seconds} s")
+            return Fault(TIMEOUT, f"no answer within {seconds:g} s")
         except _FloodError as error:
             self.end()
             return Fault(FLOOD, str(error))
@@ -112,12 +149,12 @@ class _Worker:
             raise _FloodError(f"an answer of {length} bytes; expected at most {MOST_ANSWER}")
         return parse_json(_read(process.stdout.fileno(), length, deadline), where="the verifier")
 
-    def _started(self) -> "subprocess.Popen[bytes]":
+    def _started(self, errors: IO[bytes] | int = subprocess.DEVNULL) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:
             self.end()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self._module], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
             )  # fmt: skip
             assert self._process.stdin is not None
             self._process.stdin.write(written(config_message(self._config)))

@@ -1,12 +1,12 @@
-"""Runs a program of a stranger: no network, no files, and limits on time, memory, processes and output.
+"""Runs an untrusted program: no network, no files, and limits on time, memory, processes and output.
 
-With bubblewrap (https://github.com/containers/bubblewrap) the program has namespaces of its own: it sees the system's
-libraries and this Python, read-only, and an empty folder. Without, only the limits hold, and it can read and write what
-this user can: that must be allowed by name.
+With bubblewrap (https://github.com/containers/bubblewrap, 0.8 or later) the program has namespaces of its own:
+it sees the system's libraries and this Python, read-only, and an empty folder. Without, only the limits hold, and it
+can read and write what this user can: that must be allowed by name.
 """
 
+import json
 import os
-import resource
 import select
 import shutil
 import signal
@@ -22,7 +22,23 @@ from orogen.config.checks import ConfigError
 
 MOST_OUTPUT = 2**20  # bytes of stdout; what writes more is ended
 MOST_FILE = 2**20  # bytes of a file
-MOST_PROCESSES = 64
+MOST_FILES = 2**26  # bytes of all files in /tmp, and of those in /dev/shm
+MOST_ERRORS = 2**16  # bytes of stderr that are read
+# Of the sandbox: each may take all of the memory that one program may.
+MOST_PROCESSES = 8
+START_SECONDS = 20.0
+# Runs first in the sandbox. Limits of processes would else count those outside of it.
+STARTED = b"started\n"
+_LIMITED = f"""
+import json, os, resource, sys
+for name, most in json.loads(sys.argv[1]).items():
+    kind = getattr(resource, "RLIMIT_" + name)
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, most))
+os.write(1, {STARTED!r})
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 # What a program of ours needs to start: the interpreter's own folders and the system's libraries.
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
 
@@ -34,10 +50,14 @@ class Ran(NamedTuple):
     output: bytes
 
 
-class Sandbox:
-    """seconds: of wall-clock time for each program, and of processor time; memory: bytes of address space.
+class SandboxError(RuntimeError):
+    """A sandbox that did not start, which says nothing about the program."""
 
-    Raises ConfigError without bubblewrap, unless `unsandboxed`.
+
+class Sandbox:
+    """seconds: of wall-clock time for each program, and of processor time; memory: bytes of address space of a process.
+
+    Raises ConfigError without bubblewrap, unless `unsandboxed`; and if no program runs.
     """
 
     def __init__(self, *, seconds: float, memory: int, unsandboxed: bool = False) -> None:
@@ -49,47 +69,70 @@ class Sandbox:
             )
         self.seconds, self.memory = seconds, memory
         self._bwrap = None if unsandboxed else found
+        self._require_works()
 
     def run(self, source: str, given: bytes = b"") -> Ran:
-        """Runs Python source with `given` on stdin, in an empty folder that is removed afterwards."""
-        with tempfile.TemporaryDirectory(prefix="orogen-") as folder:
+        """Runs Python source with `given` on stdin, in an empty folder that is removed afterwards. Raises
+        SandboxError if the program did not begin."""
+        ran, errors = self._ran(source, given, self.seconds)
+        if ran is None:
+            raise SandboxError(f"the sandbox did not start: {errors}")
+        return ran
+
+    def _require_works(self) -> None:
+        ran, errors = self._ran("print(1)", b"", max(self.seconds, START_SECONDS))
+        if ran is None or ran.end != "finished" or ran.output != b"1\n":
+            raise ConfigError(
+                f"a program that prints 1 does not run in the sandbox: {errors or ran}; expected a bubblewrap that "
+                "works here, of version 0.8 or later, and enough EnvironmentConfig.memory_mb"
+            )
+
+    def _ran(self, source: str, given: bytes, seconds: float) -> tuple[Ran | None, str]:
+        """What came of it, None if it did not begin; and the last line of stderr."""
+        # What is on stdin has no name in the folder: a child of a program cannot find there what its parent was told.
+        with (
+            tempfile.TemporaryDirectory(prefix="orogen-") as folder, tempfile.TemporaryFile() as stdin,
+            tempfile.TemporaryFile() as errors,
+        ):  # fmt: skip
             (Path(folder) / "main.py").write_text(source, encoding="utf-8", errors="surrogateescape")
-            (Path(folder) / "stdin").write_bytes(given)
-            with (Path(folder) / "stdin").open("rb") as stdin:
-                # start_new_session: its processes end together. The limits pass through bubblewrap to the program.
-                process = subprocess.Popen(
-                    self._command(folder), stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder,
-                    env={"PATH": "/usr/bin:/bin", "HOME": "/tmp"}, start_new_session=True, preexec_fn=self._limit,
-                )  # fmt: skip
+            stdin.write(given)
+            stdin.seek(0)
+            # start_new_session: its processes end together.
+            process = subprocess.Popen(
+                self._command(folder), stdin=stdin, stdout=subprocess.PIPE, stderr=errors, cwd=folder,
+                env={"PATH": "/usr/bin:/bin", "HOME": "/tmp"}, start_new_session=True,
+            )  # fmt: skip
             try:
-                return _watched(process, time.monotonic() + self.seconds)
+                ran = _watched(process, time.monotonic() + seconds)
             finally:
                 _end(process)
+            errors.seek(0)
+            said = errors.read(MOST_ERRORS).decode(errors="replace").strip().splitlines()
+        begun = ran.output.startswith(STARTED)
+        return (ran._replace(output=ran.output[len(STARTED) :]) if begun else None), said[-1] if said else ""
 
     def _command(self, folder: str) -> list[str]:
         python = [sys.executable, "-I", "-S", "-B"]
+        limited = [*python, "-c", _LIMITED, json.dumps(self._limits()), *python]
         if self._bwrap is None:
-            return [*python, f"{folder}/main.py"]
+            return [*limited, f"{folder}/main.py"]
         own = {sys.base_prefix, sys.prefix, sysconfig.get_paths()["stdlib"], str(Path(sys.executable).resolve().parent)}
         seen = [path for path in (*SYSTEM, *sorted(own)) if Path(path).exists()]
         binds = [word for path in seen for word in ("--ro-bind", path, path)]
+        size = ["--size", str(MOST_FILES), "--tmpfs"]
+        # /tmp comes first, or it would hide a Python that lies there. What is not limited in size is read-only.
         return [
             self._bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL",
-            *binds, "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", folder, "/tmp/task",
-            "--chdir", "/tmp", "--", *python, "/tmp/task/main.py",
+            *size, "/tmp", *binds, "--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", "--ro-bind", folder,
+            "/tmp/task", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--", *limited,
+            "/tmp/task/main.py",
         ]  # fmt: skip
 
-    def _limit(self) -> None:
-        whole = max(1, int(self.seconds) + 1)
-        for name, most in (
-            ("CPU", whole), ("AS", self.memory), ("FSIZE", MOST_FILE), ("NPROC", None), ("CORE", 0), ("NOFILE", 64),
-        ):  # fmt: skip
-            kind = getattr(resource, f"RLIMIT_{name}")
-            if most is None:  # counts all of this user's processes, so that it cannot be a small number without bwrap
-                most = MOST_PROCESSES if self._bwrap is not None else resource.getrlimit(kind)[1]
-            hard = resource.getrlimit(kind)[1]
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard) if most >= 0 else hard
-            resource.setrlimit(kind, (most, most))
+    def _limits(self) -> dict[str, int]:
+        limits = {"CPU": int(self.seconds) + 1, "AS": self.memory, "FSIZE": MOST_FILE, "CORE": 0, "NOFILE": 64}
+        if self._bwrap is not None:  # else it counts all of this user's processes, and cannot be a small number
+            limits["NPROC"] = MOST_PROCESSES
+        return limits
 
 
 def _watched(process: "subprocess.Popen[bytes]", deadline: float) -> Ran:

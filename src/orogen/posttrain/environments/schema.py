@@ -11,7 +11,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.json_file import Record
 from orogen.config.rl import EnvironmentConfig
 from orogen.posttrain.environments.code import FENCE
-from orogen.posttrain.environments.files import lines_of
+from orogen.posttrain.environments.files import lines_of, no_constant
 from orogen.posttrain.environments.interface import Example, Said, Turn, asked, over
 
 _TASK = Record({"prompt": str, "schema": dict}, {"key": str})
@@ -65,7 +65,7 @@ class Schema:
         if text.startswith(FENCE) and text.endswith(FENCE) and text.count(FENCE) == 2:
             text = text.strip("`").removeprefix("json")
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=no_constant)
         except (ValueError, RecursionError):
             return over(valid=0.0)
         return over(valid=float(self._validator(example.secret).is_valid(value)))

@@ -103,7 +103,7 @@ FAMILIES = {
 
 
 class Synthetic:
-    """Tasks of one family. Raises ConfigError for a family that there is not."""
+    """Tasks of one family. Raises ConfigError for an unknown family."""
 
     def __init__(self, config: EnvironmentConfig) -> None:
         if config.family not in FAMILIES:

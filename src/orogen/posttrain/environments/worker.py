@@ -43,6 +43,7 @@ def main() -> None:
     memory = config.memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     environment = make_environment(config)
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())  # errors of the start alone are read
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers.write(written({"ready": True}))
     answers.flush()

@@ -1,0 +1,70 @@
+"""What a batch of rollouts is judged by and what its record says, with samples by hand and without a model."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from orogen.config.rl import EnvironmentConfig, RLConfig
+from orogen.posttrain.measures import measured
+from orogen.posttrain.rollout import Spent
+from orogen.posttrain.samples import Mismatch, Sample
+from orogen.posttrain.source import RolloutSource
+
+ONE = EnvironmentConfig(name="a", kind="synthetic", family="copy")
+RL = RLConfig(
+    environments=(ONE,), prompts=2, samples=2, max_tokens=8, template="plain", overlong="penalty", overlong_buffer=4,
+    normalise=False, baseline="group", table_rows=0,
+)  # fmt: skip
+
+
+def sample(group, reward, longest):
+    return Sample("a", group, group, "k", "p", reward=reward, longest=longest)
+
+
+def source(**attributes):
+    """One without engine and weights."""
+    made = object.__new__(RolloutSource)
+    config = SimpleNamespace(train=SimpleNamespace(seed=0))
+    for name, value in ({"_rl": RL, "_config": config, "_rollout": 0, "progress": None} | attributes).items():
+        setattr(made, name, value)
+    return made
+
+
+def test_the_longest_turn_decides_the_penalty():
+    """Turns of 6 and at most 4 tokens: penalties -0.5 and 0, however many turns there are."""
+    group = [sample(0, 1.0, 6), sample(0, 1.0, 4)]
+    source()._judge(group)
+    assert [one.advantage for one in group] == [-0.25, 0.25]
+
+
+def test_equal_rewards_with_unequal_lengths_are_a_gradient():
+    """Of two groups of equal rewards, the penalty makes one unequal: only the other is drawn again and counted."""
+    drawn = []
+
+    def write(draws, engine, **more):
+        drawn.append([draw.number for draw in draws])
+        return [sample(d.group, 1.0, 6 if d.number == 7 and n % 2 else 1) for n, d in enumerate(draws)]
+
+    curriculum = SimpleNamespace(draw=lambda rollout: [("a", 7), ("a", 8)], more=lambda name, count, rollout: [9])
+    rl = dataclasses.replace(RL, resample=1)
+    made = source(_rl=rl, _rollouts=SimpleNamespace(write=write), _curriculum=curriculum)
+    samples, replaced = made._groups(None)
+    assert drawn == [[7, 7, 8, 8], [9, 9]] and replaced == 0
+    found = measured(samples, [samples[:2], samples[2:]], Mismatch(), rl)
+    assert found["zero_gradient_groups"] == 0.5
+
+
+def test_faults_are_those_of_this_rollout():
+    rollouts = SimpleNamespace(spent=Spent(), take=lambda *weights: None, faults={"timeout": 3, "crash": 1})
+
+    def groups(engine):
+        rollouts.faults = {"timeout": 5, "crash": 1}
+        return [sample(0, 1.0, 1), sample(1, 1.0, 1)], 0
+
+    curriculum = SimpleNamespace(profile_due=lambda rollout: False)
+    made = source(_rollouts=rollouts, _curriculum=curriculum, _groups=groups)
+    made._batch = lambda *parts: (None, Mismatch())
+    made._batches(SimpleNamespace(params=None, buffers=None))
+    faults = {name: count for name, count in made._measures.items() if name.startswith("faults/")}
+    assert faults == {"faults/timeout": pytest.approx(2)}
