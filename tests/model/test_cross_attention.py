@@ -54,7 +54,7 @@ def program():
     def hidden(params, batch):
         model = nnx.merge(graph, params, buffers)
         docs = Documents(batch.segments_bt, batch.positions_bt)
-        return model.hidden(batch.tokens_bt, docs, PLAN, model.seen(batch.extras, PLAN))[0]
+        return model.hidden(batch.tokens_bt, docs, PLAN, model.given_images(batch.extras, PLAN))[0]
 
     return hidden
 
@@ -183,7 +183,7 @@ def test_rows_without_room_and_patterns_that_cannot_see_are_refused():
     model = nnx.merge(graph, params, buffers)
     extras = {FEATURES: jnp.zeros((1, 2, 3, 5)), IMAGE: jnp.zeros((1, 2), jnp.int32)}
     with pytest.raises(ValueError, match="6 vectors per row; expected 7 or more"):
-        model.seen(extras, PLAN)
+        model.given_images(extras, PLAN)
     with pytest.raises(ValueError, match="row 0 has 4 images; expected at most 3"):
         a_batch([[1] * 9], [[Placed(n, image(1)) for n in range(4)]])
     with pytest.raises(ConfigError, match="expected no x after /"):

@@ -42,7 +42,7 @@ class LanguageModel(nnx.Module):
         self.score = ScoreHead(config, rngs) if config.score_head else None  # last: others draw the same numbers
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
-    def seen(self, extras: Mapping[str, Array], plan: Plan) -> Any:
+    def given_images(self, extras: Mapping[str, Array], plan: Plan) -> Any:
         """What the backbone's cross-attention layers are given of a batch with these extras; None without images."""
         images = None if self.resampler is None else self.resampler.images(extras, plan)
         return seen_by(self.backbone.items, images)

@@ -161,7 +161,7 @@ def run_backbone(
 ) -> Passed:
     """The results of the backbone's layers, with the losses of their routers."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    given = both(both(replay and replay[0], _resumed(carried, batch)), model.seen(batch.extras, plan))
+    given = both(both(replay and replay[0], _resumed(carried, batch)), model.given_images(batch.extras, plan))
     x_btd, kept = model.backbone(x_btd, docs, plan, given)
     stats, left = without_caches(kept), carried and caches(kept)
     known = None if assigned is None else assigned[0]
@@ -254,7 +254,7 @@ def assignments(
     """The assignments of `batch` per expert, over all devices, as `loss_share` takes them; from a forward pass without
     heads. deeper: whether the MTP block runs."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    given = both(both(replay and replay[0], _resumed(carried, batch)), model.seen(batch.extras, plan))
+    given = both(both(replay and replay[0], _resumed(carried, batch)), model.given_images(batch.extras, plan))
     h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, given)
     below = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:]) if deeper else []
     return [plan.total(counted(each)) for each in (without_caches(kept), *(stats for _, stats in below))]

@@ -108,11 +108,11 @@ class Captioner:
         started = model.backbone.start(Rows(rows, length + self.tokens), dtype)
         docs = Documents(jnp.asarray(batch.segments_bt), jnp.asarray(batch.positions_bt))
         step = partial(self._step, model)
-        seen = model.seen(batch.extras, plan)
+        seen = model.given_images(batch.extras, plan)
         next_b, kept = step(jnp.asarray(batch.tokens_bt), docs, both(started, seen))
         # From here on every token sees the last image of its row.
         extras = {FEATURES: batch.extras[FEATURES], IMAGE: batch.extras[IMAGE][:, -1:]}
-        seen = model.seen(extras, plan)
+        seen = model.given_images(extras, plan)
 
         def one(carry: Any, number: Array) -> tuple[Any, Array]:
             token_b, ended_b, kept = carry
