@@ -43,6 +43,7 @@ NAMES = {
     "gated": Intermediate("m", "the scan's output times the gate"),
     "up": Intermediate("-g", "the hidden units before the activation, those of a gate too"),
     "activation": Intermediate("-g", "the hidden units"),
+    "branch": Intermediate("xg", "the output before it is multiplied by the tanh of its gate"),
     "router": Intermediate("E", "the router's logits, float32"),
     "routing": Intermediate("E", "where assignments go: experts, positions in the exchange, group sizes"),
     "rows": Intermediate("E", "tokens permuted and sent to this rank's experts"),

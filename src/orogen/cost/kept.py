@@ -22,8 +22,9 @@ PRODUCTS = {
     "+": ("latent", "query", "key", "value", "attention"),
     "M": ("in_proj",),
     "m": ("in_proj", "x_proj"),
-    **dict.fromkeys("-g", ("up",)),
-    "x": ("query", "attention"),
+    "-": ("up",),
+    "g": ("up", "branch"),
+    "x": ("query", "attention", "branch"),
     "E": ("router", "latent", "expert_activation", "shared_up", "chosen"),
 }
 
@@ -130,7 +131,12 @@ def _cross_attention(here: Local) -> dict[str, float]:
     heads, size = here.split(here.model.num_attention_heads), here.itemsize
     queries = here.tokens * heads * here.model.head_dim * size
     core = heads * here.tokens * here.model.resampler_latents * size
-    return {"query": queries, "core": core, "attention": queries}
+    return {"query": queries, "core": core, "attention": queries, **_branch(here)}
+
+
+def _branch(here: Local) -> dict[str, float]:
+    """What a tanh-gated layer multiplies by its gate."""
+    return {"branch": here.own * here.model.hidden_size * here.itemsize}
 
 
 def _latent_attention(here: Local) -> dict[str, float]:
@@ -244,7 +250,7 @@ LAYER_KEPT: dict[str, Callable[[Local], dict[str, float]]] = {
     "-": _mlp,
     "E": _experts,
     "x": _cross_attention,
-    "g": _mlp,
+    "g": lambda here: {**_mlp(here), **_branch(here)},
 }
 # By letter: what autodiff keeps without remat, where that is not the named arrays.
 AUTODIFF: dict[str, Callable[[Local, dict[str, float]], dict[str, float]]] = {

@@ -97,7 +97,7 @@ class GatedMLP(nnx.Module):
 
 def gated(y_btd: Array, gate: nnx.Param) -> Array:
     """tanh(gate) · y, in y's dtype."""
-    return jnp.tanh(gate[...]).astype(y_btd.dtype) * y_btd
+    return jnp.tanh(gate[...]).astype(y_btd.dtype) * checkpoint_name(y_btd, "branch")
 
 
 def attend_all(
