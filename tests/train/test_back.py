@@ -51,9 +51,9 @@ def steps_are_compiled_once():
     with pytest.MonkeyPatch.context() as patched:
         honest, made = programs.make_step, {}
 
-        def make(built, objective, *arguments):
+        def make(built, objective, *arguments, **named):
             if objective not in made:
-                made[objective] = honest(built, objective, *arguments)
+                made[objective] = honest(built, objective, *arguments, **named)
             return made[objective]
 
         patched.setattr(programs, "make_step", make)

@@ -329,11 +329,11 @@ def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, mon
 
     honest = programs.make_step
 
-    def slow(*arguments):
-        step = honest(*arguments)
+    def slow(*arguments, **named):
+        step = honest(*arguments, **named)
 
-        def call(state, batch):
-            result = jax.block_until_ready(step(state, batch))
+        def call(*operands):
+            result = jax.block_until_ready(step(*operands))
             time.sleep(0.1)
             return result
 
