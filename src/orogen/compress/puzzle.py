@@ -40,7 +40,7 @@ class Replacement(NamedTuple):
 
 
 def read_scores(file: Path, parent: ModelConfig) -> list[Replacement]:
-    """The scores of a file, one object a line. Raises ConfigError with the line's number for what is no score, for a
+    """The scores of a file, one object per line. Raises ConfigError with the line's number for what is no score, for a
     layer that the model lacks or that does not read the field, and for two scores of one replacement."""
     if not file.is_file():
         raise ConfigError(f"SearchConfig.scores is {str(file)!r}; expected a file")
@@ -55,7 +55,7 @@ def read_scores(file: Path, parent: ModelConfig) -> list[Replacement]:
             raise ConfigError(f"{file}:{number}: layer {one.layer} has a score of this already; expected one")
         found[one[:3]] = one
     if not found:
-        raise ConfigError(f"{file} has no scores; expected one object a line")
+        raise ConfigError(f"{file} has no scores; expected one object per line")
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""Best of n: several answers to each prompt, of which the one with the highest reward is kept."""
+"""Best of n: samples several answers to each prompt and keeps the one with the highest reward."""
 
 import json
 import math

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.config.json_file import ListOf, Record, read_object
 from orogen.data import corpora
+from orogen.data.learned import LearnedSplit
 from orogen.data.loader import ONLY, Corpus, Source
 from orogen.data.packing import Stream
 from orogen.data.readers import MAX_LINE_BYTES, Document, form_of, opened
@@ -37,34 +38,6 @@ class Told(NamedTuple):
     sequences: int
     dropped: int
     cut: int
-
-
-class ChatSplit(Sequence[Stream]):
-    """The sequences of a split's conversations, in their order."""
-
-    def __init__(self, streams: Sequence[Stream], tokenizer: Tokenizer):
-        self._streams, self._tokenizer = streams, tokenizer
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain indexes by number only
-        return self._streams[int(index)]
-
-    @property
-    def byte_count(self) -> int:
-        """UTF-8 bytes of the text that is learned."""
-        return sum(len(text) for text in self.texts())
-
-    @property
-    def token_count(self) -> int:
-        """Tokens of all sequences."""
-        return sum(len(stream.tokens_t) for stream in self._streams)
-
-    def texts(self) -> Iterator[bytes]:
-        """The text that is learned of each sequence, in UTF-8."""
-        for stream in self._streams:
-            yield self._tokenizer.decode_bytes(stream.tokens_t[stream.weights_t > 0])
 
 
 class ChatCorpus(Corpus):
@@ -93,7 +66,9 @@ def open_chats(
     render = lambda key, one, by: _sequences(key, one, chat, by, data.seed)  # noqa: E731
     rendered = rendered_each(found, render, template, tokenizer)
     fitted = {key: _fitting(streams, chat, length, key) for key, streams in rendered.items()}
-    splits = {name: ChatSplit([s for d in part for s in fitted[d.key].kept], tokenizer) for name, part in split.items()}
+    splits = {
+        name: LearnedSplit([s for d in part for s in fitted[d.key].kept], tokenizer) for name, part in split.items()
+    }
     for name, part in split.items():
         if part and not len(splits[name]):
             raise ConfigError(

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from orogen.config.vision import VisionConfig
 from orogen.data import corpora
 from orogen.data.batches import HeldoutPass, Loader
 from orogen.data.images import Placed, with_images
+from orogen.data.learned import LearnedSplit
 from orogen.data.loader import ONLY, Corpus, Source
 from orogen.data.packing import Batch, Stream
 from orogen.data.tokenizer import Tokenizer
@@ -38,34 +39,6 @@ class Told(NamedTuple):
     images: int
     broken: int
     too_long: int
-
-
-class StreamSplit(Sequence[Stream]):
-    """The token streams of a split."""
-
-    def __init__(self, streams: Sequence[Stream], tokenizer: Tokenizer):
-        self._streams, self._tokenizer = streams, tokenizer
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    def __getitem__(self, index: SupportsIndex) -> Stream:  # type: ignore[override]  # grain indexes by number only
-        return self._streams[int(index)]
-
-    @property
-    def byte_count(self) -> int:
-        """UTF-8 bytes of the text that is learned."""
-        return sum(len(text) for text in self.texts())
-
-    @property
-    def token_count(self) -> int:
-        """Tokens of all streams."""
-        return sum(len(stream.tokens_t) for stream in self._streams)
-
-    def texts(self) -> Iterator[bytes]:
-        """The text that is learned of each stream, in UTF-8."""
-        for stream in self._streams:
-            yield self._tokenizer.decode_bytes(stream.tokens_t[stream.weights_t > 0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +140,7 @@ def open_images(
         if stream is not None:
             kept[split_of[key]].append(stream)
     corpora.check_splits({name: len(part) for name, part in kept.items()}, len(documents), config=data)
-    splits = {name: StreamSplit(part, tokenizer) for name, part in kept.items()}
+    splits = {name: LearnedSplit(part, tokenizer) for name, part in kept.items()}
     content = None if database is None else database.facts.content
     known = json.dumps([encoded.content_hash, encoder.fingerprint, dataclasses.asdict(vision), content, length])
     source = Source(hashlib.sha256(known.encode()).hexdigest(), splits, None)

@@ -41,7 +41,7 @@ def most_likely(
             logits_nv = jnp.where(jnp.arange(columns) + vocab_start < vocab_size, logits_nv, -jnp.inf)
         max_n = reduce.max(jnp.max(logits_nv, axis=1))
         log_total_n = jnp.log(reduce.sum(jnp.sum(jnp.exp(logits_nv - max_n[:, None]), axis=1))) + max_n
-        # Each rank's best, of which the best of all are among the first `count`.
+        # The best of all ranks are among the first `count` of each.
         best_nk, column_nk = lax.top_k(logits_nv, own)
         best_nk, id_nk = gather(best_nk), gather(column_nk + vocab_start)
         if best_nk.shape[1] < count:
