@@ -71,7 +71,7 @@ def test_captions_of_unequal_prompts_are_the_greedy_ones_of_whole_rows(opened):
     def logits(params, buffers, batch):
         model, plan = nnx.merge(opened.built.graph, params, buffers), opened.plan
         docs = Documents(batch.segments_bt, batch.positions_bt)
-        return model.project(model.hidden(batch.tokens_bt, docs, plan, model.seen(batch.extras, plan))[0], plan)
+        return model.project(model.hidden(batch.tokens_bt, docs, plan, model.given_images(batch.extras, plan))[0], plan)
 
     best_bt = np.asarray(logits(opened.params, opened.buffers, batch))[..., : TOKENIZER.vocab_size].argmax(-1)
     for prompt, best_t, found_t in zip(PROMPTS, best_bt, found_bt, strict=True):
