@@ -18,10 +18,10 @@ from jax import Array
 from orogen.checkpoint.leaves import leaves_of
 from orogen.checkpoint.open import Opened
 from orogen.compress.rewrite import homes
-from orogen.compress.units import product_of
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.config.precision import KINDS
+from orogen.config.products import product_of
 from orogen.config.quantize import Measured, Target
 from orogen.config.recipe import Recipe
 from orogen.data.packing import Batch
