@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -31,14 +32,17 @@ from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.json_file import ListOf, MapOf, Record, read_json
 from orogen.config.load import load_saved
+from orogen.config.lora import base_of
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.convert import names
 from orogen.convert.tensor_files import Spec, TensorReader
 from orogen.data.tokenizer import Tokenizer
+from orogen.layers.adapter import merged
 from orogen.model.layout import Layout
 from orogen.model.lm import Built, build
+from orogen.parallel import placement
 from orogen.parallel.plan import Plan
 
 CONFIG, KEPT, GENERATION = "config.gin", "huggingface.json", "generation_config.json"
@@ -82,14 +86,17 @@ class Folder(Protocol):
 
 
 class RunFolder:
-    """The latest checkpoint of a run folder, or that of `step`. Only its config is read until more is needed."""
+    """The latest checkpoint of a run folder, or that of `step`. Only its config is read until more is needed.
+
+    A run with adapters is a folder of the model that they make of its weights.
+    """
 
     masters = True
 
     def __init__(self, folder: Path, step: int | None = None):
-        self.folder, self._run, self._step = folder, read_run_config(folder), step
-        self.config = self._run.model
-        self.plan: PlanConfig | None = self._run.plan
+        self.folder, self.run, self._step = folder, read_run_config(folder), step
+        self.config = base_of(self.run.model)
+        self.plan: PlanConfig | None = self.run.plan
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +107,7 @@ class RunFolder:
     @property
     def row_length(self) -> int:
         """Tokens per sequence in training: of its longest phase."""
-        return max(one.sequence_length for one in self._run.need("train").stretches())
+        return max(one.sequence_length for one in self.run.need("train").stretches())
 
     def tokenizer(self) -> Tokenizer | None:
         """See `Folder.tokenizer`. Its files are checked against the checkpoint; prompts get a bos, as documents did."""
@@ -110,15 +117,24 @@ class RunFolder:
         return None if found is None else found.as_in_training()
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
-        """See `Folder.read`. Arrays in another layout are restored onto the devices and converted there."""
+        """See `Folder.read`. Adapters are added to their weights."""
+        if self.run.lora is None:
+            return self.read_trained(built, plan, dtype)
+        params, buffers = self.read_trained(build(self.run.model, built.layout, built.vocab_rows), plan, dtype)
+        there = placement.shardings(built.params, plan)
+        return jax.jit(merged, static_argnums=1, out_shardings=there)(params, self.run.lora.scale), buffers
+
+    def read_trained(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
+        """The parameters and buffers that the run trains, which may be those of adapters too, in the layout of `built`.
+        Arrays in another layout are restored onto the devices and converted there."""
 
         def target(saved: Layout) -> dict[str, Any]:
-            stored = built if saved == built.layout else build(self.config, saved, built.vocab_rows)
+            stored = built if saved == built.layout else build(self.run.model, saved, built.vocab_rows)
             trees = {"params": in_dtype(stored.params, dtype), "buffers": stored.buffers}
             return with_shardings(trees, shardings_of(trees, saved, built, plan))
 
         with Checkpoints(self.folder, vocab_size=self.config.vocab_size, only=self._step) as checkpoints:
-            saved, model = checkpoints.restore_model(self.config, target)
+            saved, model = checkpoints.restore_model(self.run.model, target)
         check_finite(self.folder, model["params"])
         return laid_out((model["params"], model["buffers"]), saved, built, plan)
 

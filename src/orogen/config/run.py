@@ -18,6 +18,7 @@ from orogen.config.data import DataConfig
 from orogen.config.distill import DistillConfig
 from orogen.config.dtype import COMPUTE
 from orogen.config.evaluate import EvaluateConfig
+from orogen.config.lora import AdaptedModel, LoraConfig, adapted
 from orogen.config.model import ModelConfig
 from orogen.config.pattern import LAYERS, MODEL_PARTS
 from orogen.config.phases import PhaseConfig, Stretch, stretches
@@ -204,6 +205,11 @@ class RunConfig:
     rl: RLConfig = ABSENT
     precision: PrecisionConfig = PrecisionConfig()
     vision: VisionConfig = ABSENT
+    lora: LoraConfig = ABSENT
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.model is not None and not isinstance(self.model, AdaptedModel):
+            object.__setattr__(self, "model", adapted(self.model, self.lora))
 
     def need(self, *parts: str) -> "RunConfig":
         """This config, if it has all of `parts`. Raises ConfigError naming the class that has no bindings."""
@@ -220,6 +226,9 @@ class RunConfig:
             for shape in dict.fromkeys((one.batch_size, one.sequence_length) for one in self.stretches()):
                 self._check_shape(*shape)
             self.plan.require_half_precision(self.train.compute_dtype)
+        if self.lora is not None and self.model is not None and self.model.score_head and self.optimizer is not None:
+            expected = "'score' among them: a reward model's head has no adapter"
+            require("score" in self.optimizer.trained, self.optimizer, "trained", expected)
         if self.model is not None:
             for field in ("remat", "offload"):
                 check_layers(field, getattr(self.plan, field), self.model.layers.main + self.model.layers.mtp)
@@ -323,4 +332,5 @@ PARTS: dict[str, Any] = {
     "rl": RLConfig,
     "precision": PrecisionConfig,
     "vision": VisionConfig,
+    "lora": LoraConfig,
 }

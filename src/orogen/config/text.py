@@ -8,8 +8,8 @@ from orogen.config.run import PARTS, RunConfig
 
 
 def model_bindings(config: ModelConfig) -> list[str]:
-    """`ModelConfig.field = value` for every field."""
-    return [f"ModelConfig.{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(config)]
+    """`ModelConfig.field = value` for every field; adapters are not among them."""
+    return [f"ModelConfig.{f.name} = {getattr(config, f.name)!r}" for f in dataclasses.fields(ModelConfig)]
 
 
 def model_text(config: ModelConfig) -> str:

@@ -6,10 +6,15 @@ from pathlib import Path
 from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory, load_config
 from orogen.config.checks import ConfigError
 from orogen.config.dtype import WEIGHTS
+from orogen.config.streams import say
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("direction", choices=("from-hf", "to-hf"), help="from or to Hugging Face's format")
+    parser.add_argument(
+        "direction",
+        choices=("from-hf", "to-hf", "to-peft"),
+        help="from or to Hugging Face's format; to-peft: a run's low-rank adapters alone",
+    )
     parser.add_argument("source", type=Path, metavar="SRC", help="to-hf: an Orogen checkpoint folder or a run folder")
     parser.add_argument("target", type=Path, metavar="DST", help="a new folder")
     parser.add_argument("--dtype", choices=WEIGHTS, help="with to-hf only; by default a run's weights become bfloat16")
@@ -61,9 +66,16 @@ def convert(options: argparse.Namespace) -> int:
     def fits(tensor: str, held: int) -> None:
         require_conversion_fits(memory, tensor=tensor, held=held)
 
-    if options.direction == "from-hf":
-        if options.dtype:
-            raise ConfigError(f"--dtype {options.dtype}; expected it with to-hf only: from-hf keeps the files' dtypes")
+    if options.direction != "to-hf" and options.dtype:
+        raise ConfigError(f"--dtype {options.dtype}; expected it with to-hf only: {options.direction} keeps its dtypes")
+    if options.direction == "to-peft":
+        from orogen.checkpoint.adapters import write_peft
+
+        with open_folder(options.source) as source:
+            require_export_fits(source.config, memory)
+        for name in write_peft(options.source, options.target):
+            say(f"{options.target}: {name} is left out: transformers has no multi-token prediction")
+    elif options.direction == "from-hf":
         from_hf(options.source, options.target, fits=fits)
     else:
         with open_folder(options.source) as source:
@@ -87,7 +99,11 @@ PARAMS = Command(
 CONVERT = Command(
     name="convert",
     help="exchange checkpoints with Hugging Face",
-    examples=("orogen convert from-hf HF_FOLDER OROGEN_FOLDER", "orogen convert to-hf runs/quickstart HF_FOLDER"),
+    examples=(
+        "orogen convert from-hf HF_FOLDER OROGEN_FOLDER",
+        "orogen convert to-hf runs/quickstart HF_FOLDER",
+        "orogen convert to-peft runs/sft ADAPTER_FOLDER",
+    ),
     add_arguments=_add_convert_arguments,
     run=convert,
 )

@@ -10,7 +10,7 @@ Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts,
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from orogen.config.recipe import FP8, IN_PLAIN, PLAIN
 from orogen.config.rounded import Products
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.kernels.grouped_matmul.operands import RowGroups
+from orogen.layers.adapter import Adapted, Weight, base_of
 from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import Rounding
@@ -38,16 +39,33 @@ from orogen.precision.scaled import weight_for
 GROUPED = {IN_PLAIN: grouped_matmul}
 
 
-def linear(x_btd: Array, weight: nnx.Param, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
+def linear(x_btd: Array, weight: Weight, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
     """x w, in the formats of the recipe."""
     return linears(x_btd, (weight,), plan, kind, call=call)[0]
 
 
 def linears(
-    x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, kind: str | None = None, *, call: int = 0
+    x_btd: Array, weights: Sequence[Weight], plan: Plan, kind: str | None = None, *, call: int = 0
 ) -> tuple[Array, ...]:
     """x w for each of several weights that a model could equally store as one: a format with one scale per tensor gives
     them a common one."""
+    products = _linears(x_btd, [base_of(weight) for weight in weights], plan, kind, call)
+    return tuple(_adapted(y, x_btd, weight, plan) for y, weight in zip(products, weights, strict=True))
+
+
+def _adapted(
+    y_btf: Array, x_btd: Array, weight: Weight, plan: Plan, product: Callable[..., Array] | None = None
+) -> Array:
+    """The product with a weight, and that with its low-rank factors if it has any, in the compute dtype. product: of
+    rows and a matrix; None: `multiply`."""
+    if not isinstance(weight, Adapted):
+        return y_btf
+    product = product or multiply
+    a_dr, b_rf = (plan.weight(factor).astype(x_btd.dtype) for factor in (weight.lora_a, weight.lora_b))
+    return y_btf + (weight.scale * product(product(x_btd, a_dr), b_rf)).astype(y_btf.dtype)
+
+
+def _linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, kind: str | None, call: int) -> tuple[Array, ...]:
     formats, weights_df = plan.recipe.linear, [weight_for(x_btd, plan.weight(w)) for w in weights]
     if (measured := plan.recipe.measures(kind)) is not None:
         return _measured(x_btd, weights_df, _place(weights[0], measured, plan, (kind, call)))
@@ -62,13 +80,14 @@ def linears(
     return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
 
 
-def linear_plain(x_btd: Array, weight: nnx.Param, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
+def linear_plain(x_btd: Array, weight: Weight, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
     """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
     that are exponentiated into decays. kind: of a weight that quantised models store with those of this kind."""
-    weight_df = weight_for(x_btd, plan.weight(weight))
+    base = base_of(weight)
+    weight_df = weight_for(x_btd, plan.weight(base))
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, (weight_df,), _place(weight, measured, plan, (kind, call)))[0]
-    return multiply(x_btd, weight_df)
+        return _measured(x_btd, (weight_df,), _place(base, measured, plan, (kind, call)))[0]
+    return _adapted(multiply(x_btd, weight_df), x_btd, weight, plan)
 
 
 def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
@@ -78,7 +97,7 @@ def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
 
 def grouped(
     x_rd: Array,
-    weight: nnx.Param,
+    weight: Weight,
     group_sizes: Array | RowGroups | int,
     plan: Plan,
     kind: str | None = None,
@@ -88,6 +107,17 @@ def grouped(
 ) -> Array:
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
     `rows_of_experts`, if the recipe rounds them."""
+    y_rf = _grouped(x_rd, base_of(weight), group_sizes, plan, product=(kind, call), rows=rows)
+    implementation = plan.config.grouped_matmul
+    multiply = lambda x, w: grouped_matmul(x, w, group_sizes, implementation=implementation)  # noqa: E731
+    return _adapted(y_rf, x_rd, weight, plan, multiply)
+
+
+def _grouped(
+    x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan, *,
+    product: tuple[str | None, int], rows: tuple[Rows, int] | None,
+) -> Array:  # fmt: skip
+    kind, call = product
     weight_edf, implementation = weight_for(x_rd, plan.weight(weight)), plan.config.grouped_matmul
     if (measured := plan.recipe.measures(kind)) is not None:
         return _measured_rows(x_rd, weight_edf, group_sizes, _place(weight, measured, plan, (kind, call)))

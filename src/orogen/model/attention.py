@@ -12,6 +12,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
+from orogen.layers.adapter import base_of
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linears
 from orogen.layers.norm import make_norm
@@ -81,7 +82,7 @@ class Attention(nnx.Module):
 
     def start(self, room: Any, dtype: Any) -> Any:
         """An empty cache of keys and values."""
-        heads = self.key[...].shape[-1] // self.head_dim, self.head_dim
+        heads = base_of(self.key)[...].shape[-1] // self.head_dim, self.head_dim
         return room.key_values((heads, heads), dtype, window=self.window)
 
     def cache_axes(self, room: Any) -> Any:
@@ -158,7 +159,7 @@ class LatentAttention(nnx.Module):
 
     def start(self, room: Any, dtype: Any) -> Any:
         """An empty cache of what keys and values are computed from."""
-        return room.key_values(((self.latent_down[...].shape[-1],), (1, self.rope)), dtype)
+        return room.key_values(((base_of(self.latent_down)[...].shape[-1],), (1, self.rope)), dtype)
 
     def cache_axes(self, room: Any) -> Any:
         """The logical axes of what `start` makes."""

@@ -13,9 +13,11 @@ from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.config.lora import AdaptedModel
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU
 from orogen.config.recipe import FP8
+from orogen.layers.adapter import adapt
 from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
@@ -124,6 +126,8 @@ class Layer(nnx.Module):
         self.letter = letter
         self.norm = make_norm(config)
         self.mixer: Any = MIXERS[letter](config, rngs)
+        if isinstance(config, AdaptedModel):
+            adapt(self.mixer, letter, config.lora, rngs)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """The residual stream after this layer, and what its mixer keeps; given a probe, statistics instead."""

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from orogen.config.model import ModelConfig
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.kernels.grouped_matmul.operands import RowGroups
+from orogen.layers.adapter import Weight, base_of
 from orogen.layers.linear import grouped, rows_of_experts
 from orogen.layers.mlp import activate
 from orogen.layers.parameter import normal, parameter
@@ -45,10 +46,10 @@ class Experts(nnx.Module):
         """The result (r, w) and the hidden units (r, f) of this rank that it is computed from."""
         placed = None
         if number_r is not None:
-            placed = rows_of_experts(number_r, group_sizes, plan, experts=len(self.up[...]))
+            placed = rows_of_experts(number_r, group_sizes, plan, experts=len(base_of(self.up)[...]))
 
         def project(
-            x_rw: Array, weight: nnx.Param, bias: nnx.Param | None, *, counts: Array | bool = True,
+            x_rw: Array, weight: Weight, bias: nnx.Param | None, *, counts: Array | bool = True,
             kind: str = "routed_up", call: int = 0,
         ) -> Array:  # fmt: skip
             y_rf = grouped(x_rw, weight, group_sizes, plan, kind, call=call, rows=placed)

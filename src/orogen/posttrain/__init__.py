@@ -4,6 +4,13 @@
 the assistant says (`conversations.py`). A template that drops earlier thinking from later turns makes several texts of
 one conversation: each user turn then is a sequence of its own, in which its thinking is still there.
 
+**Low-rank adapters** (`LoraConfig`, `gin_configs/posttrain/lora.gin`), in every task that starts from a checkpoint:
+chosen weights W become x W + alpha / rank · x A B (`layers/adapter.py`), under every plan, since A and B have W's axes.
+A and B alone are trained, and the parts that `OptimizerConfig.trained` names; the rest has no gradient, no moments and,
+in a run in bfloat16, no float32 masters. The run's checkpoints hold both; its folder opens everywhere as the model with
+A B added to W (`checkpoint/folders.py`), and `orogen convert to-peft` writes the adapters alone. A rollout's engine
+computes with the factors beside the weights, as the trainer does.
+
 **Distillation** (`orogen distill`, `distill.py`): a student, from a checkpoint (`--student`) or new, learns the next
 tokens that a teacher expects, of text or, with a ChatConfig, of what assistants say. The teacher runs beside the
 student under a plan of its own on the same devices (`teacher.py`), frozen, outside the optimizer and the checkpoints.

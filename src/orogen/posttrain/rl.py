@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from orogen.checkpoint.adapters import with_adapters
 from orogen.checkpoint.open import open_folder
 from orogen.config.checks import ConfigError, require
 from orogen.config.precision import PrecisionConfig
@@ -98,7 +99,7 @@ def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path, until: ExitStack |
         assert isinstance(corpus, Tasks)
         built = assemble(config.model, config.plan, length=config.train.sequence_length).built
         scorer = Likelihoods(config, built)
-        identity, reference = _identity(config, corpus), _reference(rl, origin, built, scorer)
+        identity, reference = _identity(config, corpus), _reference(config, origin, built, scorer)
         if reference is not None:
             identity["reference"] = _fingerprint(built, *reference())
         return RolloutSource(
@@ -167,8 +168,9 @@ def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _reference(rl: RLConfig, origin: Path | None, built: Built, scorer: Likelihoods) -> Reference | None:
+def _reference(config: RunConfig, origin: Path | None, built: Built, scorer: Likelihoods) -> Reference | None:
     """The weights that KL refers to, read once."""
+    rl, lora = config.rl, config.lora
     if not rl.kl:
         return None
     if origin is None:
@@ -178,7 +180,8 @@ def _reference(rl: RLConfig, origin: Path | None, built: Built, scorer: Likeliho
     def reference() -> tuple[Any, Any]:
         if not held:
             with open_folder(origin) as folder:
-                held.append(folder.read(built, scorer.plan, "float32"))
+                given = folder if lora is None else with_adapters(folder, lora, seed=config.train.seed)
+                held.append(given.read(built, scorer.plan, "float32"))
         return held[0]
 
     return reference

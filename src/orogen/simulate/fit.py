@@ -191,9 +191,13 @@ def _batch_settings(train: TrainConfig) -> dict[str, int]:
 
 def _training(config: RunConfig) -> list[Need]:
     """What one device holds: master parameters and moments, plus the larger of two: all gradients; or one microbatch's
-    layer inputs, the scores of one attention layer and the logits of one chunk."""
+    layer inputs, the scores of one attention layer and the logits of one chunk. Beside adapters, the parameters have
+    neither masters nor moments nor gradients; the adapters themselves are not counted."""
     plan, optimizer = config.plan, config.optimizer
     stored = _stored(config.model, plan)
+    if config.lora is not None and not optimizer.trained:
+        held = _parameters("parameters", config.model, stored * BYTES[config.train.compute_dtype])
+        return [held, *_activations(config)]
     # Muon keeps one moment per matrix, AdamW two of everything.
     moments = (2 if optimizer.name == "adamw" else 1) * BYTES[optimizer.moment_dtype]
     state = stored * (FLOAT32 + (0 if plan.offload_optimizer else moments))

@@ -24,7 +24,7 @@ from orogen.train.formats import in_formats
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.step import BATCH_AXES, make_step
-from orogen.train.trained import optimizer_of
+from orogen.train.trained import narrow_frozen, optimizer_of, trained_mask
 
 # Our names for the parts of a program's memory, and XLA's.
 COMPILED = {
@@ -72,7 +72,8 @@ class Placed(NamedTuple):
 
 def placed_state(config: RunConfig) -> Placed:
     """What a run trains, abstract; it needs as many devices as the plan has."""
-    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
+    plan, wide = assemble(config.model, config.plan, length=config.train.sequence_length)
+    built = narrow_frozen(wide, config)
     optimizer = optimizer_of(config, built)
     state = abstract_state(built, optimizer, carry.abstract(config.train, built))
     return Placed(plan, built, optimizer, jax.tree.map(_placed, state, state_shardings(state, plan)))
@@ -80,11 +81,17 @@ def placed_state(config: RunConfig) -> Placed:
 
 def state_bytes(config: RunConfig, laid: Placed) -> dict[str, int]:
     """Bytes of one device's parameters, working copies, gradients and optimizer state."""
-    plan, built, params = laid.plan, laid.built, _held(laid.state.params)
+    plan, built = laid.plan, laid.built
+    summed, trained = laid.state.params, trained_mask(built, config.optimizer)
+    if config.plan.fsdp == "optimizer":
+        summed = _in_step(built, plan)
+    if trained is not None:
+        pairs = zip(jax.tree.leaves(summed), jax.tree.leaves(trained), strict=True)
+        summed = [leaf for leaf, kept in pairs if kept]
     return {
-        "parameters": params,
+        "parameters": _held(laid.state.params),
         "working": _working(built, plan, config.train.compute_dtype),
-        "gradients": _held(_in_step(built, plan)) if config.plan.fsdp == "optimizer" else params,
+        "gradients": _held(summed),
         "optimizer": _held(laid.state.optimizer),
     }
 

@@ -38,6 +38,8 @@ def run(options: argparse.Namespace) -> Answer:
             raise ConfigError(f"--{switch} is {getattr(options, switch)}; expected it with --{needed}")
     config, cluster, engine = load_cluster(options.gin_file, options.gin_bindings)
     config.need("model")
+    if config.lora is not None:
+        raise ConfigError("LoraConfig has bindings; expected none: adapters are not predicted")
     if options.html and options.inference:
         raise ConfigError(f"--html is {options.html!r}; expected it without --inference")
     if options.inference:

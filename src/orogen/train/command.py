@@ -83,6 +83,8 @@ def _load_with_checkpoint(
     files have no model, it is that of --checkpoint. adapt: see `run_task`."""
     config, text = load_config(options)
     if options.checkpoint is None:
+        if config.lora is not None:
+            raise ConfigError("LoraConfig has bindings; expected --checkpoint, the model that gets adapters")
         return config, text, None
     from orogen.checkpoint.open import open_folder
     from orogen.config.load import load
@@ -92,6 +94,10 @@ def _load_with_checkpoint(
     origin: Folder = held.enter_context(open_folder(options.checkpoint))
     if adapt is not None:
         origin = adapt(config, origin)
+    if config.lora is not None:
+        from orogen.checkpoint.adapters import with_adapters
+
+        origin = with_adapters(origin, config.lora, seed=config.need("train").train.seed)
     if config.model is None:
         config, text = load(options.gin_file, [*options.gin_bindings, *model_bindings(origin.config)])
     elif (field := difference(config.model, origin.config)) is not None:

@@ -42,7 +42,7 @@ from orogen.train.step import StepMetrics, batch_to_devices
 from orogen.train.stop import Stop, StopTogether
 from orogen.train.stragglers import Pace
 from orogen.train.task import Task
-from orogen.train.trained import optimizer_of
+from orogen.train.trained import narrow_frozen, optimizer_of
 from orogen.train.watch import Watch
 
 
@@ -122,7 +122,10 @@ class Loop:
 
     def _new(self, origin: Folder | None) -> TrainState:
         if origin is not None:
-            given = origin.read(self.built, self.plan, "float32")
+            # Beside adapters nothing but them is added to, unless parts are trained whole.
+            narrow = self.config.lora is not None and not self.config.optimizer.trained
+            dtype = self.config.train.compute_dtype if narrow else "float32"
+            given = origin.read(self.built, self.plan, dtype)
             return start_state(*given, self.built, self.optimizer, self.plan, carried=self.carried)
         seed = self.config.train.seed
         return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, carried=self.carried)
@@ -135,7 +138,7 @@ class Loop:
         there = state_shardings(target, self.plan)
         if before == after:
             return self._restore(target, there)
-        saved = build(self.config.model, before, self.built.vocab_rows)
+        saved = narrow_frozen(build(self.config.model, before, self.built.vocab_rows), self.config)
         target = abstract_state(saved, optimizer_of(self.config, saved), self.carried)
         # Restored onto the devices in the layout that was saved, then laid out there for this plan's stages.
         state, position = self._restore(target, placement.spread(target, self.plan))

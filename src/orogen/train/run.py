@@ -34,6 +34,7 @@ from orogen.train.run_folder import check_folder, describe_run, environment, kee
 from orogen.train.state import TrainState
 from orogen.train.stop import Stop, StoppedEarlyError
 from orogen.train.task import Task
+from orogen.train.trained import narrow_frozen
 from orogen.train.watch import Watch
 
 # The folder of the tokenizer, in that of the run.
@@ -92,7 +93,8 @@ def _train(
     clock, stop = Clock(), held.enter_context(Stop())
     config.need("model", "data", "train", "optimizer")
     require_loggers(config.train.loggers)
-    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
+    plan, wide = assemble(config.model, config.plan, length=config.train.sequence_length)
+    built = narrow_frozen(wide, config)
     _check_devices(config)
     checked = functools.partial(check_folder, run_dir, config, resume=resume)
     distributed.from_first(lambda: (checked(), await_free(run_dir, log=log)))

@@ -18,12 +18,13 @@ from orogen.config.run import RunConfig, TrainConfig
 from orogen.cost.assemble import assemble
 from orogen.data.images import Placed, with_images
 from orogen.data.packing import NEXT, NEXT_WEIGHT, NOTHING, Batch
+from orogen.layers.adapter import FACTORS
 from orogen.model.lm import Built, build, initial_state
 from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.formats import in_formats
 from orogen.train.step import in_rank_order, replay_of
 
-CLOSED, GATE = "tanh_gate", np.float32(0.5)
+CLOSED, GATE, SMALL = "tanh_gate", np.float32(0.5), np.float32(0.05)
 # Images of a row of a check's batch, at most.
 ROOM = 3
 # (config, n) -> n batches of the config's shape, for a check.
@@ -60,9 +61,16 @@ def sides(config: RunConfig) -> Sides:
 
 
 def with_open_gates(params: nnx.State) -> nnx.State:
-    """The parameters with gates that begin at zero set to GATE: a closed one lets no gradient through."""
-    open_ = lambda path, x: x + GATE if any(getattr(key, "key", None) == CLOSED for key in path) else x  # noqa: E731
-    return jax.tree_util.tree_map_with_path(open_, params)
+    """The parameters with gates that begin at zero set to GATE, and adapters' factors B to small numbers: zeros let no
+    gradient through."""
+
+    def opened(path: tuple[Any, ...], x: Any) -> Any:
+        names = [getattr(key, "key", None) for key in path]
+        if CLOSED in names:
+            return x + GATE
+        return x + SMALL * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape) if FACTORS[1] in names else x
+
+    return jax.tree_util.tree_map_with_path(opened, params)
 
 
 def reference_plan(config: PlanConfig, model: ModelConfig) -> Plan:

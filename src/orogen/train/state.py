@@ -1,7 +1,6 @@
 """The training state, created on the plan's mesh."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +76,7 @@ def create_state(
 
     def create(seed: Array) -> TrainState:
         params, buffers = initial_state(config, seed)
-        return fresh_state(built.laid(params), built.laid(buffers), optimizer, carried)
+        return fresh_state(_as_held(built.laid(params), built), built.laid(buffers), optimizer, carried)
 
     return jax.jit(create, out_shardings=shardings)(seed)
 
@@ -94,8 +93,16 @@ def start_state(
     """The initial state of given parameters and buffers, which are laid out like `built`'s, sharded as the plan keeps
     them, and donated. carried: as `carry.abstract` gives it."""
     shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
-    create = partial(fresh_state, optimizer=optimizer, carried=carried)
+
+    def create(params: nnx.State, buffers: nnx.State) -> TrainState:
+        return fresh_state(_as_held(params, built), buffers, optimizer, carried)
+
     return jax.jit(create, out_shardings=shardings, donate_argnums=(0, 1))(params, buffers)
+
+
+def _as_held(params: nnx.State, built: Built) -> nnx.State:
+    """The parameters in the dtypes that the run holds them in (`trained.narrow_frozen`)."""
+    return jax.tree.map(lambda have, want: have.astype(want.dtype), params, built.params)
 
 
 def fresh_state(

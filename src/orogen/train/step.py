@@ -33,7 +33,7 @@ from orogen.train.optimizer import learning_rate
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
 from orogen.train.task import Computation, Metric, Objective
-from orogen.train.trained import only_trained, trained_biases, trained_mask
+from orogen.train.trained import kept_unless, only_trained, trained_biases, trained_mask
 from orogen.train.whole import WholePass
 
 BATCH_AXES = ("batch", "context")
@@ -177,11 +177,13 @@ def apply_gradients(
     grad_norm: Array,
     bias_rate: float,
     finite: Array,
+    trained: nnx.State | None = None,
     moving: Sequence[bool] | None = None,
     left: Any = None,
 ) -> TrainState:
-    """The state after one update or, unless `finite`, the same state with the step counted as skipped. moving: of each
-    buffer, whether it is updated, from `trained_biases`; None: all are. left: the states that the batch leaves to
+    """The state after one update or, unless `finite`, the same state with the step counted as skipped. trained: of each
+    parameter, whether it is updated, from `trained_mask`; moving: the same of each buffer, from `trained_biases`; None:
+    all are. left: the states that the batch leaves to
     carry."""
     grads = lax.with_sharding_constraint(grads, placement.shardings(grads, plan))
 
@@ -191,7 +193,8 @@ def apply_gradients(
         counted = load if leaves else []
         rates = [bias_rate if moves else 0.0 for moves in moving or [True] * len(leaves)]
         biases = [update_bias(*of_layer) for of_layer in zip(leaves, counted, rates, strict=True)]
-        return optax.apply_updates(params, updates), jax.tree.unflatten(structure, biases), opt_state
+        changed = kept_unless(trained, optax.apply_updates(params, updates), params)
+        return changed, jax.tree.unflatten(structure, biases), opt_state
 
     if plan.config.offload_optimizer:
         # The fetched state is a copy already; a condition would make another.
@@ -264,7 +267,7 @@ def step_function(
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
             state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
-            moving=moving, left=sums.carried,
+            trained=trained, moving=moving, left=sums.carried,
         )  # fmt: skip
         metrics = StepMetrics(
             loss=loss,

@@ -1,4 +1,5 @@
-"""Which parameters a run trains: those of chosen layers, by letter, and of chosen parts, by name."""
+"""Which parameters a run trains: those of chosen layers, by letter, and of chosen parts, by name; with adapters, these
+and what is chosen besides."""
 
 import functools
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from orogen.checkpoint.leaves import in_dtype
 from orogen.config.checks import ConfigError
 from orogen.config.run import OptimizerConfig, RunConfig
+from orogen.layers.adapter import is_factor
 from orogen.model.block import places, repeats
 from orogen.model.lm import Built
 from orogen.model.stages import BACKBONE, EMBEDDING, HEAD, LAYERS, MTP, VOCABULARY
@@ -24,14 +27,15 @@ def optimizer_of(config: RunConfig, built: Built) -> optax.GradientTransformatio
 
 
 def trained_mask(built: Built, config: OptimizerConfig) -> nnx.State | None:
-    """Of each parameter, whether the run trains it: it is in a part that is `trained`, and in no module that is
-    `frozen`, whose names mean the same under every plan. None: all are trained, as nothing is named.
+    """Of each parameter, whether the run trains it: it is in a part that is `trained`, or an adapter's, and in no
+    module that is `frozen`, whose names mean the same under every plan. None: all are trained, as nothing is named and
+    there are no adapters.
 
     Raises ConfigError if no parameter has one of the names, or if what stages keep as one array is not treated alike:
     embedding and head, and layers of the backbone and of the MTP block.
     """
-    names, frozen = config.trained, config.frozen
-    if not names and not frozen:
+    names, frozen, adapted = config.trained, config.frozen, _has_adapters(built)
+    if not names and not frozen and not adapted:
         return None
     parts: set[str] = set()
     modules: set[str] = set()
@@ -52,7 +56,7 @@ def trained_mask(built: Built, config: OptimizerConfig) -> nnx.State | None:
                     f"OptimizerConfig.{field} is {tuple(listed)!r}; expected both embedding and head or neither: "
                     "stages keep them as one array"
                 )
-        is_trained = not names or part in names or (of_vocabulary and HEAD in names)
+        is_trained = part in names or (of_vocabulary and HEAD in names) or (is_factor(keys) if adapted else not names)
         return variable.replace(is_trained and inside.isdisjoint(frozen))
 
     is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
@@ -64,11 +68,27 @@ def trained_mask(built: Built, config: OptimizerConfig) -> nnx.State | None:
 
 def trained_biases(built: Built, config: OptimizerConfig) -> list[bool]:
     """Of each buffer, the correction biases of routers, whether its steps move it: those of parts that are not
-    `trained` stay, while those of modules that are `frozen` move."""
+    `trained` stay, all of them beside adapters, while those of modules that are `frozen` move."""
     names, pattern = config.trained, _backbone(built)
+    everything = not names and not _has_adapters(built)
     is_leaf = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(built.buffers, is_leaf=is_leaf)]
-    return [not names or part_of(_keys(path), pattern) in names for path in paths]
+    return [everything or part_of(_keys(path), pattern) in names for path in paths]
+
+
+def narrow_frozen(built: Built, config: RunConfig) -> Built:
+    """The model as a run holds it: beside adapters, what is not trained is in the compute dtype, since nothing is ever
+    added to it."""
+    if not _has_adapters(built):
+        return built
+    mask, narrow = trained_mask(built, config.optimizer), in_dtype(built.params, config.train.compute_dtype)
+    return built._replace(
+        params=jax.tree.map(lambda wide, kept, trained: wide if trained else kept, built.params, narrow, mask)
+    )
+
+
+def _has_adapters(built: Built) -> bool:
+    return any(is_factor(path) for path, _ in nnx.to_flat_state(built.params))
 
 
 def _keys(path: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -142,3 +162,10 @@ def only_trained(grads: Any, mask: nnx.State | None) -> Any:
     if mask is None:
         return grads
     return jax.tree.map(lambda g, trained: g if trained else jnp.zeros_like(g), grads, mask)
+
+
+def kept_unless(mask: nnx.State | None, new: Any, old: Any) -> Any:
+    """The new parameters, and the old ones of what is not trained: adding zeros would be a pass over all of them."""
+    if mask is None:
+        return new
+    return jax.tree.map(lambda after, before, trained: after if trained else before, new, old, mask)
