@@ -25,7 +25,7 @@ from orogen.simulate.operations import (
     mtp_operations,
 )
 from orogen.simulate.prediction import Roofline
-from orogen.simulate.program import added, launches, sent_by
+from orogen.simulate.program import AROUND, SIZES, added, launches, sent_by
 from orogen.simulate.roofline import Clock
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -165,6 +165,7 @@ class Passes:
         parts[0] = again, [r for r in records if r.phase == "recompute"]
         repeated, forward = (launches(name, ops, found, self.software) for ops, found in parts)
         behind = launches(name, operations, [r for r in records if r.phase == BACKWARD], self.software)
+        forward += SIZES if name == "E" and self.software.sorts else 0
         return {FORWARD: each * forward, BACKWARD: each * (2 * behind + (repeated if again else 0))}
 
     def _recomputed(self, letter: str, operation: Operation) -> bool:
@@ -183,7 +184,8 @@ class Passes:
     def _time(self, counts: tuple[tuple[str, int], ...], phase: str) -> Time:
         compute = self.slower * sum(n * self.unit(name).seconds(phase) for name, n in counts)
         found = self.hidden(compute, [(n, one) for name, n in counts for one in self.unit(name).sent[phase]])
-        host = sum(n * self.unit(name).host[phase] for name, n in counts)
+        around = AROUND * self.hardware.shares.host * bool(self.software.eager and self.plan.stage > 1)
+        host = around + sum(n * self.unit(name).host[phase] for name, n in counts)
         return found._replace(waiting=max(0.0, host - found.seconds))
 
     def hidden(self, compute: float, traffic: Iterable[tuple[float, Sent]]) -> Time:

@@ -13,6 +13,11 @@ GRAPHS = {"graph_attention": "*w+", "graph_mamba": "Mm"}
 # What no graph of a layer with experts holds: its sizes depend on where tokens go.
 EXPERTS = ("permute", "sort", "expert_up", "expert_activation", "expert_down", "combine")
 UNKNOWN = {*EXPERTS, *(f"cast {name}" for name in EXPERTS)}
+# An all-to-all dispatcher's kernels beside its exchanges, in the forward pass alone: counts per expert, summed and
+# gathered, the order of the rows, and their copies to the host (Megatron-LM, moe/token_dispatcher.py).
+SIZES = 20
+# A pipeline's around each pass: two sends, two receipts and their waits, freed outputs, hooks of gradients.
+AROUND = 10
 # A graph is launched as one kernel, and its inputs are copied by another.
 GRAPH = 2
 

@@ -205,18 +205,16 @@ def nearest_feasible(
 ) -> Ranked | None:
     """The plan closest to `config`'s that fits: on so many devices if any does, else on the next power of two that has
     one, up to MOST_DEVICES; None if there is none."""
-    found: list[PlanConfig] = []
     hardware, software = machine(cluster)
-    config = without_blend(config)
-    while not found and devices <= MOST_DEVICES:
+    config, cluster = without_blend(config), dataclasses.replace(cluster, devices=None)
+    while devices <= MOST_DEVICES:
         plans = sorted(candidates(config, hardware, devices), key=lambda plan: _distance(plan, config.plan))
-        lightest = (_lightest(config, plan, (hardware, software), routing) for plan in plans)
-        found = [plan for plan in lightest if plan][:1]
+        for plan in filter(None, (_lightest(config, plan, (hardware, software), routing) for plan in plans)):
+            found = predict(dataclasses.replace(config, plan=plan), cluster, routing=routing, most=FEW_PASSES)
+            if found.fits:  # the lightest plan was tried on the first and the last stage alone
+                return Ranked(plan, found)
         devices = 2 ** devices.bit_length()
-    if not found:
-        return None
-    tried = dataclasses.replace(config, plan=found[0])
-    return Ranked(found[0], predict(tried, dataclasses.replace(cluster, devices=None), routing=routing))
+    return None
 
 
 def _distance(plan: PlanConfig, other: PlanConfig) -> float:
