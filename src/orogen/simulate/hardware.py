@@ -32,7 +32,7 @@ class Shares:
     memory: Annotated[float, "share of the memory bandwidth, elementwise kernels"] = 0.80
     launch: Annotated[float, "seconds that a kernel takes beside its work"] = 4e-6
     cast_bytes: Annotated[float, "bytes that a kernel moves that casts one number to 8 bits"] = 6.0
-    host: Annotated[float, "seconds that the host of an eager program takes to launch a kernel"] = 40e-6
+    host: Annotated[float, "seconds that the host of an eager program takes to launch a kernel"] = 55e-6
     decode_launch: Annotated[float, "the same in a decoding step, all of whose kernels one program launches"] = 2e-6
     decode_experts: Annotated[float, "share of the memory bandwidth at which a decoding step reads experts"] = 0.63
     node: Annotated[float, "share of the node's links that large collectives reach"] = 0.80
@@ -40,7 +40,7 @@ class Shares:
     network: Annotated[float, "share of the network between nodes that large exchanges reach"] = 0.90
     gathers: Annotated[
         float, "time of gathers and sums of parameters that are sharded layer by layer, over exchanges of as many bytes"
-    ] = 2.0
+    ] = 1.32
     node_latency: Annotated[float, "seconds before the first byte, within a node"] = 6e-6
     network_latency: Annotated[float, "seconds before the first byte, between nodes"] = 20e-6
     congestion: Annotated[float, "loss of the network's share per doubling of the nodes in a group, relative"] = 0.0
@@ -105,9 +105,9 @@ BLACKWELL = {
     "shares": Shares(
         node=0.62,
         node_few=0.0,
-        matmul=0.85,
-        matmul_fp8=0.50,
-        grouped=0.72,
+        matmul=0.74,
+        matmul_fp8=0.53,
+        grouped=0.71,
         memory=0.55,
         padding=256.0,
         cast_bytes=4.0,
@@ -124,7 +124,7 @@ KINDS = {
             memory_bytes=79.1 * GIB, bandwidth=2.039e12, node_size=8, node_bandwidth=300e9, network_bandwidth=25e9,
             host_bandwidth=25e9, cores=108, tile=(128, 256), watts=812,
             source="NVIDIA A100 data sheet; DGX A100 with eight HDR 200 Gb/s adapters (arXiv:2104.04473, section 5)",
-            fitted="the A100 rows of experiments/published_tables/fitted.json", shares=Shares(gathers=1.4),
+            fitted="the A100 rows of experiments/published_tables/fitted.json", shares=Shares(gathers=1.14),
         ),
         Hardware(
             name="h100", title="NVIDIA H100 SXM 80 GB", memory_bytes=79.1 * GIB, bandwidth=3.35e12, watts=1275,
@@ -227,6 +227,7 @@ PROGRAMS = {
         dynamic=1.0,
         overlap_context=0.95,
         overlap_tensor=0.6,
+        contention=0.67,
         contention_data=0.2,
         ssd_forward_time=2.3,
         ssd_backward_time=2.6,
