@@ -151,7 +151,8 @@ def compiled_bytes(program: Any) -> dict[str, int]:
 def memory_lines(facts: Mapping[str, Any]) -> list[str]:
     """The facts of `describe_memory` as lines of text."""
     state, compiled = facts["state"], facts["compiled"]
-    lines = [f"bytes on each of {facts['devices']} devices"]
+    of = f", with sequences of {facts['sequence_length']:,} tokens" if "sequence_length" in facts else ""
+    lines = [f"bytes on each of {facts['devices']} devices{of}"]
     lines += [_row("state", name, size) for name, size in state.items()]
     for letter, each in facts["activations"].items():
         kept = each["bytes"].items() if each["layers"] else ()
