@@ -64,9 +64,10 @@ def _hardware(record: dict[str, Any]) -> str:
 
 
 def predicted_seconds(work: Workload, hardware: str) -> float:
-    """Of a whole step, or of both passes of one: then without the optimizer."""
+    """Of a whole step, or of both passes of one: then without the optimizer, and what the host does once per step."""
     found = predict(work.config(), ClusterConfig(hardware=hardware))
-    return found.step_seconds - (0 if work.part == "whole_step" else found.seconds.get("optimizer", 0))
+    once = 0 if work.part == "whole_step" else found.seconds["optimizer"] + found.seconds["host"]
+    return found.step_seconds - once
 
 
 def compare() -> list[Result]:

@@ -1,7 +1,6 @@
 """Predicts every published row and compares: `python experiments/published_tables/run.py`.
 
-Writes `results.jsonl` and draws `figure.png` from it; `--draw` only draws. `--constants F` takes the constants of a
-file that `fit.py` wrote in place of the simulator's; it writes `results_fitted.jsonl` instead, and draws nothing.
+Writes `results.jsonl` and draws `figure.png` from it; `--draw` only draws.
 """
 
 import argparse
@@ -9,8 +8,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from figure import draw
@@ -19,15 +17,15 @@ from tables import FOLDER, PASSES, Row, both_seconds, cluster, config, fitted, j
 from orogen.simulate.predict import predict
 from orogen.simulate.prediction import Prediction
 
-RESULTS, WITH_CONSTANTS = FOLDER / "results.jsonl", FOLDER / "results_fitted.jsonl"
+RESULTS = FOLDER / "results.jsonl"
 Result = dict[str, Any]
 
 
-def compare(row: Row, constants: Mapping[str, float], *, chosen: bool) -> Result:
+def compare(row: Row, *, chosen: bool) -> Result:
     """A row's prediction beside what was published, in seconds; error: the prediction over it, less one."""
     run = config(row)
     began = time.perf_counter()
-    found = predict(run, cluster(row, constants), most=PASSES)
+    found = predict(run, cluster(row), most=PASSES)
     took = time.perf_counter() - began
     seconds, published = both_seconds(row, run.model, found)
     return {
@@ -109,22 +107,13 @@ def _summary(name: str, results: Sequence[Result], *, whole: bool = False) -> st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--draw", action="store_true")
-    either.add_argument("--constants", type=Path)
-    options = parser.parse_args()
-    path = WITH_CONSTANTS if options.constants else RESULTS
-    if not options.draw:
-        by_hardware = json.loads(options.constants.read_text()) if options.constants else {}
+    parser.add_argument("--draw", action="store_true")
+    if not parser.parse_args().draw:
         chosen = set(fitted())
-        results = [
-            compare(row, by_hardware.get(row["hardware"], {}), chosen=row["id"] in chosen)
-            for row in judged(read_rows())
-        ]
-        path.write_text("".join(json.dumps(result) + "\n" for result in results))
-    results = [json.loads(line) for line in path.read_text().splitlines()]
-    if not options.constants:
-        draw(results, FOLDER / "figure.png")
+        results = [compare(row, chosen=row["id"] in chosen) for row in judged(read_rows())]
+        RESULTS.write_text("".join(json.dumps(result) + "\n" for result in results))
+    results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    draw(results, FOLDER / "figure.png")
     print_tables(results)
     print_memory(read_rows())
 

@@ -31,6 +31,8 @@ UNFUSED = {"a100"}
 # share of exchanges that one forward pass hides behind another's backward pass: the same, section 4.
 ONCE_PER_NODE = ("deepep", "hybridep")
 OVERLAPPED = "overlap_expert=0.93"
+# Of gradients and sharded parameters, what is hidden where the source says that none or all of them are overlapped.
+DATA = {"exposed": 0, "hidden": 1}
 KINDS = ("step", "layer")  # what is judged
 PASSES = 2000  # of a pipeline that are played one by one; the rest repeats with the period of its schedule
 
@@ -86,6 +88,10 @@ def cluster(row: Row, constants: Mapping[str, float] = {}) -> ClusterConfig:
         entries.append("once_per_node=1")
     if options.get("overlap") == "expert":
         entries.append(OVERLAPPED)
+    entries += [f"graph_{part}=1" for part in options.get("graphs", ())]
+    entries += ["sorts=1"] * (options.get("dispatcher") == "alltoall")
+    if "data" in options:
+        entries.append(f"overlap_data={DATA[options['data']]}")
     software = "megatron2021" if row["hardware"] in UNFUSED else "megatron"
     return ClusterConfig(hardware=row["hardware"], devices=row["devices"], software=software, constants=tuple(entries))
 

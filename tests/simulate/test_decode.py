@@ -37,6 +37,18 @@ def test_a_requests_cache_by_hand():
     assert halves.states == found.states / 2
 
 
+def test_weights_in_8_bits_are_the_matrices_of_layers():
+    """Qwen3-8B: 36 layers of four attention and three MLP matrices; embedding, head and norms stay in bfloat16."""
+    config = model("qwen3_8b")
+    attention = 4096 * (2 * 32 + 2 * 8) * 128
+    matrices = 36 * (attention + 3 * 4096 * 12288)
+    wide, eight = (
+        predict_inference(config, engine=engine(weights=weights), prompt=64).memory["weights"]
+        for weights in ("decoded", "fp8")
+    )
+    assert wide - eight == matrices
+
+
 def test_windows_keep_a_ring_that_is_read_up_to_the_text():
     """gpt-oss-20b: 12 layers with a window of 128 tokens and 12 without, 8 key heads of 64 each."""
     config, each = model("gpt_oss_20b"), 12 * (2 * 8 * 64 * 2 + 4)

@@ -12,8 +12,17 @@ import pytest
 from orogen.cli import main
 from orogen.parallel.schedule import BACKWARD, FORWARD
 from orogen.simulate.page import headline, traffic_rows, write_page
-from orogen.simulate.pictures import MAX_PASSES, Candidate, Scaled, draw_memory, draw_timeline, pareto, pictures
-from orogen.simulate.prediction import Prediction, Roofline, StageMemory, Traffic
+from orogen.simulate.pictures import (
+    MAX_PASSES,
+    Candidate,
+    Scaled,
+    draw_memory,
+    draw_time,
+    draw_timeline,
+    pareto,
+    pictures,
+)
+from orogen.simulate.prediction import TIME_PARTS, Prediction, Roofline, StageMemory, Traffic
 from orogen.simulate.timeline import Work
 
 GIB = 2**30
@@ -145,6 +154,12 @@ def test_bars_of_memory_are_as_long_as_their_parts():
     bars = sorted((round(bar.get_y() + 0.4), bar.get_x(), bar.get_width()) for bar in axes.patches)
     assert bars == [(0, 0, 1), (0, 1, 2), (1, 0, 1)]
     assert axes.lines[0].get_xdata()[0] == 80
+
+
+def test_every_part_of_the_time_has_a_bar():
+    drawn = draw_time(prediction(seconds=dict.fromkeys(TIME_PARTS, 0.05)))
+    assert [tip.split(",")[1].strip().split(":")[0] for tip in drawn.tips.values()] == list(TIME_PARTS)
+    assert len({bar.get_facecolor() for bar in drawn.figure.axes[0].patches}) == len(TIME_PARTS)
 
 
 def test_the_front_is_what_no_other_plan_beats():

@@ -106,6 +106,13 @@ def test_the_nearest_plan_keeps_what_it_can():
     assert near and (near.plan.data, near.plan.tensor, near.plan.expert, near.plan.microbatches) == (4, 2, 4, 2)
     near = nearest_feasible(dataclasses.replace(CONFIG, plan=plan), CLUSTER, 13)
     assert near and near.plan.devices == 16
+    # Experts of the middle stages outweigh the ends of the model, which the lightest plan is chosen by.
+    wide = dataclasses.replace(CONFIG.model, pattern="M|E|E|M", mtp_depths=0, moe_intermediate_size=4096)
+    deep = dataclasses.replace(CONFIG, model=wide, plan=PlanConfig(stage=4, microbatches=4))
+    whole = predict(deep, CLUSTER).device_memory_bytes / 2**30
+    small = dataclasses.replace(CLUSTER, memory_gib=0.5 * whole)
+    near = nearest_feasible(deep, small, 4)
+    assert near is None or near.prediction.fits
 
 
 def test_the_winner_loads_as_the_plan_that_was_ranked(tmp_path, capsys):
@@ -127,6 +134,7 @@ def test_the_command_answers_in_one_line_what_it_cannot_do(capsys):
         (["--gin_bindings", "ClusterConfig.hardware='h900'"], "expected one of a100, h100"),
         (["--gin_bindings", "PlanConfig.data=3"], "nearest that fits: 6 devices"),
         (["--gin_bindings", "ClusterConfig.memory_gib=0.01"], "the plan needs"),
+        (["--gin_bindings", "ModelConfig.learned_positions=8"], "at most ModelConfig.learned_positions = 8\n"),
         (["--out", "x.gin"], "expected it with --search"),
         (["--routing", "often"], "expected balanced, zipf:EXPONENT"),
         (["--gin_bindings", "ClusterConfig.constants=('matmul=fast',)"], "entries name=value"),

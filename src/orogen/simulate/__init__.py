@@ -5,10 +5,12 @@ jax, about a second. `predict` joins
 
 - `operations`: each layer's products and bytes on one device; `roofline` times them, `hardware` has peaks, links and
   the shares of them that programs reach: one set of constants per kind of hardware, with sources and what they were
-  fitted on; `PROGRAMS` says what a program hides and waits for;
+  fitted on; `PROGRAMS` says what a program hides and waits for, and `program` what it adds: kernels that its host
+  launches one by one, casts to 8 bits, parameters gathered again;
 - `links`: the ledger's collectives (`orogen.cost`) on nodes and the network between them, with experts folded;
 - `passes`: a microbatch through a chunk, with what of its traffic is exposed; `pipeline` plays the schedule's own
   table, so that bubbles, uneven stages and the MTP block on the last stage come out of it;
+- `shapes`: the lengths of a run's phases; memory is that of the worst, the budget that of all;
 - `footprint`: what each stage's devices hold; `routing`: how evenly experts are chosen, which every prediction names;
   `budget`: failures, hours, kWh, dollars; `decode`: inference.
 
@@ -22,7 +24,7 @@ and whatever a device does beside the step.
 **`orogen plan`**, with a `TrainConfig`, lists what one device sends, by the formulas of `orogen.cost`. `--compile`
 compiles one layer of each kind in float32 for simulated devices; it prints XLA's collectives beside that table, and the
 plan's matrix products against one device's. `--memory` compiles the whole step and prints what one device holds:
-parameters, gradients, optimizer state, activations by name, temporaries.
+parameters, gradients, optimizer state, activations by name, temporaries; of the phase that needs most memory.
 
 `fit` refuses what cannot fit into memory, before anything is allocated.
 """

@@ -53,19 +53,19 @@ def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[s
     """What the plan's devices send, by formula and, with --compile, in XLA's programs for simulated devices; with
     --memory, also what they hold."""
     from orogen.cost.communication import collective_lines, describe_collectives
-    from orogen.cost.ledger import Workload
 
-    sizes, train, model = config.plan, config.train, config.model
-    sequences, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
-    work = Workload(sequences, tokens, BYTES[train.compute_dtype], train.carry_states)
+    sizes, train, model, work = config.plan, config.train, config.model, _microbatch(config)
     facts: dict[str, Any] = {"collectives": describe_collectives(model, sizes, work)}
     lines = collective_lines(facts["collectives"])
     if (options.compile or options.memory) and not options.fake_devices:
         configure(sizes.devices)
     if options.memory:
         from orogen.simulate.memory import describe_memory, memory_lines
+        from orogen.simulate.predict import fullest
 
-        facts["memory"] = describe_memory(config, work)
+        largest = fullest(config)
+        facts["memory"] = describe_memory(config, _microbatch(largest), largest=largest)
+        facts["memory"]["sequence_length"] = largest.train.sequence_length
         lines += ["", *memory_lines(facts["memory"])]
     if options.compile:
         from orogen.simulate.aot import compare, compared_lines, flops_overhead
@@ -76,6 +76,15 @@ def _collectives(options: argparse.Namespace, config: RunConfig) -> tuple[dict[s
         overhead = f"matrix products of all devices over those of one: {100 * facts['flops_overhead']:+.2f} %"
         lines += ["", *compared_lines(facts["compiled"]), "", overhead]
     return facts, lines
+
+
+def _microbatch(config: RunConfig) -> Any:
+    """What one device has of a microbatch."""
+    from orogen.cost.ledger import Workload
+
+    sizes, train = config.plan, config.train
+    sequences, tokens = train.batch_size // (sizes.data * sizes.microbatches), train.sequence_length // sizes.context
+    return Workload(sequences, tokens, BYTES[train.compute_dtype], train.carry_states)
 
 
 PLAN = Command(

@@ -15,7 +15,8 @@ from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import RunConfig
 from orogen.cost.communication import step_collectives
 from orogen.cost.ledger import FLOAT32, Workload
-from orogen.simulate.predict import predict
+from orogen.simulate.predict import fullest, predict
+from orogen.simulate.shapes import without_blend
 
 GIB = 2**30
 # Of padded exchanges, if a ragged dispatch has no bound.
@@ -34,7 +35,7 @@ def on_cpu(config: RunConfig) -> RunConfig:
         changed |= {"dispatch": "alltoall", "capacity_factor": factor, "buffer_factor": None}
     plan = dataclasses.replace(config.plan, **changed, linear="plain", offload=(), offload_optimizer=False)
     train = dataclasses.replace(config.train, compute_dtype="float32")
-    return dataclasses.replace(config, plan=plan, train=train, data=None)
+    return without_blend(dataclasses.replace(config, plan=plan, train=train))
 
 
 def compare(config: RunConfig) -> dict[str, Any]:
@@ -42,20 +43,21 @@ def compare(config: RunConfig) -> dict[str, Any]:
     seconds: of tracing and compiling; peak_bytes: of this process's memory}. It needs as many devices as the plan has.
     """
     config = on_cpu(config)
+    largest = fullest(config)
     from orogen.simulate.aot import table_of
     from orogen.simulate.hlo import Traffic, hlo_collectives
     from orogen.simulate.memory import compiled_bytes, compiled_step, placed_state, state_bytes
 
     start = time.monotonic()
     laid = placed_state(config)
-    program = compiled_step(config, laid)
+    program = compiled_step(largest, laid)
     seconds = time.monotonic() - start
-    found = predict(config, ClusterConfig())
+    found, train = predict(config, ClusterConfig()), largest.train
     work = Workload(
-        config.train.batch_size // (config.plan.data * config.plan.microbatches),
-        config.train.sequence_length // config.plan.context,
+        train.batch_size // (config.plan.data * config.plan.microbatches),
+        train.sequence_length // config.plan.context,
         FLOAT32,
-        config.train.carry_states,
+        train.carry_states,
     )
     records = [r for each in step_collectives(config.model, config.plan, work).values() for r in each]
     analytic = table_of(records, config.plan, config.model)
@@ -76,6 +78,8 @@ def compare(config: RunConfig) -> dict[str, Any]:
             }
             for operation, axes in sorted(analytic.keys() | sent.keys())
         ],
+        "sequence_length": train.sequence_length,
+        "stages": config.plan.stage,
         "seconds": seconds,
         "peak_bytes": _peak(),
     }
@@ -95,11 +99,13 @@ def compared_lines(facts: Mapping[str, Any]) -> list[str]:
     analytic, compiled = whole(memory)
     state = memory["state"]
     lines = [
-        f"compiled in float32 for simulated devices in {facts['seconds']:.0f} s, {facts['peak_bytes'] / GIB:.1f} GiB",
+        f"compiled in float32 for simulated devices in {facts['seconds']:.0f} s, {facts['peak_bytes'] / GIB:.1f} GiB; "
+        f"sequences of {facts['sequence_length']:,} tokens",
         f"{'GiB on one device':20} {'analytic':>10} {'compiled':>10}",
         *(f"{part:20} {memory['analytic'][part] / GIB:>10.4f} {state[part] / GIB:>10.4f}" for part in state),
         f"{'all':20} {analytic / GIB:>10.4f} {compiled / GIB:>10.4f}  {100 * (analytic / compiled - 1):+.1f} %",
-        f"{'bytes sent':49} {'analytic':>16} {'compiled':>16}",
+        f"{'bytes sent':49} {'analytic':>16} {'compiled':>16}"
+        + ("  (of a pipeline: as if each of its conditionals took every branch)" if facts["stages"] > 1 else ""),
     ]
     for entry in facts["traffic"]:
         axes = " x ".join(entry["mesh_axes"])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
 from orogen.config.dtype import BYTES
-from orogen.config.engine import EngineConfig
+from orogen.config.engine import IN_FP8, EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.cost.kept import FLOAT32, local
@@ -20,7 +20,9 @@ from orogen.parallel.legal import fold_plan
 from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.passes import FORWARD, LOGITS, TOKENS, Passes
 
-INT32 = 4
+INT32, EIGHT = 4, 1
+# Bytes per number of a Mamba state, by EngineConfig.state_dtype.
+STATES = {"float32": FLOAT32, "float16": 2}
 # More tokens than any text has: the longest context where nothing grows with it.
 LONGEST = 2**24
 # Kernels of a decoding layer that one program launches one after another: R1's step has 327 in 24 layers and the head
@@ -62,7 +64,7 @@ class Inference(NamedTuple):
 def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cache:
     """What a request keeps on one device of `plan`: keys and values, and Mamba's states, windows and replay ring."""
     here, size = local(model, plan, Workload(1, 1, BYTES[engine.compute_dtype])), BYTES[engine.compute_dtype]
-    state = 2 if engine.state_dtype == "float16" else FLOAT32
+    state = STATES[engine.state_dtype]
     token = windowed = states = ring = 0.0
     letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
     for letter in letters:
@@ -159,19 +161,22 @@ def largest_context(
 
 
 def _weights(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> dict[str, float]:
-    """Bytes of the weights of one device: `routed` experts, and `others`."""
+    """Bytes of the weights of one device: `routed` experts, and `others`. If they are held in 8 bits, those are the
+    matrices of all layers."""
     ledger, size = Ledger(ENDS, dataclasses.replace(plan, fsdp="none"), model, Workload(1, 1)), BYTES
     found = weights(model, plan.vocab_rows(model.vocab_size))
 
-    def of(weight: Weight) -> float:
-        return ledger.held(weight) * (FLOAT32 if weight.float32 else size[engine.compute_dtype])
+    def of(weight: Weight, matrix: int) -> float:
+        wide = FLOAT32 if weight.float32 else matrix if len(weight.shape) > 1 else size[engine.compute_dtype]
+        return ledger.held(weight) * wide
 
     letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
-    every = [w for letter in letters for w in found.layers[letter]]
-    every += [w for part in found.parts.values() for w in part]
-    every += list(found.mtp) if engine.drafter == "mtp" else []
-    routed = sum(of(w) for w in every if "expert" in w.axes)
-    return {"routed": routed, "others": sum(of(w) for w in every) - routed}
+    of_layers = EIGHT if engine.weights == IN_FP8 else size[engine.compute_dtype]
+    sizes = [(w, of(w, of_layers)) for letter in letters for w in found.layers[letter]]
+    others = [w for part in found.parts.values() for w in part] + (list(found.mtp) if engine.drafter == "mtp" else [])
+    sizes += [(w, of(w, size[engine.compute_dtype])) for w in others]
+    routed = sum(held for w, held in sizes if "expert" in w.axes)
+    return {"routed": routed, "others": sum(held for _, held in sizes) - routed}
 
 
 def _memory(serving: Serving, length: int) -> dict[str, float]:

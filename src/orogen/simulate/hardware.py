@@ -31,6 +31,8 @@ class Shares:
     ssd_backward: Annotated[float, "share of the memory bandwidth, SSD and scans, backward pass"] = 0.47
     memory: Annotated[float, "share of the memory bandwidth, elementwise kernels"] = 0.80
     launch: Annotated[float, "seconds that a kernel takes beside its work"] = 4e-6
+    cast_bytes: Annotated[float, "bytes that a kernel moves that casts one number to 8 bits"] = 6.0
+    host: Annotated[float, "seconds that the host of an eager program takes to launch a kernel"] = 55e-6
     decode_launch: Annotated[float, "the same in a decoding step, all of whose kernels one program launches"] = 2e-6
     decode_experts: Annotated[float, "share of the memory bandwidth at which a decoding step reads experts"] = 0.63
     node: Annotated[float, "share of the node's links that large collectives reach"] = 0.80
@@ -38,7 +40,7 @@ class Shares:
     network: Annotated[float, "share of the network between nodes that large exchanges reach"] = 0.90
     gathers: Annotated[
         float, "time of gathers and sums of parameters that are sharded layer by layer, over exchanges of as many bytes"
-    ] = 2.0
+    ] = 1.32
     node_latency: Annotated[float, "seconds before the first byte, within a node"] = 6e-6
     network_latency: Annotated[float, "seconds before the first byte, between nodes"] = 20e-6
     congestion: Annotated[float, "loss of the network's share per doubling of the nodes in a group, relative"] = 0.0
@@ -89,6 +91,9 @@ HOPPER_FITTED = (
     "experiments/gpu_throughput, two_gpus and decode_throughput; NCCL 2.29 and GEMM tables of aiconfigurator "
     "(h100_sxm); the rows of experiments/published_tables/fitted.json"
 )
+# cast_bytes: on Hopper an operand is read for its largest number, read again for the cast, and written in both layouts;
+# MX blocks are cast as they are read. The scans of an SSD are taken to be as fast per multiprocessor as on an H100,
+# where they wait and do not lack bandwidth (experiments/gpu_throughput).
 BLACKWELL = {
     "peak_flops": {"bfloat16": 2500e12, "float32": 1250e12, "fp8": 5000e12, "nvfp4": 10000e12},
     "bandwidth": 8.0e12,
@@ -97,7 +102,18 @@ BLACKWELL = {
     "host_bandwidth": 200e9,
     "cores": 148,
     "tile": (128, 256),
-    "shares": Shares(node=0.62, node_few=0.0, matmul=0.85, matmul_fp8=0.50, grouped=0.72, memory=0.55, padding=256.0),
+    "shares": Shares(
+        node=0.62,
+        node_few=0.0,
+        matmul=0.74,
+        matmul_fp8=0.53,
+        grouped=0.71,
+        memory=0.55,
+        padding=256.0,
+        cast_bytes=4.0,
+        ssd_forward=0.28,
+        ssd_backward=0.22,
+    ),
 }
 
 KINDS = {
@@ -108,7 +124,7 @@ KINDS = {
             memory_bytes=79.1 * GIB, bandwidth=2.039e12, node_size=8, node_bandwidth=300e9, network_bandwidth=25e9,
             host_bandwidth=25e9, cores=108, tile=(128, 256), watts=812,
             source="NVIDIA A100 data sheet; DGX A100 with eight HDR 200 Gb/s adapters (arXiv:2104.04473, section 5)",
-            fitted="the A100 rows of experiments/published_tables/fitted.json", shares=Shares(gathers=1.4),
+            fitted="the A100 rows of experiments/published_tables/fitted.json", shares=Shares(gathers=1.14),
         ),
         Hardware(
             name="h100", title="NVIDIA H100 SXM 80 GB", memory_bytes=79.1 * GIB, bandwidth=3.35e12, watts=1275,
@@ -174,11 +190,21 @@ class Software:
     overlap_data: Annotated[float, "share of gradients and sharded parameters that is hidden"] = 0.8
     overlap_stage: Annotated[float, "share of a pipeline's sends that is hidden"] = 0.0
     contention: Annotated[float, "slowdown of the compute beside which something is sent"] = 0.6
+    contention_data: Annotated[float, "the same, of gradients and sharded parameters sent between nodes"] = 0.6
     step_seconds: Annotated[float, "seconds of a step in which a device waits for its host"] = 5e-3
     dynamic: Annotated[float, "1 if buffers of experts' rows have the size of what they hold, else 0"] = 0.0
     recompute_all: Annotated[float, "1 if a recomputed layer's last product is repeated, which no gradient needs"] = 0.0
     grouped_fp8: Annotated[float, "1 if FP8 applies to the experts' products too"] = 0.0
     once_per_node: Annotated[float, "1 if a token is sent once to each node that has some of its experts, else 0"] = 0.0
+    sorts: Annotated[float, "passes that sort rows by expert after they are received, and back before they leave"] = 0.0
+    regathers: Annotated[float, "1 if sharded parameters are gathered again for the backward pass, else 0"] = 0.0
+    ssd_forward_time: Annotated[float, "time of the SSD's forward pass over that of this code's kernels"] = 1.0
+    ssd_backward_time: Annotated[float, "the same, of its backward pass"] = 1.0
+    casts: Annotated[float, "1 if operands are cast to 8 bits by kernels of their own, 0 if within others"] = 0.0
+    eager: Annotated[float, "1 if a host launches every kernel, one after another, else 0"] = 0.0
+    graph_attention: Annotated[float, "1 if the kernels of an attention layer's pass are launched as one, else 0"] = 0.0
+    graph_mamba: Annotated[float, "the same, of a Mamba layer's"] = 0.0
+    graph_router: Annotated[float, "the same, of routing, and of what experts share"] = 0.0
 
 
 PROGRAMS = {
@@ -193,7 +219,22 @@ PROGRAMS = {
         contention=0.7,
     ),
     "megatron2021": Software(recompute_all=1.0),
-    "megatron": Software(recompute_all=1.0, grouped_fp8=1.0, dynamic=1.0, overlap_context=0.95, overlap_tensor=0.6),
+    # The SSD: mamba_ssm's kernels beside ours (experiments/gpu_throughput). contention_data: few multiprocessors send
+    # (arXiv:2603.07685).
+    "megatron": Software(
+        recompute_all=1.0,
+        grouped_fp8=1.0,
+        dynamic=1.0,
+        overlap_context=0.95,
+        overlap_tensor=0.6,
+        contention=0.67,
+        contention_data=0.2,
+        ssd_forward_time=2.3,
+        ssd_backward_time=2.6,
+        casts=1.0,
+        eager=1.0,
+        regathers=1.0,
+    ),
 }
 
 

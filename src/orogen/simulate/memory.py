@@ -36,13 +36,14 @@ COMPILED = {
 }
 
 
-def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
+def describe_memory(config: RunConfig, work: Workload, *, largest: RunConfig | None = None) -> dict[str, Any]:
     """Bytes on one device. Nothing is allocated; compiling needs as many devices as the plan, which may be simulated.
 
     parameters: float32 masters as they are stored; working: the copies that the step computes with; gradients: float32
     sums, sharded like the masters unless they are scattered only at the end of the step (fsdp='optimizer'); optimizer:
     its state. activations: {letter: layers, bytes of one layer by name}, of one microbatch, with all its layers live at
-    once. compiled: XLA's numbers for the whole step, which donates the state.
+    once. compiled: XLA's numbers for the whole step, which donates the state. largest: the run with the shape of the
+    batches that are compiled, of which `work` is a microbatch; None: the config's.
     """
     config.need("model", "train", "optimizer")
     laid = placed_state(config)
@@ -57,7 +58,7 @@ def describe_memory(config: RunConfig, work: Workload) -> dict[str, Any]:
         },
         "activations": layers,
         "activation_bytes": sum(each["layers"] * sum(each["bytes"].values()) for each in layers.values()),
-        "compiled": compiled_bytes(compiled_step(config, laid)),
+        "compiled": compiled_bytes(compiled_step(largest or config, laid)),
     }
 
 
@@ -157,7 +158,8 @@ def compiled_bytes(program: Any) -> dict[str, int]:
 def memory_lines(facts: Mapping[str, Any]) -> list[str]:
     """The facts of `describe_memory` as lines of text."""
     state, compiled = facts["state"], facts["compiled"]
-    lines = [f"bytes on each of {facts['devices']} devices"]
+    of = f", with sequences of {facts['sequence_length']:,} tokens" if "sequence_length" in facts else ""
+    lines = [f"bytes on each of {facts['devices']} devices{of}"]
     lines += [_row("state", name, size) for name, size in state.items()]
     for letter, each in facts["activations"].items():
         kept = each["bytes"].items() if each["layers"] else ()

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from orogen.simulate.operations import (
     mtp_operations,
 )
 from orogen.simulate.prediction import Roofline
+from orogen.simulate.program import AROUND, SIZES, added, launches, sent_by
 from orogen.simulate.roofline import Clock
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -45,11 +47,12 @@ class Sent(NamedTuple):
 
 class Unit(NamedTuple):
     """A layer, or another part of a segment, by phase (recomputation is in the backward phase): its operations' times
-    and what it sends; `update` is sent once per step."""
+    and what it sends; `update` is sent once per step. host: seconds in which a host launches it."""
 
     work: dict[str, list[Roofline]]
     sent: dict[str, list[Sent]]
     update: list[Sent]
+    host: dict[str, float]
 
     def seconds(self, phase: str) -> float:
         """The time of its operations."""
@@ -57,17 +60,19 @@ class Unit(NamedTuple):
 
 
 class Time(NamedTuple):
-    """The time of a pass: compute, and by kind what it sends and what of that is exposed. hidden: the rest."""
+    """The time of a pass: compute, and by kind what it sends and what of that is exposed. contended: how much longer
+    the compute takes beside what is sent. waiting: what the device waits for its host, which is busy for longer."""
 
     compute: float
     sent: dict[str, float]
     exposed: dict[str, float]
     contended: float
+    waiting: float = 0.0
 
     @property
     def seconds(self) -> float:
         """All of it, one after another."""
-        return self.compute + self.contended + sum(self.exposed.values())
+        return self.compute + self.contended + sum(self.exposed.values()) + self.waiting
 
 
 class Passes:
@@ -128,6 +133,12 @@ class Passes:
 
     def _made(self, name: str, operations: Sequence[Operation], records: Iterable[Collective]) -> Unit:
         work: dict[str, list[Roofline]] = {FORWARD: [], BACKWARD: []}
+        shares = self.hardware.shares
+        operations = [
+            *operations,
+            *added(name, operations, self.here, self.software, eight=self.clock.eight, cast_bytes=shares.cast_bytes),
+        ]
+        records = sent_by(records, self.software)
         for operation in operations:
             work[FORWARD].append(self.clock.forward(name, operation))
             work[BACKWARD].append(self.clock.backward(name, operation))
@@ -140,7 +151,22 @@ class Passes:
                 seconds *= self.imbalance
             phase = BACKWARD if record.phase == "recompute" else record.phase
             sent[phase].append(Sent(record, kind_of(record), link, seconds))
-        return Unit(work, {phase: sent[phase] for phase in PHASES}, sent["update"])
+        return Unit(
+            work, {phase: sent[phase] for phase in PHASES}, sent["update"], self._host(name, operations, records)
+        )
+
+    def _host(self, name: str, operations: Sequence[Operation], records: Sequence[Collective]) -> dict[str, float]:
+        """Seconds in which the host launches each pass; the backward pass launches what it recomputes, too."""
+        if not self.software.eager:
+            return dict.fromkeys(PHASES, 0.0)
+        each, layer = self.hardware.shares.host, name in self.model.layers.main + self.model.layers.mtp
+        again = [op for op in operations if layer and self._recomputed(name, op)]
+        parts = [([], []), (operations, [r for r in records if r.phase == FORWARD])]
+        parts[0] = again, [r for r in records if r.phase == "recompute"]
+        repeated, forward = (launches(name, ops, found, self.software) for ops, found in parts)
+        behind = launches(name, operations, [r for r in records if r.phase == BACKWARD], self.software)
+        forward += SIZES if name == "E" and self.software.sorts else 0
+        return {FORWARD: each * forward, BACKWARD: each * (2 * behind + (repeated if again else 0))}
 
     def _recomputed(self, letter: str, operation: Operation) -> bool:
         remat = self.plan.layer_remat(letter)
@@ -157,20 +183,32 @@ class Passes:
 
     def _time(self, counts: tuple[tuple[str, int], ...], phase: str) -> Time:
         compute = self.slower * sum(n * self.unit(name).seconds(phase) for name, n in counts)
-        sent: dict[str, float] = dict.fromkeys(KIND_NAMES, 0.0)
-        for name, n in counts:
-            for one in self.unit(name).sent[phase]:
-                sent[one.kind] += n * one.seconds
-        return self.hidden(compute, sent)
+        found = self.hidden(compute, [(n, one) for name, n in counts for one in self.unit(name).sent[phase]])
+        around = AROUND * self.hardware.shares.host * bool(self.software.eager and self.plan.stage > 1)
+        host = around + sum(n * self.unit(name).host[phase] for name, n in counts)
+        return found._replace(waiting=max(0.0, host - found.seconds))
 
-    def hidden(self, compute: float, sent: dict[str, float]) -> Time:
-        """What of the traffic is hidden behind so much compute: each kind by its share, until no compute is left."""
-        left, exposed = compute, {}
-        for kind, seconds in sent.items():
-            behind = min(left, seconds * getattr(self.software, f"overlap_{kind}"))
-            exposed[kind] = seconds - behind
-            left -= behind
-        return Time(compute, sent, exposed, self.software.contention * (compute - left))
+    def hidden(self, compute: float, traffic: Iterable[tuple[float, Sent]]) -> Time:
+        """What of the traffic (how often, what) is hidden behind so much compute: each kind by its share, until no
+        compute is left. Parameters and gradients on the network hide behind exposed traffic within the node, too."""
+        seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
+        for times, one in traffic:
+            seconds[one.kind, one.link] += times * one.seconds
+        left, beside, slowed = compute, 0.0, 0.0
+        sent: dict[str, float] = dict.fromkeys(KIND_NAMES, 0.0)
+        exposed = dict(sent)
+        software, collectives = self.software, ("data", "network")
+        for kind, link in itertools.product(KIND_NAMES, ("node", "network")):
+            taken = seconds[kind, link]
+            contention = software.contention_data if (kind, link) == collectives else software.contention
+            elsewhere = beside if (kind, link) == collectives else 0.0
+            behind = min(left + elsewhere, taken * getattr(software, f"overlap_{kind}"))
+            computed = min(left, behind)
+            left, slowed, beside = left - computed, slowed + contention * computed, beside - behind + computed
+            sent[kind] += taken
+            exposed[kind] += taken - behind
+            beside += taken - behind if link == "node" else 0.0
+        return Time(compute, sent, exposed, slowed)
 
     def update(self, units: Iterable[str]) -> list[Sent]:
         """What a device sends once per step for these units."""

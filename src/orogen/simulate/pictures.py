@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MAX_PASSES = 1600  # of a picture: more would be too narrow to see, and too many elements for a browser
 # Of categories; each is legible on a light and on a dark ground.
-COLOURS = ("#3a7fcd", "#e2773c", "#3f9e6d", "#8d6cc4", "#c9a227", "#c75b7a", "#5aa7b5", "#8a8f98", "#7a5c43")
+COLOURS = ("#3a7fcd", "#e2773c", "#3f9e6d", "#8d6cc4", "#c9a227", "#c75b7a", "#5aa7b5", "#8a8f98", "#7a5c43",
+           "#7d9a2e")  # fmt: skip
 QUIET = "#8a8f98"
 FORWARD_COLOUR, BACKWARD_COLOUR = COLOURS[0], COLOURS[1]
 LEAST = 0.002  # operations of less than this share of the time of all are left out of the roofline
@@ -119,7 +120,8 @@ def draw_time(prediction: Prediction) -> Drawn:
     _name_colours(figure, _used(parts))
     caption = (
         "Of the stage that is busy longest. tensor, context, expert, data and stage are communication beside which "
-        "nothing is computed; communication that is hidden takes no time here."
+        "nothing is computed; communication that is hidden takes no time here. host is where the devices wait for the "
+        "program that launches their work."
     )
     return Drawn("time", "Where a step's time goes", caption, figure, tips)
 

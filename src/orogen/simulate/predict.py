@@ -1,6 +1,7 @@
 """The time and memory of a training step of a plan on a cluster, from configs alone; no jax."""
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.run import RunConfig, TrainConfig
+from orogen.config.run import RunConfig
 from orogen.cost.conventions import CONVENTIONS, flops_per_token
 from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
 from orogen.cost.split import stage_patterns
@@ -21,11 +22,11 @@ from orogen.parallel.schedule import chunks_per_stage
 from orogen.simulate.budget import budget, goodput
 from orogen.simulate.footprint import moments, stage_memory
 from orogen.simulate.hardware import Hardware, Software, machine
-from orogen.simulate.links import KIND_NAMES
 from orogen.simulate.passes import BACKWARD, FORWARD, HEAD, PHASES, Passes, Sent, Time, chunk_units
 from orogen.simulate.pipeline import MOST_PASSES, Played, estimate, play
-from orogen.simulate.prediction import TIME_PARTS, Prediction, Roofline, Traffic
+from orogen.simulate.prediction import TIME_PARTS, Prediction, Roofline, Shape, Traffic
 from orogen.simulate.routing import BALANCED, Routing
+from orogen.simulate.shapes import shapes
 
 # A part of the step that takes at least this share of it is named among what limits it.
 NOTABLE = 0.05
@@ -37,8 +38,9 @@ def predict(
     """The step of `config` on `cluster` (None: H100s, as many as the plan has devices).
 
     config: model, plan and train are needed; without an optimizer it is AdamW with float32 moments. most: passes of the
-    pipeline that are played one by one (simulate/pipeline.py). Raises ConfigError for an unknown hardware or constant,
-    or a plan that does not match the cluster or the model.
+    pipeline that are played one by one (simulate/pipeline.py). With phases of several sequence lengths, the step is one
+    of the first, memory is that of the length that needs most, and the budget is of all. Raises ConfigError for an
+    unknown hardware or constant, or a plan that does not match the cluster or the model.
     """
     config.need("model", "train")
     cluster = cluster or ClusterConfig()
@@ -49,15 +51,37 @@ def predict(
             "None"
         )
     fold_plan(config.plan, config.model)
-    return Step(config, cluster, on, routing, most).prediction()
+    runs, length = shapes(config), config.train.sequence_length
+    each = [Step(run.config, cluster, on, routing, most, length=length).prediction() for run in runs]
+    fullest = max(each, key=lambda found: found.device_memory_bytes)
+    seconds = sum(run.tokens / found.tokens_per_second for run, found in zip(runs, each, strict=True))
+    return dataclasses.replace(
+        each[0],
+        memory=fullest.memory,
+        device_memory_bytes=fullest.device_memory_bytes,
+        budget=budget(cluster, on[0], config.plan.devices, seconds / each[0].goodput),
+        shapes=tuple(
+            Shape(train.sequence_length, train.batch_size, run.tokens, found.step_seconds, found.device_memory_bytes)
+            for run, found in zip(runs, each, strict=True)
+            for train in [run.config.train]
+        ),
+    )
+
+
+def fullest(config: RunConfig, cluster: ClusterConfig | None = None) -> RunConfig:
+    """The run with batches of the shape that needs most memory throughout. Raises ConfigError as `predict` does."""
+    runs, held = shapes(config), predict(config, cluster).shapes
+    return max(zip(runs, held, strict=True), key=lambda pair: pair[1].device_memory_bytes)[0].config
 
 
 class Step:
     """One step: the parts of a prediction as they are computed."""
 
     def __init__(
-        self, config: RunConfig, cluster: ClusterConfig, machine: tuple[Hardware, Software], routing: Routing, most: int
-    ):
+        self, config: RunConfig, cluster: ClusterConfig, machine: tuple[Hardware, Software], routing: Routing,
+        most: int, *, length: int | None = None,
+    ):  # fmt: skip
+        """length: of the sequences for which the layers are split into stages; None: the config's."""
         self.config, self.cluster = config, cluster
         self.hardware, self.software = hardware, software = machine
         self.model, self.plan, train = config.model, config.plan, config.train
@@ -70,7 +94,8 @@ class Step:
             self.model, self.plan, self.work, (hardware, software), dtype=train.compute_dtype,
             imbalance=self.imbalance, straggler=cluster.straggler,
         )  # fmt: skip
-        self.patterns = patterns(self.model, self.plan.stage, chunks_per_stage(self.plan, self.model), train)
+        chunks = chunks_per_stage(self.plan, self.model)
+        self.patterns = patterns(self.model, self.plan.stage, chunks, length or train.sequence_length)
         # Traces of two stages of one program: with one chunk per stage a stage waits only for its data, with several,
         # whose ticks are all forward or all backward, for the slowest stage of every tick.
         self.lockstep = bool(software.one_program) and len(self.patterns) > self.plan.stage
@@ -156,12 +181,7 @@ class Step:
 
     def _update(self) -> dict[str, float]:
         """Seconds of what happens once per step, by kind of traffic, `optimizer`, and `host`."""
-        found: dict[str, float] = dict.fromkeys(KIND_NAMES, 0.0)
-        for one in self._once:
-            found[one.kind] += one.seconds
-        # Gradients of the last microbatch are sent while its other layers are computed, and parameters likewise.
-        last = max(t.compute for phase in PHASES for t in self.times[phase])
-        time = self.passes.hidden(last, found)
+        time = self._update_times()
         return {**time.exposed, "optimizer": self._optimizer() + time.contended, "host": self.software.step_seconds}
 
     @functools.cached_property
@@ -205,12 +225,13 @@ class Step:
         for time in times:
             found["compute"] += m * (time.compute / slowed + time.contended)
             found["straggler"] += m * time.compute * (1 - 1 / slowed)
+            found["host"] += m * time.waiting
             for kind, seconds in time.exposed.items():
                 found[kind] += m * seconds
         found["stage"] += held
         found["bubble"] = played.seconds - longest
         for kind, seconds in update.items():
-            found["optimizer" if kind == "host" else kind] += seconds
+            found[kind] += seconds
         return 1 - total / played.seconds, found
 
     def _rooflines(self) -> tuple[Roofline, ...]:
@@ -240,10 +261,9 @@ class Step:
         return tuple(Traffic(*key, *values) for key, values in table.items())
 
     def _update_times(self) -> Time:
-        found: dict[str, float] = dict.fromkeys(KIND_NAMES, 0.0)
-        for one in self._once:
-            found[one.kind] += one.seconds
-        return self.passes.hidden(max(t.compute for phase in PHASES for t in self.times[phase]), found)
+        # Gradients of the last microbatch are sent while its other layers are computed, and parameters likewise.
+        last = max(t.compute for phase in PHASES for t in self.times[phase])
+        return self.passes.hidden(last, [(1, one) for one in self._once])
 
     def _exposed_shares(self) -> dict[str, float]:
         """By kind, what is exposed of all that the passes send."""
@@ -261,12 +281,12 @@ def imbalance(routing: Routing, model: ModelConfig, plan: PlanConfig) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def patterns(model: ModelConfig, stages: int, virtual: int, train: TrainConfig) -> tuple[str, ...]:
-    """The layers of each segment."""
+def patterns(model: ModelConfig, stages: int, virtual: int, length: int) -> tuple[str, ...]:
+    """The layers of each segment, split for sequences of `length` tokens."""
     if stages == 1:
         return (model.layers.main,)
     plan = PlanConfig(stage=stages, virtual=virtual, schedule="interleaved" if virtual > 1 else "1f1b")
-    return stage_patterns(model, plan, train.sequence_length)
+    return stage_patterns(model, plan, length)
 
 
 def _share(time: Time) -> dict[str, float]:

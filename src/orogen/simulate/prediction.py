@@ -9,7 +9,7 @@ from orogen.simulate.timeline import Work
 # Parts of a device's memory, in the order in which pictures stack them.
 MEMORY_PARTS = ("parameters", "working", "gradients", "optimizer", "activations", "temporary")
 # Parts of a step's time on the stage that is busy longest; they add up to `step_seconds`.
-TIME_PARTS = ("compute", "tensor", "context", "expert", "data", "stage", "bubble", "optimizer", "straggler")
+TIME_PARTS = ("compute", "tensor", "context", "expert", "data", "stage", "bubble", "optimizer", "straggler", "host")
 
 
 class StageMemory(NamedTuple):
@@ -49,6 +49,16 @@ class Roofline(NamedTuple):
         return "compute" if self.compute_seconds >= self.memory_seconds else "memory"
 
 
+class Shape(NamedTuple):
+    """Batches of one sequence length in a run: the largest of them, the tokens in all, and what a step takes."""
+
+    sequence_length: int
+    batch_size: int
+    tokens: int
+    step_seconds: float
+    device_memory_bytes: float
+
+
 class Traffic(NamedTuple):
     """What one device sends in a step over some axes by one operation, and how long that takes.
 
@@ -81,6 +91,7 @@ class Prediction:
     long schedule those of the microbatches that were played (simulate/pipeline.py).
     seconds: step_seconds by TIME_PARTS. limit: what limits the plan, in words.
     goodput: share of the time that makes progress, with the failures of the cluster; 1 without.
+    shapes: of the run's batches, by sequence length; memory is that of the shape that needs most, budget of them all.
     """
 
     step_seconds: float
@@ -104,6 +115,7 @@ class Prediction:
     limit: str
     goodput: float = 1.0
     budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    shapes: tuple[Shape, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -113,7 +125,7 @@ class Prediction:
     def facts(self) -> dict[str, Any]:
         """The prediction as JSON can hold it; properties are among the keys."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("memory", "rooflines", "communication", "timeline"):
+        for name in ("memory", "rooflines", "communication", "timeline", "shapes"):
             found[name] = [entry._asdict() for entry in found[name]]
         return {
             **found,

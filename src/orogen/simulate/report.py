@@ -17,6 +17,7 @@ from orogen.simulate.predict import predict
 from orogen.simulate.prediction import Prediction
 from orogen.simulate.routing import Routing, read_routing
 from orogen.simulate.search import MOST_DEVICES, Ranking, describe, explain, nearest_feasible, plan_text, search
+from orogen.simulate.shapes import without_blend
 from orogen.simulate.shown import hardware_facts, hardware_lines, inference_lines, prediction_lines
 
 GIB = 2**30
@@ -70,6 +71,8 @@ def _predicted(config: RunConfig, cluster: ClusterConfig, routing: Routing) -> P
     try:
         found = predict(config.check(), cluster, routing=routing)
     except ConfigError as error:
+        if not _runs_anywhere(config):
+            raise
         raise ConfigError(f"{error}; {_nearest(config, cluster, routing, devices)}") from None
     if not found.fits:
         fullest = max(found.memory, key=lambda stage: stage.total)
@@ -79,6 +82,17 @@ def _predicted(config: RunConfig, cluster: ClusterConfig, routing: Routing) -> P
             f"{_nearest(config, cluster, routing, devices)}"
         )
     return found
+
+
+def _runs_anywhere(config: RunConfig) -> bool:
+    """Whether the model and its batches are legal on one device."""
+    sizes = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches"), 1)
+    rest = {"fsdp": "none", "fsdp_size": None, "schedule": "1f1b", "virtual": None}
+    try:
+        without_blend(dataclasses.replace(config, plan=dataclasses.replace(config.plan, **sizes, **rest))).check()
+    except ConfigError:
+        return False
+    return True
 
 
 def _nearest(config: RunConfig, cluster: ClusterConfig, routing: Routing, devices: int) -> str:

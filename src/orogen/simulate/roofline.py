@@ -18,6 +18,9 @@ class Clock:
         self.dense = "fp8" if eight else dtype
         self.grouped = "fp8" if eight and software.grouped_fp8 else dtype
         self.dtype = dtype
+        self.slower = {"forward": software.ssd_forward_time, "backward": software.ssd_backward_time}
+        # Kinds of products whose operands are cast to 8 bits.
+        self.eight = {kind for kind, format_ in (("matmul", self.dense), ("grouped", self.grouped)) if format_ == "fp8"}
 
     def forward(self, unit: str, operation: Operation, phase: str = "forward") -> Roofline:
         """The forward pass of an operation."""
@@ -69,6 +72,8 @@ class Clock:
         memory = moved / (self.hardware.bandwidth * share)
         # Attention that writes its scores alternates between products and passes over them.
         longer = compute + memory if operation.kind == "scores" else max(compute, memory)
+        if operation.name == "ssd":
+            longer *= self.slower["backward" if phase == "backward" else "forward"]
         kernels = operation.kernels * (2 if phase == "backward" else 1) if flops or moved else 0
         seconds = longer + kernels * shares.launch
         return Roofline(unit, operation.name, phase, flops, moved, compute, memory, seconds, 1)

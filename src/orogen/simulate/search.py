@@ -24,6 +24,7 @@ from orogen.simulate.pipeline import expected_flight
 from orogen.simulate.predict import Step, imbalance, patterns, predict
 from orogen.simulate.prediction import Prediction
 from orogen.simulate.routing import BALANCED, Routing
+from orogen.simulate.shapes import shapes, without_blend
 
 # Recomputation from none to all, and what is sharded, from the least traffic to the least memory.
 REMATS = ("none", "selective", "full")
@@ -71,7 +72,7 @@ def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: 
     config.need("model", "train")
     hardware, software = machine(cluster)
     cluster = dataclasses.replace(cluster, devices=None)
-    config = dataclasses.replace(config, data=None)
+    config = without_blend(config)
     estimated, legal, skipped = [], 0, 0
     for plan in candidates(config, hardware, devices):
         legal += 1
@@ -98,7 +99,7 @@ def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: 
 def candidates(config: RunConfig, hardware: Hardware, devices: int) -> Iterator[PlanConfig]:
     """Every legal plan on so many devices, with nothing recomputed, each with the least sharding that a group of data
     ranks allows."""
-    model, batch, base = config.model, config.train.batch_size, config.plan
+    model, batch, base = config.model, _smallest(config), config.plan
     routed = "E" in model.layers.main + model.layers.mtp
     layers = len(model.layers.main)
     written = len(model.layers.segments)
@@ -125,7 +126,7 @@ def _with_microbatches(
     config: RunConfig, base: PlanConfig, sizes: dict[str, int], written: int
 ) -> Iterator[PlanConfig]:
     """The plans of these sizes: for each number of sequences per microbatch, and each number of chunks per stage."""
-    stage, share = sizes["stage"], config.train.batch_size // sizes["data"]
+    stage, share = sizes["stage"], _smallest(config) // sizes["data"]
     fields: dict[str, Any] = {**sizes, "expert_tensor": 1, "virtual": None, "schedule": "1f1b", "remat": "none"}
     fields |= {
         "offload": (),
@@ -149,6 +150,11 @@ def _with_microbatches(
             yield dataclasses.replace(base, **{**fields, **schedule}, microbatches=microbatches)
 
 
+def _smallest(config: RunConfig) -> int:
+    """Sequences that ranks and microbatches must divide: the run's batches, of whatever phase, are multiples of it."""
+    return math.gcd(*(one.batch_size for one in config.stretches()))
+
+
 def _legal(config: RunConfig, plan: PlanConfig) -> bool:
     if not fits(plan, config.model):
         return False
@@ -169,17 +175,23 @@ def _lightest(
 ) -> PlanConfig | None:
     """The plan with the least sharding and recomputation with which it fits; None if it never does."""
     train, model, (hardware, software) = config.train, config.model, machine
-    rows, tokens = train.batch_size // (plan.data * plan.microbatches), train.sequence_length // plan.context
-    work = Workload(rows, tokens, BYTES[train.compute_dtype])
+    works = [
+        Workload(each.batch_size // (plan.data * plan.microbatches), each.sequence_length // plan.context, itemsize)
+        for each, itemsize in ((run.config.train, BYTES[train.compute_dtype]) for run in shapes(config))
+    ]
     virtual = chunks_per_stage(plan, model)
     flight = expected_flight(plan.schedule, plan.stage, plan.microbatches, virtual)
-    layers, uneven = patterns(model, plan.stage, virtual, train), imbalance(routing, model, plan)
+    layers, uneven = patterns(model, plan.stage, virtual, train.sequence_length), imbalance(routing, model, plan)
     for fsdp in SHARDED if plan.fsdp != "none" and plan.stage == 1 else (plan.fsdp,):
         for remat in REMATS:
             tried = dataclasses.replace(plan, fsdp=fsdp, remat=remat)
-            here = local(model, tried, work, dynamic=bool(software.dynamic), imbalance=uneven)
-            alike = bool(software.one_program)
-            memory = stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
+            alike, dynamic = bool(software.one_program), bool(software.dynamic)
+            places = [local(model, tried, work, dynamic=dynamic, imbalance=uneven) for work in works]
+            memory = [
+                stage
+                for here in places
+                for stage in stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
+            ]
             if max(stage.total for stage in memory) <= hardware.memory_bytes:
                 return tried
             state = min(stage.total - stage.parts["activations"] - stage.parts["temporary"] for stage in memory)
@@ -193,18 +205,16 @@ def nearest_feasible(
 ) -> Ranked | None:
     """The plan closest to `config`'s that fits: on so many devices if any does, else on the next power of two that has
     one, up to MOST_DEVICES; None if there is none."""
-    found: list[PlanConfig] = []
     hardware, software = machine(cluster)
-    config = dataclasses.replace(config, data=None)
-    while not found and devices <= MOST_DEVICES:
+    config, cluster = without_blend(config), dataclasses.replace(cluster, devices=None)
+    while devices <= MOST_DEVICES:
         plans = sorted(candidates(config, hardware, devices), key=lambda plan: _distance(plan, config.plan))
-        lightest = (_lightest(config, plan, (hardware, software), routing) for plan in plans)
-        found = [plan for plan in lightest if plan][:1]
+        for plan in filter(None, (_lightest(config, plan, (hardware, software), routing) for plan in plans)):
+            found = predict(dataclasses.replace(config, plan=plan), cluster, routing=routing, most=FEW_PASSES)
+            if found.fits:  # the lightest plan was tried on the first and the last stage alone
+                return Ranked(plan, found)
         devices = 2 ** devices.bit_length()
-    if not found:
-        return None
-    tried = dataclasses.replace(config, plan=found[0])
-    return Ranked(found[0], predict(tried, dataclasses.replace(cluster, devices=None), routing=routing))
+    return None
 
 
 def _distance(plan: PlanConfig, other: PlanConfig) -> float:
@@ -214,10 +224,10 @@ def _distance(plan: PlanConfig, other: PlanConfig) -> float:
 
 def _none(config: RunConfig, devices: int, counts: tuple[int, int], hardware: Hardware) -> str:
     """Why no plan is left. counts: legal plans, and those of them that were skipped."""
-    batch, (legal, skipped) = config.train.batch_size, counts
+    batch, (legal, skipped) = _smallest(config), counts
     if not legal:
         return (
-            f"no plan on {devices} devices is legal for the model with TrainConfig.batch_size = {batch}; expected "
+            f"no plan on {devices} devices is legal for the model with batches of {batch} sequences; expected "
             "devices whose data-parallel part divides the batch"
         )
     gib, tried = hardware.memory_bytes / 2**30, legal - skipped
@@ -227,7 +237,7 @@ def _none(config: RunConfig, devices: int, counts: tuple[int, int], hardware: Ha
     if skipped:
         why.append(
             f"{skipped} legal plans{'' if tried else f' on {devices} devices'} were skipped, since their pipelines "
-            f"would take more than {FAR:g} times as long as their work with batch_size = {batch}"
+            f"would take more than {FAR:g} times as long as their work with batches of {batch} sequences"
         )
     remedies = ["more devices or memory"] * bool(tried) + ["a larger batch"] * bool(skipped)
     return f"{'; '.join(why)}; expected {' or '.join(remedies)}"

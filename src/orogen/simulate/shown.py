@@ -25,7 +25,7 @@ def prediction_lines(found: Prediction) -> list[str]:
         *(f"  {part:12} {n:>12.4g}  {100 * n / seconds:>5.1f} %" for part, n in found.seconds.items() if n),
         f"  bubble of all stages {100 * found.bubble:.1f} %",
         "",
-        f"GiB on one device of each stage, of {found.memory_limit_bytes / GIB:.1f}",
+        f"GiB on one device of each stage, of {found.memory_limit_bytes / GIB:.1f}{_longest(found)}",
         *_memory(found),
         "",
         "operations, by time of one microbatch in all layers",
@@ -35,7 +35,7 @@ def prediction_lines(found: Prediction) -> list[str]:
         lines += ["", "traffic of one device per step", *_traffic(found)]
     if found.goodput < 1:
         lines += ["", f"goodput {100 * found.goodput:.1f} % with failures and checkpoints"]
-    return [*lines, "", budget_line(found.budget)]
+    return [*lines, "", *_shapes(found), budget_line(found.budget)]
 
 
 def budget_line(budget: Mapping[str, float]) -> str:
@@ -93,6 +93,20 @@ def hardware_lines(facts: Mapping[str, Any]) -> list[str]:
             values = " ".join(f"{program[name]:>12.4g}" for program in programs.values())
             lines.append(f"{name:18} {values}  {meaning}")
     return lines
+
+
+def _longest(found: Prediction) -> str:
+    """Of which sequences the memory is, if the run has several lengths."""
+    most = max(found.shapes, key=lambda shape: shape.device_memory_bytes, default=None)
+    return f"; sequences of {most.sequence_length:,} tokens" if most and len(found.shapes) > 1 else ""
+
+
+def _shapes(found: Prediction) -> Iterable[str]:
+    for shape in found.shapes if len(found.shapes) > 1 else ():
+        yield (
+            f"{shape.batch_size:,} x {shape.sequence_length:,} tokens: {_time(shape.step_seconds)} per step, "
+            f"{shape.device_memory_bytes / GIB:.1f} GiB, {shape.tokens:.4g} tokens"
+        )
 
 
 def _memory(found: Prediction) -> Iterable[str]:

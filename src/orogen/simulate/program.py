@@ -1,0 +1,63 @@
+"""What a program adds to a layer's operations: casts to 8 bits, rows sorted once more, parameters gathered again; and
+the kernels that the host of an eager program launches."""
+
+from collections.abc import Iterable, Sequence
+
+from orogen.cost.kept import Local, expert_rows
+from orogen.cost.ledger import Collective
+from orogen.simulate.hardware import Software
+from orogen.simulate.operations import Operation, memory
+
+# Layers whose passes a graph may hold, by the constant that says so.
+GRAPHS = {"graph_attention": "*w+", "graph_mamba": "Mm"}
+# What no graph of a layer with experts holds: its sizes depend on where tokens go.
+EXPERTS = ("permute", "sort", "expert_up", "expert_activation", "expert_down", "combine")
+UNKNOWN = {*EXPERTS, *(f"cast {name}" for name in EXPERTS)}
+# An all-to-all dispatcher's kernels beside its exchanges, in the forward pass alone: counts per expert, summed and
+# gathered, the order of the rows, and their copies to the host (Megatron-LM, moe/token_dispatcher.py).
+SIZES = 20
+# A pipeline's around each pass: two sends, two receipts and their waits, freed outputs, hooks of gradients.
+AROUND = 10
+# A graph is launched as one kernel, and its inputs are copied by another.
+GRAPH = 2
+
+
+def added(
+    name: str, operations: Sequence[Operation], here: Local, software: Software, *, eight: set[str], cast_bytes: float
+) -> list[Operation]:
+    """The operations that `software` has beside those of a unit. eight: kinds of products whose operands are cast to 8
+    bits.
+
+    Weights are cast once per step, which is left out.
+    """
+    found = []
+    for operation in operations if software.casts else ():
+        if operation.kind in eight and operation.name not in ("head", "router"):
+            m, k, n = operation.shape
+            read, written = cast_bytes * m * k, cast_bytes * m * n
+            found.append(
+                memory(f"cast {operation.name}", read, written, makes=operation.makes, kernels=operation.groups)
+            )
+    if name == "E" and software.sorts:
+        rows = expert_rows(here)[0] * here.model.expert_width * here.itemsize
+        moved = 2 * software.sorts * rows
+        found.append(memory("sort", moved, moved, makes="rows", kernels=software.sorts))
+    return found
+
+
+def sent_by(records: Iterable[Collective], software: Software) -> list[Collective]:
+    """The records of a layer, and the gathers of parameters that a program repeats for the backward pass."""
+    records = list(records)
+    repeated = {r.axes for r in records if r.part == "weights" and r.phase == "recompute"}
+    again = [r for r in records if r.part == "weights" and r.phase == "forward" and r.axes not in repeated]
+    return records + [r._replace(phase="recompute") for r in again if software.regathers]
+
+
+def launches(name: str, operations: Iterable[Operation], records: Iterable[Collective], software: Software) -> float:
+    """Kernels that a host launches for a pass through a unit, one per expert for grouped products; those of a layer in
+    a graph count as GRAPH. The backward pass has twice as many kernels."""
+    if any(getattr(software, graph) and name in letters for graph, letters in GRAPHS.items()):
+        return GRAPH
+    alone = [op for op in operations if not (name == "E" and software.graph_router and op.name not in UNKNOWN)]
+    found = sum(max(op.kernels, op.groups) for op in alone if op.name != "accumulate")
+    return found + (GRAPH if name == "E" and software.graph_router else 0) + sum(r.count for r in records)
