@@ -338,7 +338,8 @@ class Engine:
             output = slot.told(chosen, bad=bad[row])
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
-                committed = () if output.finish == ERROR else slot.generated[:-1]
+                keeps = output.finish != ERROR and self.opened.plan.size("context") == 1  # see `Stores.holding`
+                committed = slot.generated[:-1] if keeps else ()
                 self.scheduler.finished(slot.seat, committed=committed)
                 self._leave(slot.seat)
             self._outputs.append(output)

@@ -24,6 +24,7 @@ from orogen.model.cache import caches as caches_of
 from orogen.model.lm import LanguageModel
 from orogen.model.replayed import counts
 from orogen.model.slots import rolled_back, with_tables, without_drafts
+from orogen.parallel.context import copied, own, taken
 from orogen.parallel.plan import Plan
 
 NONE = -1  # in place of a token: none was emitted, drafted or given
@@ -122,9 +123,9 @@ class Forward:
             caches, logits_bv = self._exactly(caches, pieces.start_b, pieces.count_b, pieces.table_bp)
             rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
             return caches, rows, report, self._undrafted(ends_b), bad_b
-        h_btd, kept = self.model.hidden(pieces.tokens_bt, docs, self.plan, caches.backbone)
+        h_btd, kept = self.model.hidden(*self._own(pieces.tokens_bt, docs), self.plan, caches.backbone)
         caches = caches._replace(backbone=caches_of(kept))
-        logits_bv = self.model.project(_at(self.plan.enter(h_btd), last_b), self.plan)[:, 0]
+        logits_bv = self.model.project(self._last(h_btd, last_b), self.plan)[:, 0]
         rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
         next_b = jnp.where(ends_b, report.token, pieces.next_b)
         next_bt = jnp.concatenate([pieces.tokens_bt[:, 1:], next_b[:, None]], axis=1)
@@ -258,10 +259,10 @@ class Forward:
     ) -> tuple[Caches, Array]:
         """Each draft is read as if it were the next token, and the block's hidden state as if it were the backbone's,
         as Megatron and vLLM draft; the block's own keys and values there are overwritten when the token is known."""
-        last_b, plan = jnp.maximum(counts(docs) - 1, 0), self.plan
-        h_btd, mtp = self._deeper(caches.mtp, h_btd, next_bt, docs, plan)
-        h_b1d = _at(plan.enter(h_btd), last_b)
-        decoding, place_b1 = plan.decoding(), _at(docs.positions_bt, last_b)
+        last_b = jnp.maximum(counts(docs) - 1, 0)
+        h_btd, mtp = self._deeper(caches.mtp, h_btd, *self._own(next_bt, docs), self.plan)
+        h_b1d = self._last(h_btd, last_b)
+        decoding, place_b1 = copied(self.plan).decoding(), _at(docs.positions_bt, last_b)
         drafts, tentative = [self._likeliest(h_b1d)], mtp
         for depth in range(1, self.drafts):
             one = Documents(live_b[:, None].astype(jnp.int32), place_b1 + depth)
@@ -278,6 +279,14 @@ class Forward:
         inside = plan.of_layers(self.model.backbone.size)
         h_btd, kept = self.model.mtp(h_btd, embedded_btd, docs, inside, caches)
         return h_btd, caches_of(kept)
+
+    def _own(self, tokens_bt: Array, docs: Documents) -> tuple[Array, Documents]:
+        """What this rank of `context` computes of tokens."""
+        return own(tokens_bt, self.plan), Documents(*(own(a, self.plan) for a in docs))
+
+    def _last(self, h_btd: Array, last_b: Array) -> Array:
+        """(b, 1, d): of the hidden states of a piece those of each row's last token."""
+        return taken(self.plan.enter(h_btd), last_b[:, None], self.plan)
 
     def _likeliest(self, h_b1d: Array) -> Array:
         """(b, 1) int32: the most likely next token."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
-from orogen.infer.buckets import Buckets
+from orogen.infer.buckets import Buckets, Parts
 from orogen.infer.sizes import Sizes
 from orogen.model.lm import written_out
 from orogen.model.slots import FEW
@@ -27,7 +27,11 @@ def buckets_of(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:
     layers = opened.config.layers
     latent = "+" in layers.main + (layers.mtp if config.drafter == "mtp" else "")
     by_kernel = config.kernels == "triton" and not latent and not config.exact and sizes.drafts < FEW
-    return Buckets(config, sizes, tensor=opened.plan.size("tensor"), tables_cost_nothing=by_kernel)
+    tensor, context = (opened.plan.size(axis) for axis in ("tensor", "context"))
+    # A convolution reads no further back than into the part before.
+    least = max(1, opened.config.conv_kernel - 1) if sizes.recurrent else 1
+    parts = Parts(2 * context, least) if context > 1 else Parts(1, 1)
+    return Buckets(config, sizes, tensor=tensor, parts=parts, tables_cost_nothing=by_kernel)
 
 
 def is_token(opened: Opened) -> np.ndarray:

@@ -84,6 +84,10 @@ class Programs(Stores):
 
     def put(self, tree: Any) -> Any:
         """Arrays over slots, laid on the devices."""
+        return jax.device_put(tree, self.holding.sharding("batch"))
+
+    def put_rows(self, tree: Any) -> Any:
+        """Arrays over rows that are read, laid on the devices: every rank of `context` has all of them."""
         return jax.device_put(tree, self.plan.sharding("batch"))
 
     def read(self, held: Held, inputs: tuple[Any, ...]) -> tuple[Held, Emitted]:
@@ -140,11 +144,13 @@ class Programs(Stores):
             sampler = Sampler(entries.knobs, rows, mask_rw)
             mine, rows, report, drafts_rn, bad_r = forward.read(mine, entries.pieces(tokens_rt, table_rp), sampler)
             caches = self.of_rows(put, self.pooled(caches, mine), mine)
+            entries = entries.of_share(self.plan.index("context"), len(state.token_b))
             state = entered(state, entries, report.token, drafts_rn, bad_r=bad_r, rows=rows)
             emitted = Emitted(report, bad_r, jnp.zeros_like(drafts_rn))
-            return self._given_back(caches, state), self._agreed(self.plan.vary(emitted))
+            return self._given_back(caches, state), self._agreed(self.plan.vary(emitted), self.plan)
 
-        return self._compiled(read, inputs=(self.plan.spec("batch"),))
+        rows: Any = self.plan.spec("batch")
+        return self._compiled(read, inputs=(rows,), emitted=rows)
 
     def _decoding(self, features: Features) -> Callable[..., Any]:
         like = no_seats(1, features)
@@ -169,22 +175,21 @@ class Programs(Stores):
             slots = len(control.token_b)
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
             told = report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
-            loop = with_pages(caches, table_bp), sampler.rows, control, *told
+            loop = with_pages(self.share(caches), table_bp), sampler.rows, control, *told
             start = jnp.int32(0), alive(control), plan.vary(loop)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
             _, _, (paged, rows, after, *told) = lax.while_loop(goes_on, body, start)
             # Not with this call's tables, whose width would make the caches those of another program.
-            caches = self.of_rows(lambda _, new, lead: new, self.pooled(caches, paged), paged)
             state = carried(state, control, after, rows)
-            return self._given_back(caches, state), self._agreed(Emitted(*told))
+            return self._given_back(self.with_share(caches, paged), state), self._agreed(Emitted(*told), self.holding)
 
-        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()))
+        slots: Any = self.holding.spec("batch")
+        return self._compiled(decode, inputs=(slots, self.plan.spec()), emitted=slots)
 
-    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        """The program, jitted, of what is held, the list of weights, and inputs so laid out; what it emits, over rows,
-        comes out beside what is held."""
+    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...], emitted: Any) -> Callable[..., Any]:
+        """The program, jitted, of what is held, the list of weights, and inputs so laid out; what it emits, laid out so
+        too, comes out beside what is held."""
         opened = self.opened
-        batch: Any = self.plan.spec("batch")  # of every array of a tree
         model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
         nested = jax.tree.structure((opened.params, opened.buffers))
 
@@ -193,13 +198,14 @@ class Programs(Stores):
                 self.traces[program.__name__] += 1
             return program(held, *jax.tree.unflatten(nested, weights), *rest)
 
-        held = Held(self.layout.specs, batch)
+        slots: Any = self.holding.spec("batch")  # of every array of a tree
+        held = Held(self.layout.specs, slots)
         options = COMPILER_OPTIONS if self.config.exact else None
         laid = held, jax.tree.leaves(model), *inputs
-        return jitted(flat, self.plan, inputs=laid, outputs=(held, batch), options=options)
+        return jitted(flat, self.plan, inputs=laid, outputs=(held, emitted), options=options)
 
     def _given_back(self, caches: Caches, state: State) -> Held:
-        return Held(self.settled(caches), self._agreed(state))
+        return Held(self.settled(caches), self._agreed(state, self.holding))
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)
@@ -213,7 +219,7 @@ class Programs(Stores):
         """Of decoding: rows are split, and products of experts are those for few rows."""
         if self.config.exact:  # the plan of reading: the same products
             return self.plan
-        plan = self.plan.decoding()
+        plan = self.holding.decoding()
         if plan.decode_kernels == "reference":
             blocks = plan.config.grouped_matmul == "blocks"
             few = dataclasses.replace(plan.config, grouped_matmul="small_blocks") if blocks else plan.config
@@ -222,12 +228,12 @@ class Programs(Stores):
         few = dataclasses.replace(plan.config, grouped_matmul="triton_small", rms_norm="plain")
         return dataclasses.replace(plan, config=few)
 
-    def _agreed(self, tree: Any) -> Any:
-        """Arrays over slots that are equal on the ranks of other axes, as one."""
+    def _agreed(self, tree: Any, plan: Plan) -> Any:
+        """Arrays over the plan's batch that are equal on the ranks of other axes, as one."""
 
         def agree(a: Array) -> Array:
             if a.dtype == bool:
-                return self.plan.agreed(a.astype(jnp.int8), "batch").astype(bool)
-            return self.plan.agreed(a, "batch")
+                return plan.agreed(a.astype(jnp.int8), "batch").astype(bool)
+            return plan.agreed(a, "batch")
 
         return jax.tree.map(agree, tree)
