@@ -80,6 +80,18 @@ class Report(NamedTuple):
     top_logprobs: Array | None
 
 
+class Read(NamedTuple):
+    """What came of reading pieces. Of rows whose prompts end: the token chosen, drafts after it, and whether its logits
+    were no numbers. h_btd: final hidden states as the residual stream is laid out, None where `exact` is on."""
+
+    caches: Caches
+    rows: Rows
+    report: Report
+    drafts_bn: Array
+    bad_b: Array
+    h_btd: Array | None
+
+
 class Exact(NamedTuple):
     """How rows are computed one by one: tokens of a piece, and how many axes each array of the backbone's caches has in
     front."""
@@ -110,9 +122,8 @@ class Forward:
     is_token_v: Array
     markers: Markers | None
 
-    def read(self, caches: Caches, pieces: Pieces, sampler: Sampler) -> tuple[Caches, Rows, Report, Array, Array]:
-        """Reads a piece of each row's prompt. Returns caches, rows, the token chosen where a prompt ends, drafts after
-        it, and whether its logits were no numbers."""
+    def read(self, caches: Caches, pieces: Pieces, sampler: Sampler) -> Read:
+        """Reads a piece of each row's prompt."""
         time_t = jnp.arange(pieces.tokens_bt.shape[1])
         valid_bt = time_t < pieces.count_b[:, None]
         docs = Documents(valid_bt.astype(jnp.int32), pieces.start_b[:, None] + time_t)
@@ -122,16 +133,16 @@ class Forward:
         if self.exact is not None:
             caches, logits_bv = self._exactly(caches, pieces.start_b, pieces.count_b, pieces.table_bp)
             rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
-            return caches, rows, report, self._undrafted(ends_b), bad_b
-        h_btd, kept = self.model.hidden(*self._own(pieces.tokens_bt, docs), self.plan, caches.backbone)
+            return Read(caches, rows, report, self._undrafted(ends_b), bad_b, None)
+        seen_btd, kept = self.model.hidden(*self._own(pieces.tokens_bt, docs), self.plan, caches.backbone)
         caches = caches._replace(backbone=caches_of(kept))
-        logits_bv = self.model.project(self._last(h_btd, last_b), self.plan)[:, 0]
+        logits_bv = self.model.project(self._last(seen_btd, last_b), self.plan)[:, 0]
         rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
         next_b = jnp.where(ends_b, report.token, pieces.next_b)
         next_bt = jnp.concatenate([pieces.tokens_bt[:, 1:], next_b[:, None]], axis=1)
         next_bt = jnp.where(time_t == last_b[:, None], next_b[:, None], next_bt)
-        caches, drafts_bn = self._draft(caches, h_btd, next_bt, docs, live_b=ends_b)
-        return caches, rows, report, drafts_bn, bad_b
+        caches, drafts_bn = self._draft(caches, seen_btd, next_bt, docs, live_b=ends_b)
+        return Read(caches, rows, report, drafts_bn, bad_b, seen_btd)
 
     def step(self, caches: Caches, control: Control, sampler: Sampler) -> tuple[Caches, Rows, Control, Report, Array]:
         """Decodes each live row's next tokens, at most one more than drafts. Returns the report (b, n + 1) and which

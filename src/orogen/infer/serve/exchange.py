@@ -103,7 +103,8 @@ class Answers:
 
     Use as an asynchronous context manager, which hands the requests over and, at its end, cancels what still runs. The
     requests run together or not at all. salt: requests of different ones share no cached prefix. since: when they
-    arrived, by `time.perf_counter`. size: of what was answered, in tokens, likely ones that are reported included.
+    arrived, by `time.perf_counter`. size: of what was answered, in tokens, likely ones that are reported
+    included.
     Raises HttpError for what the engine or the service refuses.
     """
 
@@ -173,7 +174,9 @@ class Answers:
 
     def _measure(self, number: int, output: Output) -> None:
         measures, now = self._parts.measures, time.perf_counter()
-        self.size += len(output.tokens) * (1 + (self._requests[number].logprobs or 0))
+        asked = self._requests[number]
+        self.size += len(output.tokens) * (1 + (asked.logprobs or 0))
+        self.size += len(output.prompt) * (1 + (asked.prompt_logprobs or 0))
         if output.tokens:
             measures.tokens.inc(len(output.tokens))
             if number not in self._begun:
