@@ -45,11 +45,11 @@ async def completions(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.COMPLETION)
     parts.check_body(body)
-    with parts.preparing.place() as place:
+    with parts.preparing.place(_counts(body)[1] * len(_listed(body))) as place:
         choices, requests = await parts.preparing.run(_asked, body, parts, place=place)
-    form = _Form(parts, body, choices)
-    answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived)
-    return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
+        form = _Form(parts, body, choices)
+        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, place=place)
+        return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
 
 
 class _Form:
@@ -144,11 +144,16 @@ def _counts(body: dict[str, Any]) -> tuple[int, int]:
     return n, of
 
 
-def _prompts(body: dict[str, Any], parts: Parts) -> list[tuple[tuple[int, ...], str]]:
-    """The ids of each prompt, and its text where that is known."""
+def _listed(body: dict[str, Any]) -> list[Any]:
+    """The prompts of a body, each a text or ids."""
     prompt: Any = body["prompt"]
     several = isinstance(prompt, list) and (not prompt or isinstance(prompt[0], str | list))
-    listed: list[Any] = prompt if several else [prompt]
+    return prompt if several else [prompt]
+
+
+def _prompts(body: dict[str, Any], parts: Parts) -> list[tuple[tuple[int, ...], str]]:
+    """The ids of each prompt, and its text where that is known."""
+    listed = _listed(body)
     if not listed:
         raise bad("prompt is []; expected at least one")
     if isinstance(listed[0], str):
