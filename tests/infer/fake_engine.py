@@ -102,7 +102,7 @@ class FakeEngine:
             del self.running[number]
             return Output(number, finish=ERROR, error="the logits of this request are not finite")
         ids = one.answer[one.done : one.done + self.pace][: request.max_tokens - one.done]
-        cached = None if one.done else self.cached
+        cached, prompt = (None, ()) if one.done else (self.cached, self._scored(request))
         one.done += len(ids)
         text = self.decode(request, one.answer[: one.done])
         finish = stopped = None
@@ -121,4 +121,10 @@ class FakeEngine:
         new, one.said = text[one.said :], max(one.said, len(text))
         top = tuple((i, -float(i + 1)) for i in range(request.logprobs or 0))
         chosen = tuple(Chosen(i, None if request.logprobs is None else self.logprob(i), top) for i in ids)
-        return Output(number, chosen, new, finish, stop=stopped, cached=cached)
+        return Output(number, chosen, new, finish, stop=stopped, cached=cached, prompt=prompt)
+
+    def _scored(self, request: Request) -> tuple[Chosen, ...]:
+        if request.prompt_logprobs is None:
+            return ()
+        top = tuple((i, -float(i + 1)) for i in range(request.prompt_logprobs))
+        return tuple(Chosen(i, self.logprob(i), top) for i in request.prompt[1:])

@@ -17,7 +17,7 @@ from orogen.config.plan import PlanConfig
 from orogen.layers.documents import documents
 from orogen.model.block import Layer
 from orogen.parallel.axes import STREAM
-from orogen.parallel.context import entering, parts, zigzag
+from orogen.parallel.context import continued, entering, joined, own, parts, taken, whole, zigzag
 from orogen.parallel.plan import make_plan
 
 ATTENTION = [{"context_attention": method} for method in ("ring", "allgather", "alltoall")]
@@ -157,6 +157,32 @@ def test_entering_states_by_a_loop(ranks):
     run = jax.jit(plan.run(device, inputs=(spec, spec), outputs=spec))
     found = np.asarray(run(jnp.asarray(decay[:, order], jnp.float32), jnp.asarray(state[:, order], jnp.float32)))
     np.testing.assert_allclose(found[0, np.argsort(order)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_sequence_that_continues_another_by_a_loop(ranks):
+    """Of two rows: the states that enter each part and that leave the whole; and tokens at places of either."""
+    plan, rng = make_plan(PlanConfig(context=ranks), hybrid()), np.random.default_rng(2)
+    decay, state = rng.random((2, 2 * ranks, 1)), rng.normal(size=(2, 2 * ranks, 5))
+    start, index = rng.normal(size=(2, 5)), np.array([[2 * ranks - 1, 0, 1], [ranks, ranks - 1, 3]])
+    entered, carried = [], start
+    for part in range(2 * ranks):
+        entered.append(carried)
+        carried = decay[:, part] * carried + state[:, part]
+    order, spec = zigzag(2 * ranks, ranks), plan.spec("batch", "context")
+
+    def device(a, s, start):
+        enters, after = continued(parts(a, plan)[:, 0], parts(s, plan)[:, 0], start, plan)
+        whole_ones = (plan.agreed(a, "batch") for a in (after, taken(s, jnp.asarray(index), plan)))
+        return joined(enters[:, None], plan), *whole_ones, own(whole(s, plan), plan) - s
+
+    inputs = (jnp.asarray(a, jnp.float32) for a in (decay[:, order], state[:, order], start))
+    run = plan.run(device, inputs=(spec, spec, plan.spec("batch")), outputs=(spec, *[plan.spec("batch")] * 2, spec))
+    enters, after, tokens, nothing = jax.device_get(jax.jit(run)(*inputs))
+    np.testing.assert_allclose(enters[:, np.argsort(order)], np.stack(entered, 1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after, carried, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(tokens, np.take_along_axis(state, index[..., None], 1).astype(np.float32))
+    assert not nothing.any()
 
 
 def exchanged(length: int, **choices) -> int:

@@ -54,6 +54,13 @@ class Arrays:
                 _fill(table_rp[row], slot.pages)
         return tokens_rt, table_rp
 
+    def nexts(self, scored: Iterable[tuple[int, Piece, Slot]], shape: tuple[int, int]) -> np.ndarray:
+        """(r, t) the token of the prompt after each of these pieces', which are in these rows; NONE for others."""
+        next_rt = np.full(shape, NONE, np.int32)
+        for row, piece, slot in scored:
+            _fill(next_rt[row], slot.request.prompt[piece.start + 1 : piece.start + piece.count + 1])
+        return next_rt
+
     def entries(self, entries: Entries, rows: Sequence[Piece | None], slots: Mapping[int, Slot]) -> Entries:
         """`entries`, of nothing, with what the pieces of rows and their slots say."""
         for row, piece in enumerate(rows):
@@ -61,7 +68,7 @@ class Arrays:
                 continue
             slot, end = slots[piece.slot], piece.start + piece.count
             entries.slot_r[row], entries.start_r[row] = piece.slot % self._sizes.slots, piece.start
-            entries.count_r[row], entries.left_r[row] = piece.count, slot.request.max_tokens - 1
+            entries.count_r[row], entries.left_r[row] = piece.count, max(0, slot.request.max_tokens - 1)
             entries.next_r[row] = NONE if piece.last else slot.request.prompt[end]
             _fill(entries.ends_re[row], slot.ends)
         return entries

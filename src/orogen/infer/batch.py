@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple, Protocol
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import Record, Whole, read_object
 from orogen.config.streams import say
-from orogen.infer.lines import Line, LineReader, answer, digest, refusal
+from orogen.infer.lines import Line, LineReader, answer, digest, refusal, told
 from orogen.infer.request import ERROR, Chosen, Full, Output, Request
 from orogen.report.metrics import Progress
 
@@ -134,6 +134,7 @@ class _Open:
     def __init__(self, line: Line):
         self.line = line
         self.chosen: list[Chosen] = []
+        self.prompt: tuple[Chosen, ...] = ()
         self.texts: list[str] = []
 
 
@@ -192,12 +193,13 @@ class _Run:
     def _add(self, output: Output, done: dict[int, _Place]) -> None:
         one = self._open[output.number]
         one.chosen += output.tokens
+        one.prompt += output.prompt
         one.texts.append(output.text)
         if output.finish is not None:
             del self._open[output.number]
             text, error = "".join(one.texts), output.error
-            facts = answer(one.line, chosen=one.chosen, text=text, finish=output.finish, error=error)
-            self._write(one.line, facts, done)
+            facts = told(chosen=one.chosen, text=text, finish=output.finish, prompt=one.prompt)
+            self._write(one.line, answer(one.line, facts, error=error), done)
 
     def _write(self, line: Line, facts: dict[str, Any], done: dict[int, _Place]) -> None:
         data = json.dumps(facts, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -24,13 +24,28 @@ class Call(NamedTuple):
     rows: int
 
 
+class Parts(NamedTuple):
+    """How a piece is dealt over the ranks of `context`: in so many parts, of at least so many tokens each."""
+
+    count: int
+    tokens: int
+
+
 class Buckets:
     """The shapes of one engine. lengths, rows (of a length) and reaches, pages of a row, ascend.
 
     reaches: of what reads prompts; decode_reaches: of what decodes.
     """
 
-    def __init__(self, config: EngineConfig, sizes: Sizes, *, tensor: int, tables_cost_nothing: bool) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        sizes: Sizes,
+        *,
+        tensor: int,
+        tables_cost_nothing: bool,
+        parts: Parts = Parts(1, 1),  # noqa: B008
+    ) -> None:
         """tensor: ranks that share the tokens and the rows of a call. tables_cost_nothing: decoding reads no more of a
         wide page table than of a narrow one."""
         self._sizes, self._tensor, self._exact = sizes, tensor, config.exact
@@ -38,7 +53,8 @@ class Buckets:
         self._most, self._page = min(config.prefill_tokens, sizes.length), config.page
         # What is read row by row takes any number of tokens, and no time for rows without any.
         smallest = self._most if config.exact else SMALLEST_PIECE
-        self.lengths = tuple(_multiple(n, tensor) for n in _fractions(self._most, smallest))
+        padded = (max(n, parts.count * parts.tokens) for n in _fractions(self._most, smallest))
+        self.lengths = tuple(dict.fromkeys(_multiple(n, parts.count * tensor) for n in padded))
         narrow = -(-SMALLEST_TABLE // config.page)
         self.reaches = _fractions(sizes.reach, sizes.reach if config.exact else narrow)
         self.decode_reaches = self.reaches[-1:] if tables_cost_nothing else self.reaches

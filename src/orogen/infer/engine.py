@@ -19,10 +19,9 @@ from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.infer.arrays import Arrays
-from orogen.infer.knobs import check_ids
 from orogen.infer.lane import Lane
 from orogen.infer.packing import pack
-from orogen.infer.prepare import buckets_of, is_token, prepared
+from orogen.infer.prepare import buckets_of, check_request, is_token, prepared
 from orogen.infer.programs import Emitted, Programs
 from orogen.infer.request import CANCELLED, ERROR, EngineFailed, Output, Request
 from orogen.infer.samplers import Samplers
@@ -214,21 +213,9 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """Raises ConfigError for what this engine can never answer."""
-        size = self.opened.config.vocab_size
-        wrong = [i for i in (*request.prompt, *request.stop_ids) if not 0 <= i < size]
-        if wrong:
-            raise ConfigError(f"token id {wrong[0]}; expected 0 to {size - 1}")
-        known = self.programs.is_token_v[np.array(request.prompt)]
-        if not known.all():
-            raise ConfigError(f"token id {request.prompt[known.argmin()]}; expected one that the tokenizer has")
-        check_ids(request, size)
-        if len(request.prompt) + request.max_tokens > self.length:
-            raise ConfigError(
-                f"a prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens}; expected at most "
-                f"{self.length} in all"
-            )
-        if request.stop and self.opened.tokenizer is None:
-            raise ConfigError("Request.stop without a tokenizer; expected token ids in stop_ids")
+        check_request(request, self.opened, self.programs.is_token_v, length=self.length)
+        if request.prompt_logprobs is not None and self.config.exact:
+            raise ConfigError("Request.prompt_logprobs where EngineConfig.exact is True; expected None")
         if request.budget is not None:
             _ = self.programs.markers  # refuses a tokenizer that has none
 
@@ -272,11 +259,22 @@ class Engine:
             packed_rw = pack(self._arrays.entries(entries, rows, self._slots))
             inputs = packed_rw, *self._arrays.pieces(rows, call.length, self._slots), counted, mask_rw
             placed = [(row, slot) for row, slot in enumerate(ending) if slot]
-            self._dispatch(placed, self._lane.read(inputs, logprobs=_logprobs(placed)), 0)
+            emitted, hidden = self._lane.read(inputs, logprobs=_logprobs(placed))
+            self._score(rows, call.length, hidden)
+            self._dispatch(placed, emitted, 0)
             for piece in call.pieces:
                 whole = planned[piece.slot]
                 if piece.start + piece.count == whole.start + whole.count:
                     self._has_read(whole)
+
+    def _score(self, rows: Sequence[Piece | None], length: int, hidden: Future[Any]) -> None:
+        """Dispatches the scores of the pieces' own tokens, where a request asks for them."""
+        of_rows = [(row, piece, self._slots[piece.slot]) for row, piece in enumerate(rows) if piece is not None]
+        scored = [(row, piece, slot) for row, piece, slot in of_rows if slot.request.prompt_logprobs is not None]
+        if scored:
+            report = self._lane.score(hidden, self._arrays.nexts(scored, (len(rows), length)))
+            for row, piece, slot in scored:
+                slot.scored.append((report, row, piece.count))
 
     def _dispatch(self, placed: list[tuple[int, Slot]], emitted: Future[Emitted], steps: int) -> None:
         """Notes whose tokens a call emits."""
@@ -338,7 +336,8 @@ class Engine:
             output = slot.told(chosen, bad=bad[row])
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
-                committed = () if output.finish == ERROR else slot.generated[:-1]
+                keeps = output.finish != ERROR and self.opened.plan.size("context") == 1  # see `Stores.holding`
+                committed = slot.generated[:-1] if keeps else ()
                 self.scheduler.finished(slot.seat, committed=committed)
                 self._leave(slot.seat)
             self._outputs.append(output)

@@ -24,6 +24,7 @@ from orogen.model.cache import caches as caches_of
 from orogen.model.lm import LanguageModel
 from orogen.model.replayed import counts
 from orogen.model.slots import rolled_back, with_tables, without_drafts
+from orogen.parallel.context import copied, own, taken
 from orogen.parallel.plan import Plan
 
 NONE = -1  # in place of a token: none was emitted, drafted or given
@@ -79,6 +80,18 @@ class Report(NamedTuple):
     top_logprobs: Array | None
 
 
+class Read(NamedTuple):
+    """What came of reading pieces. Of rows whose prompts end: the token chosen, drafts after it, and whether its logits
+    were no numbers. h_btd: final hidden states as the residual stream is laid out, None where `exact` is on."""
+
+    caches: Caches
+    rows: Rows
+    report: Report
+    drafts_bn: Array
+    bad_b: Array
+    h_btd: Array | None
+
+
 class Exact(NamedTuple):
     """How rows are computed one by one: tokens of a piece, and how many axes each array of the backbone's caches has in
     front."""
@@ -109,9 +122,8 @@ class Forward:
     is_token_v: Array
     markers: Markers | None
 
-    def read(self, caches: Caches, pieces: Pieces, sampler: Sampler) -> tuple[Caches, Rows, Report, Array, Array]:
-        """Reads a piece of each row's prompt. Returns caches, rows, the token chosen where a prompt ends, drafts after
-        it, and whether its logits were no numbers."""
+    def read(self, caches: Caches, pieces: Pieces, sampler: Sampler) -> Read:
+        """Reads a piece of each row's prompt."""
         time_t = jnp.arange(pieces.tokens_bt.shape[1])
         valid_bt = time_t < pieces.count_b[:, None]
         docs = Documents(valid_bt.astype(jnp.int32), pieces.start_b[:, None] + time_t)
@@ -121,16 +133,16 @@ class Forward:
         if self.exact is not None:
             caches, logits_bv = self._exactly(caches, pieces.start_b, pieces.count_b, pieces.table_bp)
             rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
-            return caches, rows, report, self._undrafted(ends_b), bad_b
-        h_btd, kept = self.model.hidden(pieces.tokens_bt, docs, self.plan, caches.backbone)
+            return Read(caches, rows, report, self._undrafted(ends_b), bad_b, None)
+        seen_btd, kept = self.model.hidden(*self._own(pieces.tokens_bt, docs), self.plan, caches.backbone)
         caches = caches._replace(backbone=caches_of(kept))
-        logits_bv = self.model.project(_at(self.plan.enter(h_btd), last_b), self.plan)[:, 0]
+        logits_bv = self.model.project(self._last(seen_btd, last_b), self.plan)[:, 0]
         rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
         next_b = jnp.where(ends_b, report.token, pieces.next_b)
         next_bt = jnp.concatenate([pieces.tokens_bt[:, 1:], next_b[:, None]], axis=1)
         next_bt = jnp.where(time_t == last_b[:, None], next_b[:, None], next_bt)
-        caches, drafts_bn = self._draft(caches, h_btd, next_bt, docs, live_b=ends_b)
-        return caches, rows, report, drafts_bn, bad_b
+        caches, drafts_bn = self._draft(caches, seen_btd, next_bt, docs, live_b=ends_b)
+        return Read(caches, rows, report, drafts_bn, bad_b, seen_btd)
 
     def step(self, caches: Caches, control: Control, sampler: Sampler) -> tuple[Caches, Rows, Control, Report, Array]:
         """Decodes each live row's next tokens, at most one more than drafts. Returns the report (b, n + 1) and which
@@ -258,10 +270,10 @@ class Forward:
     ) -> tuple[Caches, Array]:
         """Each draft is read as if it were the next token, and the block's hidden state as if it were the backbone's,
         as Megatron and vLLM draft; the block's own keys and values there are overwritten when the token is known."""
-        last_b, plan = jnp.maximum(counts(docs) - 1, 0), self.plan
-        h_btd, mtp = self._deeper(caches.mtp, h_btd, next_bt, docs, plan)
-        h_b1d = _at(plan.enter(h_btd), last_b)
-        decoding, place_b1 = plan.decoding(), _at(docs.positions_bt, last_b)
+        last_b = jnp.maximum(counts(docs) - 1, 0)
+        h_btd, mtp = self._deeper(caches.mtp, h_btd, *self._own(next_bt, docs), self.plan)
+        h_b1d = self._last(h_btd, last_b)
+        decoding, place_b1 = copied(self.plan).decoding(), _at(docs.positions_bt, last_b)
         drafts, tentative = [self._likeliest(h_b1d)], mtp
         for depth in range(1, self.drafts):
             one = Documents(live_b[:, None].astype(jnp.int32), place_b1 + depth)
@@ -278,6 +290,14 @@ class Forward:
         inside = plan.of_layers(self.model.backbone.size)
         h_btd, kept = self.model.mtp(h_btd, embedded_btd, docs, inside, caches)
         return h_btd, caches_of(kept)
+
+    def _own(self, tokens_bt: Array, docs: Documents) -> tuple[Array, Documents]:
+        """What this rank of `context` computes of tokens."""
+        return own(tokens_bt, self.plan), Documents(*(own(a, self.plan) for a in docs))
+
+    def _last(self, h_btd: Array, last_b: Array) -> Array:
+        """(b, 1, d): of the hidden states of a piece those of each row's last token."""
+        return taken(self.plan.enter(h_btd), last_b[:, None], self.plan)
 
     def _likeliest(self, h_b1d: Array) -> Array:
         """(b, 1) int32: the most likely next token."""

@@ -67,9 +67,28 @@ class Lane:
 
         self._queue(run)
 
-    def read(self, inputs: tuple[Any, ...], *, logprobs: bool) -> Future[Emitted]:
-        """Reads pieces of prompts; see `Programs.read`. logprobs: whether they are wanted of what is emitted."""
-        return self._queue(lambda: self._take(self._programs.read(self._held, inputs), logprobs=logprobs))
+    def read(self, inputs: tuple[Any, ...], *, logprobs: bool) -> tuple[Future[Emitted], Future[Any]]:
+        """Reads pieces of prompts; see `Programs.read`. logprobs: whether they are wanted of what is emitted. Returns
+        that, and the pieces' hidden states, which `score` takes."""
+        hidden: Future[Any] = Future()
+
+        def run() -> Emitted:
+            held, (emitted, h_rtd) = self._programs.read(self._held, inputs)
+            hidden.set_result(h_rtd)
+            return self._take((held, emitted), logprobs=logprobs)
+
+        return self._queue(run), hidden
+
+    def score(self, hidden: Future[Any], next_rt: Any) -> Future[Report]:
+        """Reports given tokens after the pieces that a call read; see `Programs.score`. To be queued behind it."""
+
+        def run() -> Report:
+            report = self._programs.score(hidden.result(), next_rt)
+            for array in jax.tree.leaves(report):
+                array.copy_to_host_async()
+            return report
+
+        return self._queue(run)
 
     def decode(self, inputs: tuple[Any, ...], *, features: Features, steps: int, logprobs: bool) -> Future[Emitted]:
         """Decodes; see `Programs.decode`."""

@@ -14,6 +14,8 @@ Its answer is one object, too:
     finish          why it ended: stop, length, error; absent where the line could not be read
     logprobs, top   of a line with `logprobs`: those of its tokens, and [token, log-probability] of the likeliest ones;
                     null for one that is not finite
+    prompt_logprobs, prompt_top     the same of the prompt's tokens, null for the first, of a line with
+                    `prompt_logprobs`, which may have `max_tokens` 0
     error           what was wrong
     digest          of the line and of the run's settings, by which a run that goes on knows its own answers
 """
@@ -118,13 +120,20 @@ def request_of(prompt: Sequence[int], fields: Mapping[str, Any]) -> Request:
     return Request(prompt=tuple(prompt), sampling=sampling, **others)
 
 
-def told(*, chosen: Sequence[Chosen], text: str, finish: str) -> dict[str, Any]:
-    """What came of a request, as JSON has it."""
+def told(*, chosen: Sequence[Chosen], text: str, finish: str, prompt: Sequence[Chosen] = ()) -> dict[str, Any]:
+    """What came of a request, as JSON has it. prompt: see `Output`."""
     facts: dict[str, Any] = {"text": text, "tokens": [one.id for one in chosen], "finish": finish}
     if chosen and chosen[0].logprob is not None:
         facts["logprobs"] = [_finite(one.logprob) for one in chosen]
-        facts["top"] = [[[token, _finite(logprob)] for token, logprob in one.top] for one in chosen]
+        facts["top"] = _tops(chosen)
+    if prompt:
+        facts["prompt_logprobs"] = [None, *(_finite(one.logprob) for one in prompt)]
+        facts["prompt_top"] = [None, *_tops(prompt)]
     return facts
+
+
+def _tops(chosen: Sequence[Chosen]) -> list[list[list[Any]]]:
+    return [[[token, _finite(logprob)] for token, logprob in one.top] for one in chosen]
 
 
 def digest(data: bytes, settings: str) -> str:
@@ -132,9 +141,8 @@ def digest(data: bytes, settings: str) -> str:
     return hashlib.sha256(json.dumps(settings).encode() + b"\n" + data).hexdigest()[:16]
 
 
-def answer(line: Line, *, chosen: Sequence[Chosen], text: str, finish: str, error: str | None) -> dict[str, Any]:
-    """The answer to a line whose request has ended."""
-    facts = told(chosen=chosen, text=text, finish=finish)
+def answer(line: Line, facts: dict[str, Any], *, error: str | None) -> dict[str, Any]:
+    """The answer to a line whose request has ended, with what was `told` of it."""
     return _about(line, facts if error is None else facts | {"error": error})
 
 

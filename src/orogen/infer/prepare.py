@@ -5,8 +5,11 @@ import dataclasses
 import numpy as np
 
 from orogen.checkpoint.open import Opened
+from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
-from orogen.infer.buckets import Buckets
+from orogen.infer.buckets import Buckets, Parts
+from orogen.infer.knobs import check_ids
+from orogen.infer.request import Request
 from orogen.infer.sizes import Sizes
 from orogen.model.lm import written_out
 from orogen.model.slots import FEW
@@ -27,7 +30,11 @@ def buckets_of(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:
     layers = opened.config.layers
     latent = "+" in layers.main + (layers.mtp if config.drafter == "mtp" else "")
     by_kernel = config.kernels == "triton" and not latent and not config.exact and sizes.drafts < FEW
-    return Buckets(config, sizes, tensor=opened.plan.size("tensor"), tables_cost_nothing=by_kernel)
+    tensor, context = (opened.plan.size(axis) for axis in ("tensor", "context"))
+    # A convolution reads no further back than into the part before.
+    least = max(1, opened.config.conv_kernel - 1) if sizes.recurrent else 1
+    parts = Parts(2 * context, least) if context > 1 else Parts(1, 1)
+    return Buckets(config, sizes, tensor=tensor, parts=parts, tables_cost_nothing=by_kernel)
 
 
 def is_token(opened: Opened) -> np.ndarray:
@@ -37,3 +44,22 @@ def is_token(opened: Opened) -> np.ndarray:
         is_token_v[:] = False
         is_token_v[: opened.tokenizer.vocab_size] = opened.tokenizer.is_token_v
     return is_token_v
+
+
+def check_request(request: Request, opened: Opened, is_token_v: np.ndarray, *, length: int) -> None:
+    """Raises ConfigError for tokens that the model does not have, or more of them than `length`."""
+    size = opened.config.vocab_size
+    wrong = [i for i in (*request.prompt, *request.stop_ids) if not 0 <= i < size]
+    if wrong:
+        raise ConfigError(f"token id {wrong[0]}; expected 0 to {size - 1}")
+    known = is_token_v[np.array(request.prompt)]
+    if not known.all():
+        raise ConfigError(f"token id {request.prompt[known.argmin()]}; expected one that the tokenizer has")
+    check_ids(request, size)
+    if len(request.prompt) + request.max_tokens > length:
+        raise ConfigError(
+            f"a prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens}; expected at most "
+            f"{length} in all"
+        )
+    if request.stop and opened.tokenizer is None:
+        raise ConfigError("Request.stop without a tokenizer; expected token ids in stop_ids")

@@ -21,14 +21,16 @@ from jax import Array, lax
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
+from orogen.infer import prompt_scores
 from orogen.infer.budget import Markers, markers_of
 from orogen.infer.exact import COMPILER_OPTIONS
-from orogen.infer.forward import Caches, Exact, Forward, Report, Sampler, with_pages
+from orogen.infer.forward import NONE, Caches, Exact, Forward, Report, Sampler, with_pages
 from orogen.infer.knobs import Features
 from orogen.infer.packing import unpack
 from orogen.infer.request import MOST_LOGPROBS
 from orogen.infer.state import State, carried, controlled, entered, no_entries, no_seats, no_state, rows_for
 from orogen.infer.stores import Stores
+from orogen.parallel.axes import STREAM
 from orogen.parallel.placement import jitted
 from orogen.parallel.plan import Plan
 
@@ -84,11 +86,15 @@ class Programs(Stores):
 
     def put(self, tree: Any) -> Any:
         """Arrays over slots, laid on the devices."""
+        return jax.device_put(tree, self.holding.sharding("batch"))
+
+    def put_rows(self, tree: Any) -> Any:
+        """Arrays over rows that are read, laid on the devices: every rank of `context` has all of them."""
         return jax.device_put(tree, self.plan.sharding("batch"))
 
-    def read(self, held: Held, inputs: tuple[Any, ...]) -> tuple[Held, Emitted]:
+    def read(self, held: Held, inputs: tuple[Any, ...]) -> tuple[Held, tuple[Emitted, Array | None]]:
         """Reads pieces of the prompts of some slots (r,). Returns what was emitted beside, one token of each row whose
-        prompt ends.
+        prompt ends, and hidden states, see `Read`.
 
         inputs: packed `Entries`; tokens (r, t) and pages of the pieces; `Rows` with counts and prompts alone; masks or
         None.
@@ -98,6 +104,17 @@ class Programs(Stores):
     def read_inputs(self, held: Held, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """What `reader` takes."""
         return held, self._weights, inputs
+
+    def score(self, h_rtd: Array, next_rt: Any) -> Report:
+        """What is reported of tokens (r, t) after the hidden states that a call of `read` gave."""
+        return self.scorer(h_rtd, self._weights, next_rt)
+
+    def score_inputs(self, rows: int, length: int) -> tuple[Any, ...]:
+        """What `scorer` takes, for calls of this shape, with nothing to score."""
+        shape = rows, length, self.opened.config.hidden_size
+        dtype, sharding = jnp.dtype(self.config.compute_dtype), self.plan.sharding(*STREAM, None)
+        h_rtd = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return h_rtd, self._weights, np.full((rows, length), NONE, np.int32)
 
     def decode(self, held: Held, inputs: tuple[Any, ...], *, features: Features, steps: int) -> tuple[Held, Emitted]:
         """Decodes for `steps` steps, or until no slot has tokens left. inputs: packed `Seats` of all slots, their page
@@ -138,13 +155,32 @@ class Programs(Stores):
             mine = self.of_rows(take, caches, caches)
             rows = rows._replace(number_b=jnp.zeros_like(slot_r), thought=entries.thought)
             sampler = Sampler(entries.knobs, rows, mask_rw)
-            mine, rows, report, drafts_rn, bad_r = forward.read(mine, entries.pieces(tokens_rt, table_rp), sampler)
+            found = forward.read(mine, entries.pieces(tokens_rt, table_rp), sampler)
+            mine, rows, report, drafts_rn, bad_r, h_rtd = found
             caches = self.of_rows(put, self.pooled(caches, mine), mine)
+            entries = entries.of_share(self.plan.index("context"), len(state.token_b))
             state = entered(state, entries, report.token, drafts_rn, bad_r=bad_r, rows=rows)
             emitted = Emitted(report, bad_r, jnp.zeros_like(drafts_rn))
-            return self._given_back(caches, state), self._agreed(self.plan.vary(emitted))
+            return self._given_back(caches, state), (self._agreed(self.plan.vary(emitted), self.plan), h_rtd)
 
-        return self._compiled(read, inputs=(self.plan.spec("batch"),))
+        rows: Any = self.plan.spec("batch")
+        return self._compiled(read, inputs=(rows,), emitted=(rows, self._stream))
+
+    @functools.cached_property
+    def scorer(self) -> Callable[..., Any]:
+        """The jitted program of `score`, which is apart from `reader`: others need none of it."""
+
+        def score(h_rtd, params, buffers, next_rt):
+            inputs, is_token_v = self.plan.vary((h_rtd, next_rt)), jnp.asarray(self.is_token_v)
+            report = prompt_scores.score(self.merged(params, buffers), self.plan, *inputs, is_token_v=is_token_v)
+            return self._agreed(report, self.plan)
+
+        rows: Any = self.plan.spec("batch")
+        return self._laid(score, given=self._stream, inputs=(rows,), outputs=rows, donated=())
+
+    @property
+    def _stream(self) -> Any:
+        return self.plan.spec(*STREAM, None)
 
     def _decoding(self, features: Features) -> Callable[..., Any]:
         like = no_seats(1, features)
@@ -169,37 +205,49 @@ class Programs(Stores):
             slots = len(control.token_b)
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
             told = report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
-            loop = with_pages(caches, table_bp), sampler.rows, control, *told
+            loop = with_pages(self.share(caches), table_bp), sampler.rows, control, *told
             start = jnp.int32(0), alive(control), plan.vary(loop)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
             _, _, (paged, rows, after, *told) = lax.while_loop(goes_on, body, start)
             # Not with this call's tables, whose width would make the caches those of another program.
-            caches = self.of_rows(lambda _, new, lead: new, self.pooled(caches, paged), paged)
             state = carried(state, control, after, rows)
-            return self._given_back(caches, state), self._agreed(Emitted(*told))
+            return self._given_back(self.with_share(caches, paged), state), self._agreed(Emitted(*told), self.holding)
 
-        return self._compiled(decode, inputs=(self.plan.spec("batch"), self.plan.spec()))
+        slots: Any = self.holding.spec("batch")
+        return self._compiled(decode, inputs=(slots, self.plan.spec()), emitted=slots)
 
-    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-        """The program, jitted, of what is held, the list of weights, and inputs so laid out; what it emits, over rows,
-        comes out beside what is held."""
+    def _compiled(self, program: Callable[..., Any], *, inputs: tuple[Any, ...], emitted: Any) -> Callable[..., Any]:
+        """The program, jitted, of what is held, the list of weights, and inputs so laid out; what it emits, laid out so
+        too, comes out beside what is held."""
+        slots: Any = self.holding.spec("batch")  # of every array of a tree
+        held = Held(self.layout.specs, slots)
+        return self._laid(program, given=held, inputs=inputs, outputs=(held, emitted), donated=(0,))
+
+    def _laid(
+        self,
+        program: Callable[..., Any],
+        *,
+        given: Any,
+        inputs: tuple[Any, ...],
+        outputs: Any,
+        donated: tuple[int, ...],
+    ) -> Callable[..., Any]:
+        """The program, jitted, of what it is given, the list of weights, and inputs."""
         opened = self.opened
-        batch: Any = self.plan.spec("batch")  # of every array of a tree
         model = self.plan.specs(opened.params), self.plan.specs(opened.buffers)
         nested = jax.tree.structure((opened.params, opened.buffers))
 
-        def flat(held: Held, weights: list[Array], *rest: Any) -> Any:
+        def flat(given: Any, weights: list[Array], *rest: Any) -> Any:
             with self._tracing:  # several may compile at the same time
                 self.traces[program.__name__] += 1
-            return program(held, *jax.tree.unflatten(nested, weights), *rest)
+            return program(given, *jax.tree.unflatten(nested, weights), *rest)
 
-        held = Held(self.layout.specs, batch)
         options = COMPILER_OPTIONS if self.config.exact else None
-        laid = held, jax.tree.leaves(model), *inputs
-        return jitted(flat, self.plan, inputs=laid, outputs=(held, batch), options=options)
+        laid = given, jax.tree.leaves(model), *inputs
+        return jitted(flat, self.plan, inputs=laid, outputs=outputs, options=options, donated=donated)
 
     def _given_back(self, caches: Caches, state: State) -> Held:
-        return Held(self.settled(caches), self._agreed(state))
+        return Held(self.settled(caches), self._agreed(state, self.holding))
 
     def _forward(self, params: Any, buffers: Any, plan: Plan, features: Features) -> Forward:
         is_token_v = jnp.asarray(self.is_token_v)
@@ -213,7 +261,7 @@ class Programs(Stores):
         """Of decoding: rows are split, and products of experts are those for few rows."""
         if self.config.exact:  # the plan of reading: the same products
             return self.plan
-        plan = self.plan.decoding()
+        plan = self.holding.decoding()
         if plan.decode_kernels == "reference":
             blocks = plan.config.grouped_matmul == "blocks"
             few = dataclasses.replace(plan.config, grouped_matmul="small_blocks") if blocks else plan.config
@@ -222,12 +270,12 @@ class Programs(Stores):
         few = dataclasses.replace(plan.config, grouped_matmul="triton_small", rms_norm="plain")
         return dataclasses.replace(plan, config=few)
 
-    def _agreed(self, tree: Any) -> Any:
-        """Arrays over slots that are equal on the ranks of other axes, as one."""
+    def _agreed(self, tree: Any, plan: Plan) -> Any:
+        """Arrays over the plan's batch that are equal on the ranks of other axes, as one."""
 
         def agree(a: Array) -> Array:
             if a.dtype == bool:
-                return self.plan.agreed(a.astype(jnp.int8), "batch").astype(bool)
-            return self.plan.agreed(a, "batch")
+                return plan.agreed(a.astype(jnp.int8), "batch").astype(bool)
+            return plan.agreed(a, "batch")
 
         return jax.tree.map(agree, tree)

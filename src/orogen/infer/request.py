@@ -87,9 +87,11 @@ class Request:
 
     stop: the text ends before the first of these strings. stop_ids: token ids that end it, besides the model's own,
     which `ignore_eos` makes tokens like any other. logprobs: how many most likely tokens are reported with each chosen
-    one; None: none, and no log-probability. shown: special tokens whose names the text shows, as `<think>`; others add
-    no text. priority: lower goes first, then who came first. min_tokens: the tokens `held`, such as the model's own
-    ends, are not among the first so many, and no stop string is looked for in them.
+    one; None: none, and no log-probability. prompt_logprobs: the same for the prompt's own tokens but the first; such a
+    request reads its whole prompt, since the prefix cache has no logits, and its `max_tokens` may be 0. shown: special
+    tokens whose names the text shows, as `<think>`; others add no text. priority: lower goes first, then who came
+    first. min_tokens: the tokens `held`, such as the model's own ends, are not among the first so many, and no stop
+    string is looked for in them.
     """
 
     prompt: tuple[int, ...]
@@ -101,6 +103,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     budget: Budget | None = None
     grammar: Grammar | None = None
     shown: tuple[int, ...] = ()
@@ -109,12 +112,19 @@ class Request:
     def __post_init__(self) -> None:
         check_types(self)
         require(len(self.prompt) > 0, self, "prompt", "at least one token")
-        require(self.max_tokens > 0, self, "max_tokens", "a number above 0")
+        scored = self.prompt_logprobs is not None
+        require(self.max_tokens >= (0 if scored else 1), self, "max_tokens", "above 0, or 0 with prompt_logprobs")
         require(0 <= self.min_tokens <= self.max_tokens, self, "min_tokens", f"0 to max_tokens, {self.max_tokens}")
         require(len(self.held) <= MOST_HELD, self, "held", f"at most {MOST_HELD} tokens")
         require(len(self.stop) <= MOST_STOPS and all(self.stop), self, "stop", f"at most {MOST_STOPS} texts, not empty")
-        fits = self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS
-        require(fits, self, "logprobs", f"None, or from 0 to {MOST_LOGPROBS}")
+        for field in ("logprobs", "prompt_logprobs"):
+            fits = (count := getattr(self, field)) is None or 0 <= count <= MOST_LOGPROBS
+            require(fits, self, field, f"None, or from 0 to {MOST_LOGPROBS}")
+
+    @property
+    def cacheable(self) -> tuple[int, ...]:
+        """The part of the prompt that need not be read if it was before."""
+        return self.prompt if self.prompt_logprobs is None else ()
 
 
 def held_back(request: Request, ends: Iterable[int]) -> Request:
@@ -132,8 +142,8 @@ def held_back(request: Request, ends: Iterable[int]) -> Request:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """One generated token: its id, its log-probability under the model's own softmax (temperature 1, before biases,
-    penalties and what is left out), and the most likely tokens with theirs. Without `Request.logprobs`: None, ()."""
+    """One token: its id, its log-probability under the model's own softmax (temperature 1, before biases, penalties and
+    what is left out), and the most likely tokens with theirs. Where these were not requested: None, ()."""
 
     id: int
     logprob: float | None = None
@@ -147,7 +157,8 @@ class Output:
     number: of the request. tokens: new ones. text: what they add, as far as it can be told (bytes of a character that
     is not yet complete, or what may begin a stop string, wait for the next). finish: why it ended, None while it goes
     on. stop: the stop string, or the one of `Request.stop_ids`, that ended it. error: what was wrong, where `finish` is
-    ERROR. cached: tokens of the prompt that the prefix cache had, in the first output alone.
+    ERROR. cached: tokens of the prompt that the prefix cache had; prompt: its tokens but the first, if their
+    log-probabilities were requested. Both in the first output alone.
     """
 
     number: int
@@ -157,3 +168,4 @@ class Output:
     error: str | None = None
     stop: str | int | None = None
     cached: int | None = None
+    prompt: tuple[Chosen, ...] = ()

@@ -40,7 +40,7 @@ class Samplers:
         self._changed: dict[Features, set[int]] = {kind: set() for kind in self.kinds}  # rows that are not packed yet
         self._laid: dict[Features, Any] = {}
         self._blank: dict[int, tuple[Any, Any]] = {}  # by rows: counts and prompts where nobody is penalised
-        self._unmasked: dict[int, Any] = {}  # by rows
+        self._unmasked: dict[Any, Any] = {}  # by rows, and whether these are slots
 
     def changed(self, slot: int) -> None:
         """A request has entered or left the slot."""
@@ -63,12 +63,12 @@ class Samplers:
             self._laid.pop(kind, None)
         if kind not in self._laid:
             self._laid[kind] = self._programs.put(packed_bw.copy())  # a CPU would use the host's own
-        return kind, self._laid[kind], self._masks(running) if kind.masks else None
+        return kind, self._laid[kind], self._masks(running, slots=True) if kind.masks else None
 
     def idle(self, features: Features) -> tuple[Any, Any]:
         """Packed seats and masks of a call of decoding in which no slot runs."""
         packed_bw = pack(no_seats(self._programs.config.slots, features))
-        masks = self._masks([None] * len(packed_bw)) if features.masks else None
+        masks = self._masks([None] * len(packed_bw), slots=True) if features.masks else None
         return self._programs.put(packed_bw), masks
 
     def reading(self, rows: Sequence[Slot | None]) -> tuple[Entries, Rows, Any]:
@@ -79,7 +79,7 @@ class Samplers:
         if features.budgets and any(requests):
             entries = entries._replace(thought=thought_of(requests, [()] * len(rows), self._programs.markers))
         counts = self._counts(rows)
-        return entries, Rows(None, *counts, None), self._masks(rows) if features.masks else None
+        return entries, Rows(None, *counts, None), self._masks(rows, slots=False) if features.masks else None
 
     def _counts(self, rows: Sequence[Slot | None]) -> tuple[Any, Any]:
         """What `Rows` has counted; of rows that pay no attention to it, what was made before, for it is as large as the
@@ -87,25 +87,27 @@ class Samplers:
         if any(slot is not None and slot.features.penalties for slot in rows):
             requests = [slot and slot.request for slot in rows]
             made = rows_of(requests, Features(penalties=True), vocab_size=self._size)
-            return self._programs.put((made.counts_bv, made.prompt_bv))
+            return self._programs.put_rows((made.counts_bv, made.prompt_bv))
         if len(rows) not in self._blank:
             shape = len(rows), self._size
-            self._blank[len(rows)] = self._programs.put((np.zeros(shape, np.int32), np.zeros(shape, bool)))
+            self._blank[len(rows)] = self._programs.put_rows((np.zeros(shape, np.int32), np.zeros(shape, bool)))
         return self._blank[len(rows)]
 
-    def _masks(self, rows: Sequence[Slot | None]) -> Any:
+    def _masks(self, rows: Sequence[Slot | None], *, slots: bool) -> Any:
+        """Allowed tokens of all slots, or of rows that are read."""
+        put = self._programs.put if slots else self._programs.put_rows
         matched = [
             (row, slot.matcher) for row, slot in enumerate(rows) if slot is not None and slot.matcher is not None
         ]
         shape = len(rows), words_of_mask(self._size)
         if not matched:
-            if len(rows) not in self._unmasked:
-                self._unmasked[len(rows)] = self._programs.put(np.full(shape, 2**32 - 1, np.uint32))
-            return self._unmasked[len(rows)]
+            if (len(rows), slots) not in self._unmasked:
+                self._unmasked[len(rows), slots] = put(np.full(shape, 2**32 - 1, np.uint32))
+            return self._unmasked[len(rows), slots]
         mask_bw = np.full(shape, 2**32 - 1, np.uint32)
         for row, matcher in matched:
             matcher.mask_into(mask_bw[row])
-        return self._programs.put(mask_bw)
+        return put(mask_bw)
 
 
 def _seats(slots: Sequence[Slot | None], features: Features) -> Seats:

@@ -112,7 +112,7 @@ def choose(
     after = Rows(rows.number_b + 1, _counted(rows.counts_bv, token_b), rows.prompt_bv, thought)
     if live_b is not None:
         after = jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(live_b, range(1, a.ndim)), a, b), after, rows)
-    return Choice(token_b, bad_b, *_reported(logits_bv, token_b, is_token_v, features.logprobs)), after
+    return Choice(token_b, bad_b, *reported(logits_bv, token_b, is_token_v, features.logprobs)), after
 
 
 def unpacked(mask_bw: Array, size: int) -> Array:
@@ -189,12 +189,12 @@ def _counted(counts_bv: Array | None, token_b: Array) -> Array | None:
 
 def logprobs_of(logits_bv: Array, token_b: Array, is_token_v: Array) -> Array:
     """The log-probability (b,) float32 of each row's token, computed as `choose` reports it."""
-    logprob_b, _, _ = _reported(logits_bv.astype(jnp.float32), token_b, is_token_v, 0)
+    logprob_b, _, _ = reported(logits_bv.astype(jnp.float32), token_b, is_token_v, 0)
     assert logprob_b is not None
     return logprob_b
 
 
-def _reported(
+def reported(
     logits_bv: Array, token_b: Array, is_token_v: Array, count: int | None
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Log-probabilities of the tokens (b,), and ids and log-probabilities (b, n) of the most likely ones."""

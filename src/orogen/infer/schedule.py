@@ -260,8 +260,9 @@ class Scheduler:
 
     def _admit(self, job: _Job) -> Admission | None:
         """Puts a request into a slot of the rank that will have read its prompt first, then has the most pages left."""
+        known = job.request.cacheable
         free = {i: s for i, r in enumerate(self.ranks) if (s := [s for s in r.slots if s not in self._running])}
-        hits = {i: p.match(job.prompt, salt=job.salt) if (p := self.ranks[i].prefix) else None for i in free}
+        hits = {i: p.match(known, salt=job.salt) if (p := self.ranks[i].prefix) else None for i in free}
         waits = False
 
         def rank_order(i: int) -> tuple[int, int, int]:
@@ -281,10 +282,9 @@ class Scheduler:
         return None
 
     def _computed_soon(self, rank: Rank, job: _Job, hit: Hit | None) -> bool:
-        """Whether a slot of the rank is about to compute more of the prompt than is cached: several samples of one
-        prompt come together, and only the first need read it. They wait at most until that slot has read its own,
-        which comes before theirs in any case."""
-        if hit is None or rank.prefix is None:
+        """Whether a slot of the rank is about to compute more of the prompt than is cached: only the first of several
+        samples need read it. The others wait at most until that slot has read its own, which comes before theirs."""
+        if hit is None or rank.prefix is None or not job.request.cacheable:
             return False
         for other in self._jobs(rank):
             if other.salt != job.salt or other.done == len(other.prompt) or other.order > job.order:

@@ -100,12 +100,17 @@ class Service:
         return len(self._streams) + len(self._opening)
 
     async def submit(
-        self, request: Request, arrived: "asyncio.Queue[Output] | None" = None, *, salt: str = ""
+        self,
+        request: Request,
+        arrived: "asyncio.Queue[Output] | None" = None,
+        *,
+        salt: str = "",
+        counted: Callable[[], None] = lambda: None,
     ) -> Stream:
         """The stream of a request that the engine has taken.
 
         arrived: where its outputs go in place of a queue of its own, as for several requests whose outputs are merged.
-        salt: requests of different ones share no cached prefix.
+        salt: requests of different ones share no cached prefix. counted: called when the request is counted as open.
         Raises ConfigError for one that can never run, Full if too many are open, ClosedError while the service drains
         and after its engine failed, and what else the engine raises.
         """
@@ -116,6 +121,7 @@ class Service:
         stream = Stream(self, arrived)
         taken: Future[int] = Future()
         self._opening.add(stream)
+        counted()
         self._idle.clear()
         try:
             self._command(lambda: self._take(request, salt, stream, taken))

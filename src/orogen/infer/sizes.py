@@ -58,14 +58,19 @@ def sizes_of(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> Size
 
 
 def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
-    require(plan.stage == 1, plan, "stage", "1: an engine has no pipeline")
-    require(plan.context == 1, plan, "context", "1: an engine keeps a text on one rank")
+    # A pipeline would need as many groups of slots in flight as it has stages, each with programs of its own. Layers of
+    # any layout open on a plan without stages, where `tensor` and `expert` divide the same weights.
+    anywhere = "1: an engine has no pipeline, and opens checkpoints of any plan without one"
+    require(plan.stage == 1, plan, "stage", anywhere)
+    if plan.context > 1:  # see `model.context_cache`
+        require(plan.context_attention == "allgather", plan, "context_attention", "allgather: each rank has all pages")
+        require(plan.context_ssm == "state", plan, "context_ssm", "state: each rank has all heads")
     require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
     require(plan.buffer_factor is None, plan, "buffer_factor", "None: no token is dropped here")
     require(plan.linear == "plain", plan, "linear", "plain here")
     require(plan.attention != "cudnn", plan, "attention", "full or blocked: cuDNN's reads no pages")
-    each = plan.data * plan.tensor
-    require(config.slots % each == 0, config, "slots", f"a multiple of data x tensor = {each}")
+    each = plan.data * plan.context * plan.tensor
+    require(config.slots % each == 0, config, "slots", f"a multiple of data x context x tensor = {each}")
     require(plan.devices == 1 or not config.exact, config, "exact", f"False on {plan.devices} devices")
     has_block = config.drafter != "mtp" or bool(model.layers.mtp)
     require(has_block, config, "drafter", "none or lookup: the model has no multi-token-prediction block")

@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
+import jax
 import numpy as np
 
 from orogen.infer.forward import NONE, Report
@@ -29,7 +32,8 @@ class Slot:
     """A request that runs. seat: the slot that it has. cached: tokens of its prompt that were. pages: its own, in
     order. ends: ids that end it. text,
     matcher: None without. generated: all ids that have been told. ahead: steps that were dispatched and not told, each
-    of which gives a token at least, if the text goes on."""
+    of which gives a token at least, if the text goes on. scored: of the pieces of a prompt that is scored, in order,
+    what was reported, the row, and the tokens."""
 
     number: int
     request: Request
@@ -41,6 +45,7 @@ class Slot:
     cached: int = 0
     generated: list[int] = dataclasses.field(default_factory=list)
     ahead: int = 0
+    scored: list[tuple[Future[Report], int, int]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def features(self) -> Features:
@@ -67,7 +72,7 @@ class Slot:
         """As `advance`; what goes wrong with its text or its grammar ends this request."""
         before = len(self.generated)
         try:
-            return self.advance(chosen, bad=bad)
+            return dataclasses.replace(self.advance(chosen, bad=bad), prompt=self._scores())
         except Exception as error:
             kept = tuple(chosen[: len(self.generated) - before])
             return Output(self.number, kept, finish=ERROR, error=_failure(error))
@@ -82,6 +87,8 @@ class Slot:
     def advance(self, chosen: Sequence[Chosen], *, bad: bool) -> Output:
         """Takes new tokens, of which only the last may end the text by its id or `max_tokens`, and returns what there
         is to tell. bad: the last one was chosen from logits that are no numbers, or allow no token."""
+        if not self.request.max_tokens:
+            return Output(self.number, finish=LENGTH, cached=self.cached)
         if bad:
             chosen = chosen[:-1]
         kept, text, finish, error = [], "", None, None
@@ -103,6 +110,17 @@ class Slot:
             text += self.text.finish()
         stop = self._stop() if finish == STOP else None
         return Output(self.number, tuple(kept), text, finish, error, stop, cached)
+
+    def _scores(self) -> tuple[Chosen, ...]:
+        """The prompt's tokens but the first, as they were requested, once."""
+        found: list[Chosen] = []
+        for report, row, count in self.scored:
+            some = jax.tree.map(lambda a, row=row, count=count: np.asarray(a)[row : row + 1, :count], report.result())
+            found += reported(some, 0, self.request.prompt_logprobs or 0)
+        self.scored.clear()
+        if odd := [place for place, one in enumerate(found, 1) if one.logprob is None or math.isnan(one.logprob)]:
+            raise ValueError(f"the log-probability of token {odd[0]} of the prompt is not a number")
+        return tuple(found)
 
     def _stop(self) -> str | int | None:
         """What of the request ended it; None: an end of the model's own, or a grammar that is complete."""

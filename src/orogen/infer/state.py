@@ -60,6 +60,11 @@ class Entries(NamedTuple):
         """The pieces that these rows read."""
         return Pieces(tokens_rt, self.next_r, self.start_r, self.count_r, table_rp)
 
+    def of_share(self, number: Any, slots: int) -> "Entries":
+        """The same for one share of a data rank's slots, of which it has so many."""
+        slot_r = self.slot_r - number * slots
+        return self._replace(slot_r=jnp.where((slot_r >= 0) & (slot_r < slots), slot_r, BEYOND))
+
 
 def no_seats(count: int, features: Features) -> Seats:
     """Of slots without requests, as numpy arrays."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
@@ -20,6 +20,7 @@ from orogen.infer.forward import Caches
 from orogen.model.cache import map_layers
 from orogen.model.lm import LanguageModel
 from orogen.model.slots import Paged, Slots, with_pools
+from orogen.parallel.context import over_rows
 from orogen.parallel.placement import jitted
 from orogen.parallel.plan import Plan
 
@@ -49,6 +50,13 @@ class Stores:
         """Of reading; that of decoding splits rows."""
         return self.opened.plan
 
+    @functools.cached_property
+    def holding(self) -> Plan:
+        """Of what slots keep: of a data rank's caches each rank of `context` has a copy, which need not be equal, and
+        of its slots a share, which it decodes. A copy has pages of prompts whole, and those of answers where the rank
+        decodes them."""
+        return over_rows(self.opened.plan)
+
     @property
     def ranks(self) -> int:
         """Data ranks, each with slots, pages and snapshots of its own."""
@@ -64,7 +72,7 @@ class Stores:
             ("batch", None) if self.keeps_text else None,
         )
         leads = jax.tree.map(lambda array, names: array.ndim - len(names), self._shapes(room), axes)
-        specs = jax.tree.map(lambda lead, names: self.plan.spec(*(None,) * lead, *names), leads, axes)
+        specs = jax.tree.map(lambda lead, names: self.holding.spec(*(None,) * lead, *names), leads, axes)
         return Layout(specs, leads, axes)
 
     def bytes_per_device(self, slots: int, pages: int) -> int:
@@ -137,7 +145,7 @@ class Stores:
 
         def write(caches: Caches, text_dl: Array, row_d: Array) -> Caches:
             text_bl = self.plan.vary(caches.text_bl).at[row_d].set(text_dl, mode="drop")
-            return caches._replace(text_bl=self.plan.agreed(text_bl, *self.layout.axes.text_bl))
+            return caches._replace(text_bl=self.holding.agreed(text_bl, *self.layout.axes.text_bl))
 
         rank = self.plan.spec("batch")
         return jitted(write, self.plan, inputs=(self.layout.specs, rank, rank), outputs=self.layout.specs)
@@ -163,6 +171,20 @@ class Stores:
 
         return Caches(*(map_layers(each, *fields) for fields in zip(one, other, self.layout.leads, strict=True)))
 
+    def share(self, caches: Caches) -> Caches:
+        """The caches of the slots that this rank of `context` decodes."""
+        return self.of_rows(lambda a, _, lead: self.plan.piece(a, "context", dim=lead), caches, caches)
+
+    def with_share(self, caches: Caches, share: Caches) -> Caches:
+        """The caches with those of the slots that this rank of `context` has decoded."""
+
+        def put(old: Array, new: Array, lead: int) -> Array:
+            if self.plan.size("context") == 1:
+                return new
+            return lax.dynamic_update_slice_in_dim(old, new, self.plan.index("context") * new.shape[lead], lead)
+
+        return self.of_rows(put, self.pooled(caches, share), share)
+
     def pooled(self, caches: Caches, other: Caches) -> Caches:
         """The caches with the pages of others."""
         return Caches(*(with_pools(*fields) for fields in zip(caches, other, strict=True)))
@@ -170,5 +192,5 @@ class Stores:
     def settled(self, caches: Caches) -> Caches:
         """The caches as they leave a program: equal arrays of several ranks are one."""
         axes, leads = self.layout.axes, self.layout.leads
-        agreed = lambda a, lead, names: self.plan.agreed(a, *(None,) * lead, *names)  # noqa: E731
+        agreed = lambda a, lead, names: self.holding.agreed(a, *(None,) * lead, *names)  # noqa: E731
         return jax.tree.map(agreed, caches, leads, axes)

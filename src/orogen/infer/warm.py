@@ -69,6 +69,9 @@ def _reads(
         entries, counted, mask_rw = samplers.reading([None] * len(rows))
         inputs = pack(entries), *arrays.pieces(rows, length, {}, reach), counted, mask_rw
         yield programs.reader, programs.read_inputs(held, inputs)
+    if not programs.config.exact:
+        for count, length in dict.fromkeys((count, length) for count, length, _ in buckets.reads()):
+            yield programs.scorer, programs.score_inputs(len(arrays.rows(Call((), length, count))), length)
 
 
 def _decodes(

@@ -19,8 +19,8 @@ from orogen.layers.norm import make_norm
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.probe import Probe, probe_of, row_squares
 from orogen.layers.rotary import make_rotary, mscale
-from orogen.model.cache import require_one_context_rank
 from orogen.model.context_attention import attend
+from orogen.model.context_cache import reading, with_tokens
 from orogen.model.slots import Paged
 from orogen.parallel.plan import Plan
 
@@ -59,7 +59,6 @@ class Attention(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' keys and values, attends to them too and returns it updated."""
         probe, given = probe_of(given)
-        require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
             q_btf, k_btf, v_btf = linears(h_btd, (self.query, self.key, self.value), plan, "attention_in")
@@ -70,14 +69,14 @@ class Attention(nnx.Module):
             q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
-        kept = None if given is None else given.with_piece((k_btgk, v_btgk), docs)
+        kept = None if given is None else with_tokens(given, (k_btgk, v_btgk), docs, plan)
         sinks_h = None if self.sinks is None else self.sinks[...]
         settings = {"sinks_h": sinks_h, "window": self.window, "scale": self.head_dim**-0.5}
         y_bthk = kept.attend(q_bthk, docs, plan, **settings) if isinstance(kept, Paged) else None
         if y_bthk is None:
-            reading = None if kept is None else kept.reading(docs)
-            k_bsgk, v_bsgk = (k_btgk, v_btgk) if reading is None else reading.values
-            y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=reading, **settings)
+            read = None if kept is None else reading(kept, docs, plan)
+            k_bsgk, v_bsgk = (k_btgk, v_btgk) if read is None else read.values
+            y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=read, **settings)
         return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept
 
     def start(self, room: Any, dtype: Any) -> Any:
@@ -131,7 +130,6 @@ class LatentAttention(nnx.Module):
         """y (b, t, d); given a cache of earlier tokens' latent vectors and rotary keys, attends to those tokens too and
         returns it updated."""
         probe, given = probe_of(given)
-        require_one_context_rank(plan, given)
         h_btd = plan.enter(x_btd)
         q_bthk = self._queries(h_btd, docs, plan)
         latent_btr, shared_btk = linears(h_btd, (self.latent_down, self.key_rope), plan, "attention_in", call=1)
@@ -139,9 +137,9 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        kept = None if given is None else given.with_piece((latent_btr, shared_bt1k), docs)
-        reading = None if kept is None else kept.reading(docs)
-        latent_bsr, shared_bs1k = (latent_btr, shared_bt1k) if reading is None else reading.values
+        kept = None if given is None else with_tokens(given, (latent_btr, shared_bt1k), docs, plan)
+        read = None if kept is None else reading(kept, docs, plan)
+        latent_bsr, shared_bs1k = (latent_btr, shared_bt1k) if read is None else read.values
         k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan, "attention_in", call=2)
         k_bsf, v_bsf = checkpoint_name(k_bsf, "key"), checkpoint_name(v_bsf, "value")
         k_bshk = _split(k_bsf, self.nope)
@@ -152,7 +150,7 @@ class LatentAttention(nnx.Module):
             _split(v_bsf, self.value_size),
             docs.segments_bt,
             plan,
-            reading=reading,
+            reading=read,
             scale=self.scale,
         )
         return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept

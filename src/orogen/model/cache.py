@@ -197,8 +197,8 @@ def map_layers(function: Callable[..., Any], *trees: Any) -> Any:
 
 
 def require_one_context_rank(plan: Plan, given: Any) -> None:
-    """Raises ValueError if something is given while the sequence lies on several ranks of `context`."""
-    if given is not None and plan.size("context") > 1:
+    """Raises ValueError if a cache of `Rows` is given while the sequence lies on several ranks of `context`."""
+    if isinstance(given, (KeyValues, Recurrent)) and plan.size("context") > 1:
         raise ValueError(f"context={plan.size('context')} with caches of earlier tokens: expected context=1")
 
 

@@ -39,12 +39,12 @@ def attend(
     """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence.
 
     With a kernel of `context_fused`, padding that recurs in a row is as many documents as the rank's parts show.
-    reading: how queries read the keys, if these are those of all tokens so far, on one rank.
+    reading: how queries read the keys, if these are those of all tokens so far, which every rank has.
     """
     implementation = plan.config.attention
     kernel = partial(attention, implementation=implementation, window=window, scale=scale)
     kept = partial(checkpoint_name, name="attention")
-    if plan.size("context") == 1:
+    if plan.size("context") == 1 or reading is not None:
         indices = {} if reading is None else reading._asdict()
         indices.pop("values", None)
         y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h, **indices)

@@ -17,7 +17,7 @@ from orogen.kernels.selective_scan import selective_scan
 from orogen.kernels.ssd import ssd
 from orogen.kernels.ssd.passing import passed_on
 from orogen.layers.documents import Documents
-from orogen.parallel.context import earlier, entering, joined, parts, to_heads
+from orogen.parallel.context import at_start, continued, earlier, entering, joined, parts, to_heads
 from orogen.parallel.plan import Plan
 
 
@@ -41,14 +41,14 @@ def convolve(
 ) -> list[Array]:
     """Each array (b, t, c) through its causal convolution, called with array, segments, plan, halo and its segments.
 
-    One exchange for all arrays brings the tokens before each part. given: the cache of the tokens before the first, on
-    one rank of `context`.
+    One exchange for all arrays brings the tokens before each part. given: the cache of the tokens before the first.
     """
     before, segments_bt = convs[0].taps - 1, docs.segments_bt
-    if given is not None and before:
+    cached = given.halos(before, docs) if given is not None and before else None
+    if cached is not None and plan.size("context") == 1:
         return [
             conv(x_btc, segments_bt, plan, halo_bkc, halo_segments_bk)
-            for conv, x_btc, (halo_bkc, halo_segments_bk) in zip(convs, arrays, given.halos(before, docs), strict=True)
+            for conv, x_btc, (halo_bkc, halo_segments_bk) in zip(convs, arrays, cached, strict=True)
         ]
     if plan.size("context") == 1 or not before:
         return [conv(x_btc, segments_bt, plan) for conv, x_btc in zip(convs, arrays, strict=True)]
@@ -57,6 +57,9 @@ def convolve(
     halo_bkc = earlier(jnp.concatenate(tails, -1), before, plan)
     halos = jnp.split(halo_bkc, np.cumsum([x_btc.shape[-1] for x_btc in arrays])[:-1], -1)
     halo_segments_bk, segments_bt = earlier(segments_bt, before, plan), parts(segments_bt, plan)
+    if cached is not None:
+        halos = [halo + at_start(of_cache, plan) for halo, (of_cache, _) in zip(halos, cached, strict=True)]
+        halo_segments_bk += at_start(cached[0][1], plan)
     return [
         joined(conv(parts(x_btc, plan), segments_bt, plan, halo, halo_segments_bk), plan)
         for conv, x_btc, halo in zip(convs, arrays, halos, strict=True)
@@ -69,8 +72,34 @@ def ssd_over_parts(
     """The outputs of `ssd` over the whole sequence, float32, from its first five arguments: each part by itself, plus
     what the states that enter the parts add. Only states move between ranks, so the bytes do not grow with the
     sequence."""
+    y_bthp, passed_bth, final_bhpn = _ssd_apart(operands, skip_h, segments_bt, plan, chunk_size=chunk_size)
+    passed_bth *= _continues(segments_bt, plan)[:, None, None]
+    final_bhpn: Any = checkpoint_name(final_bhpn, "ssd_states")
+    state_bhpn: Any = checkpoint_name(entering(passed_bth[:, -1, :, None, None], final_bhpn, plan), "ssd_states")
+    return _ssd_together(y_bthp, passed_bth, state_bhpn, operands[-1], plan)
+
+
+def ssd_continued(
+    operands: tuple[Array, ...], start_bhpn: Array, plan: Plan, *, skip_h: Array, chunk_size: int, implementation: str
+) -> tuple[Array, Array]:
+    """`ssd` over the whole sequence, as one document that starts from the state `start_bhpn`, which every rank has:
+    outputs in x's dtype, and the state after it, float32, on every rank. Padding takes steps of length zero."""
+    if plan.size("context") == 1:
+        settings = {"skip_h": skip_h, "chunk_size": chunk_size, "implementation": implementation}
+        return ssd(*operands, initial_state_bhpn=start_bhpn, **settings)
+    segments_bt = jnp.ones(operands[0].shape[:2], jnp.int32)
+    y_bthp, passed_bth, final_bhpn = _ssd_apart(operands, skip_h, segments_bt, plan, chunk_size=chunk_size)
+    decay_bhpn = passed_bth[:, -1, :, None, None]
+    state_bhpn, after_bhpn = continued(decay_bhpn, final_bhpn, start_bhpn.astype(jnp.float32), plan)
+    y_bthp = _ssd_together(y_bthp, passed_bth, state_bhpn, operands[-1], plan)
+    return y_bthp.astype(operands[0].dtype), after_bhpn
+
+
+def _ssd_apart(
+    operands: tuple[Array, ...], skip_h: Array, segments_bt: Array, plan: Plan, *, chunk_size: int
+) -> tuple[Array, Array, Array]:
+    """Of each part by itself (b p, ...): outputs, how much of an entering state passes each token, and final states."""
     x_bthp, dt_bth, a_h, b_btgn, c_btgn = operands
-    continues_b = _continues(segments_bt, plan)
     x_bthp, dt_bth, b_btgn, c_btgn, segments_bt = (
         parts(a, plan) for a in (x_bthp, dt_bth, b_btgn, c_btgn, segments_bt)
     )
@@ -78,25 +107,24 @@ def ssd_over_parts(
         x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt=segments_bt, skip_h=skip_h, chunk_size=chunk_size,
         implementation=plan.config.ssd,
     )  # fmt: skip
-    passed_bth = passed_on(dt_bth, a_h, segments_bt) * continues_b[:, None, None]
-    final_bhpn: Any = checkpoint_name(final_bhpn, "ssd_states")
-    state_bhpn: Any = checkpoint_name(entering(passed_bth[:, -1, :, None, None], final_bhpn, plan), "ssd_states")
-    batch, time, heads, size = x_bthp.shape
-    state_bgrpn = state_bhpn.reshape(batch, b_btgn.shape[2], -1, size, b_btgn.shape[3])
+    return y_bthp, passed_on(dt_bth, a_h, segments_bt), final_bhpn
+
+
+def _ssd_together(y_bthp: Array, passed_bth: Array, state_bhpn: Array, c_btgn: Array, plan: Plan) -> Array:
+    """The outputs (b, t, ...) with what the states that enter the parts add to those of each part by itself."""
+    c_btgn, (batch, time, heads, size) = parts(c_btgn, plan), y_bthp.shape
+    state_bgrpn = state_bhpn.reshape(batch, c_btgn.shape[2], -1, size, c_btgn.shape[3])
     read_btgrp = jnp.einsum("btgn,bgrpn->btgrp", c_btgn.astype(jnp.float32), state_bgrpn)
     read_btgrp: Any = checkpoint_name(read_btgrp, "ssd")
-    y_bthp = y_bthp + passed_bth[..., None] * read_btgrp.reshape(batch, time, heads, size)
-    return joined(y_bthp, plan)
+    return joined(y_bthp + passed_bth[..., None] * read_btgrp.reshape(batch, time, heads, size), plan)
 
 
 def scan_over_parts(operands: tuple[Array, ...], segments_bt: Array, plan: Plan, *, chunk_size: int) -> Array:
     """The outputs of `selective_scan` over the whole sequence, from its first five arguments. Each part is scanned
     twice, first for the state that it leaves, then with the state that enters it: computing only what that state adds
     would be as much elementwise work."""
-    x_bti, dt_bti, A_in, B_btn, C_btn = operands
-    continues_b = _continues(segments_bt, plan)
-    x_bti, dt_bti, B_btn, C_btn = (parts(a, plan) for a in (x_bti, dt_bti, B_btn, C_btn))
-    segments_bt = parts(segments_bt, plan)
+    continues_b, segments_bt = _continues(segments_bt, plan), parts(segments_bt, plan)
+    x_bti, dt_bti, A_in, B_btn, C_btn = _scanned_parts(operands, plan)
     settings = {"chunk_size": chunk_size, "implementation": plan.config.selective_scan}
     _, final_bin = selective_scan(x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt=segments_bt, **settings)
     one_document_b = continues_b & jnp.all(segments_bt == segments_bt[:, :1], axis=1)
@@ -106,6 +134,26 @@ def scan_over_parts(operands: tuple[Array, ...], segments_bt: Array, plan: Plan,
         x_bti, dt_bti, A_in, B_btn, C_btn, segments_bt=segments_bt, initial_state_bin=state_bin, **settings
     )
     return joined(y_bti, plan)
+
+
+def scan_continued(
+    operands: tuple[Array, ...], start_bin: Array, plan: Plan, *, chunk_size: int, implementation: str
+) -> tuple[Array, Array]:
+    """`selective_scan` in the way of `ssd_continued`."""
+    settings = {"chunk_size": chunk_size, "implementation": implementation}
+    if plan.size("context") == 1:
+        return selective_scan(*operands, initial_state_bin=start_bin, **settings)
+    x_bti, dt_bti, A_in, B_btn, C_btn = _scanned_parts(operands, plan)
+    _, final_bin = selective_scan(x_bti, dt_bti, A_in, B_btn, C_btn, **settings)
+    state_bin, after_bin = continued(jnp.exp(dt_bti.sum(1)[..., None] * A_in), final_bin, start_bin, plan)
+    y_bti, _ = selective_scan(x_bti, dt_bti, A_in, B_btn, C_btn, initial_state_bin=state_bin, **settings)
+    return joined(y_bti, plan), after_bin
+
+
+def _scanned_parts(operands: tuple[Array, ...], plan: Plan) -> tuple[Array, ...]:
+    x_bti, dt_bti, A_in, B_btn, C_btn = operands
+    x_bti, dt_bti, B_btn, C_btn = (parts(a, plan) for a in (x_bti, dt_bti, B_btn, C_btn))
+    return x_bti, dt_bti, A_in, B_btn, C_btn
 
 
 def heads_for_sequence(arrays: Sequence[Array], plan: Plan) -> list[Array]:

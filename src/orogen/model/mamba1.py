@@ -18,7 +18,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.layers.probe import measuring, probe_of
-from orogen.model.cache import require_one_context_rank
+from orogen.model.context_cache import with_inputs
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
 from orogen.parallel.context import to_heads, to_tokens, whole
@@ -55,7 +55,6 @@ class Mamba1(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' window and state, continues from it and returns it updated."""
         probe, given = probe_of(given)
-        require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
             projected = zip(linears(h_btd, (self.x, self.z), plan, "mamba_in"), (self.x_bias, self.z_bias), strict=True)
@@ -72,7 +71,9 @@ class Mamba1(nnx.Module):
             # The ranks' partial products are summed first, so that the bias is added once.
             y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan, "mamba_out")), self.out_bias)
         kept = {} if measuring(probe) else None
-        return y_btd, kept if given is None else given.with_piece(inputs, state, docs)
+        if given is not None:
+            kept = with_inputs(given, inputs, state, docs, plan, window=self.conv.taps - 1)
+        return y_btd, kept
 
     def start(self, room: Any, dtype: Any) -> Any:
         """The cache before the first token, of the same size however many tokens come."""

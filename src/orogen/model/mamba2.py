@@ -21,7 +21,7 @@ from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.layers.probe import measuring, probe_of, row_squares
-from orogen.model.cache import require_one_context_rank
+from orogen.model.context_cache import with_inputs
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
 from orogen.parallel.plan import Plan
@@ -93,7 +93,6 @@ class Mamba2(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' windows and state, continues from it and returns it updated."""
         probe, given = probe_of(given)
-        require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
             # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
@@ -116,7 +115,9 @@ class Mamba2(nnx.Module):
         with jax.named_scope("out_proj"):
             # The ranks' partial products are summed first, so that the bias is added once.
             y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan, "mamba_out")), self.out_bias)
-        return y_btd, kept if given is None else given.with_piece(inputs, state, docs)
+        if given is not None:
+            kept = with_inputs(given, inputs, state, docs, plan, window=self.conv_x.taps - 1)
+        return y_btd, kept
 
     def start(self, room: Any, dtype: Any) -> Any:
         """The cache before the first token, of the same size however many tokens come."""

@@ -31,11 +31,12 @@ class Replays(NamedTuple):
     scan: Callable[[Array], tuple[Array, Array]]
 
 
-def after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool) -> tuple[Array, Replayed]:
-    """The outputs of a piece, and what is kept. cheap: whether a move of no row costs nothing."""
+def after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool, alone: bool) -> tuple[Array, Replayed]:
+    """The outputs of a piece, and what is kept. cheap: whether a move of no row costs nothing. alone: whether this rank
+    has the whole piece; a ring takes no part of one."""
     tokens, entries = docs.segments_bt.shape[1], kept.ring[0].shape[1]
     every_b = jnp.ones(kept.cursor_b.shape, bool)
-    if 2 * tokens > entries:  # a piece of a prompt
+    if 2 * tokens > entries or not alone:  # a piece of a prompt
         kept = replays.move(kept, every_b)
         y, state = replays.scan(kept.state)
         return y, kept._replace(state=state)

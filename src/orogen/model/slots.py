@@ -19,12 +19,12 @@ from jax import Array, lax
 
 from orogen.kernels.paged_attention import paged_attention
 from orogen.kernels.replay import Ring, SelectiveRing, flush, replay, selective_flush, selective_replay
-from orogen.kernels.selective_scan import selective_scan
-from orogen.kernels.ssd import ssd
 from orogen.kernels.state_update import selective_update, ssm_update
 from orogen.kernels.state_update.reference import rounded
 from orogen.layers.documents import Documents
 from orogen.model.cache import EMPTY, Reading, map_layers
+from orogen.model.context_cache import whole_documents
+from orogen.model.context_ssm import scan_continued, ssd_continued
 from orogen.model.replayed import Replayed, Replays, after, counts
 from orogen.parallel.plan import Plan
 
@@ -116,7 +116,8 @@ class Paged(NamedTuple):
     ) -> Array | None:
         """Outputs (b, t, h, k) of a few queries by the kernel that reads pages in place; None for more tokens, under a
         window, or if the plan has no such kernel."""
-        if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None:
+        dealt = plan.size("context") > 1
+        if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None or dealt:
             return None
         count_b, tokens = counts(docs), q_bthk.shape[1]
         # The kernel takes a row's last tokens. Padding therefore moves to the front, and the length ends with the last
@@ -188,13 +189,14 @@ class SlotState(NamedTuple):
         """`kernels.ssd` of a piece, continuing the tokens before it: outputs, and the state after its last token.
         Padding takes steps of length zero, which leave the state as it is."""
         x_bthp, dt_bth, a_h, B_btgn, C_btgn = operands
-        dt_bth, kernel = _without_padding(dt_bth, docs), plan.decode_kernels
+        dt_bth, docs = _without_padding(dt_bth, docs), whole_documents(docs, plan)
+        kernel, alone = plan.decode_kernels, plan.size("context") == 1
         seeds_b2 = self._seeds(a_h, docs)
         of_rows = {"skip_h": skip_h, "active_b": counts(docs) > 0, "implementation": kernel}
 
         def scan(state_bhpn: Array) -> tuple[Array, Array]:
             inputs = x_bthp, dt_bth, a_h, B_btgn, C_btgn
-            y_bthp, state_bhpn = ssd(*inputs, initial_state_bhpn=state_bhpn, skip_h=skip_h, **settings)
+            y_bthp, state_bhpn = ssd_continued(inputs, state_bhpn, plan, skip_h=skip_h, **settings)
             return y_bthp, rounded(state_bhpn, seeds_b2)
 
         if isinstance(self.state, Replayed):
@@ -209,7 +211,7 @@ class SlotState(NamedTuple):
                 of_rows["implementation"] = "triton" if kernel == "triton" else "parallel"
                 return replay(piece, a_h, C_btgn, state_bhpn=kept.state, **cached, **of_rows)
 
-            return after(self.state, docs, Replays(move, play, scan), cheap=kernel == "triton")
+            return after(self.state, docs, Replays(move, play, scan), cheap=kernel == "triton", alone=alone)
         if x_bthp.shape[1] == 1:
             one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
             y_bhp, state_bhpn = ssm_update(*one, state_bhpn=self.state, seeds_b2=seeds_b2, **of_rows)
@@ -221,12 +223,13 @@ class SlotState(NamedTuple):
     ) -> tuple[Array, Any]:
         """`kernels.selective_scan` in the same way."""
         x_bti, dt_bti, A_in, B_btn, C_btn = operands
-        dt_bti, active_b = _without_padding(dt_bti, docs), counts(docs) > 0
+        dt_bti, docs = _without_padding(dt_bti, docs), whole_documents(docs, plan)
+        active_b, alone = counts(docs) > 0, plan.size("context") == 1
         seeds_b2 = self._seeds(A_in, docs)
 
         def scan(state_bin: Array) -> tuple[Array, Array]:
             inputs = x_bti, dt_bti, A_in, B_btn, C_btn
-            y_bti, state_bin = selective_scan(*inputs, initial_state_bin=state_bin.astype(jnp.float32), **settings)
+            y_bti, state_bin = scan_continued(inputs, state_bin.astype(jnp.float32), plan, **settings)
             return y_bti, rounded(state_bin, seeds_b2)
 
         if isinstance(self.state, Replayed):
@@ -240,7 +243,7 @@ class SlotState(NamedTuple):
                 piece, cached = SelectiveRing(x_bti, B_btn, dt_bti), {"ring": kept.ring, "cursor_b": kept.cursor_b}
                 return selective_replay(piece, A_in, C_btn, state_bin=kept.state, active_b=active_b, **cached)
 
-            return after(self.state, docs, Replays(move, play, scan), cheap=False)
+            return after(self.state, docs, Replays(move, play, scan), cheap=False, alone=alone)
         if x_bti.shape[1] == 1:
             one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
             y_bi, state_bin = selective_update(

@@ -8,6 +8,7 @@ With one rank there is one part, the row, and nothing here communicates.
 Letters: b batch, t time of this rank, s time of the whole sequence, p parts, h heads or channels.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from orogen.parallel.plan import Plan
+from orogen.parallel.varying import vary_like
 
 
 def zigzag(length: int, ranks: int) -> np.ndarray:
@@ -101,6 +103,23 @@ def entering(decay: Array, state: Array, plan: Plan) -> Array:
     return _rows(enters_first, enters_second)
 
 
+def continued(decay: Array, state: Array, start: Array, plan: Plan) -> tuple[Array, Array]:
+    """`entering` for a sequence that starts from the states `start` (b, ...), and the states after the sequence
+    (b, ...), on every rank. For several ranks."""
+    start_bp = at_start(start, plan)
+    enters_bp = entering(decay, state + decay * start_bp, plan) + start_bp
+    left_bp = decay * enters_bp + state
+    last = plan.index("context") == 0  # whose second part is the sequence's last
+    after = plan.sum(jnp.where(last, left_bp.reshape(-1, 2, *state.shape[1:])[:, 1], 0), "context")
+    return enters_bp, vary_like(after, state)
+
+
+def at_start(x: Array, plan: Plan) -> Array:
+    """(b p, ...): of this rank's parts the one that begins the sequence has its row's `x` (b, ...), others zeros, as
+    `earlier` has before the sequence. For several ranks."""
+    return _rows(jnp.where(plan.index("context") == 0, x, 0), jnp.zeros_like(x))
+
+
 def _doubling(element: tuple[Array, Array], by: int, plan: Plan, *, last: bool = False) -> tuple[Array, Array]:
     """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`. With `last`
     the decay is not needed, and its last round is left out."""
@@ -132,6 +151,42 @@ def whole(x_bt: Array, plan: Plan) -> Array:
         return x_bt
     x_rbt = plan.gather(x_bt[None], "context", dim=0)
     return _in_order(jnp.moveaxis(x_rbt, 0, 1))
+
+
+def own(x_bs: Array, plan: Plan) -> Array:
+    """(b, t, ...): this rank's tokens of a sequence (b, s, ...) that every rank has whole."""
+    if plan.size("context") == 1:
+        return x_bs
+    return jnp.take(x_bs, places(x_bs.shape[1] // plan.size("context"), plan), axis=1)
+
+
+def taken(x_bt: Array, index_bk: Array, plan: Plan) -> Array:
+    """(b, k, ...): of each row the tokens at these places in the sequence, on every rank."""
+    trailing = (1,) * (x_bt.ndim - 2)
+    if plan.size("context") == 1:
+        return jnp.take_along_axis(x_bt, index_bk.reshape(*index_bk.shape, *trailing), axis=1)
+    place_t = places(x_bt.shape[1], plan)
+    here_bkt = index_bk[..., None] == place_t
+    local_bk, there_bk = jnp.argmax(here_bkt, axis=-1), jnp.any(here_bkt, axis=-1)
+    local_bk, there_bk = (a.reshape(*index_bk.shape, *trailing) for a in (local_bk, there_bk))
+    return vary_like(plan.sum(jnp.where(there_bk, jnp.take_along_axis(x_bt, local_bk, axis=1), 0), "context"), x_bt)
+
+
+def copied(plan: Plan) -> Plan:
+    """The plan of what every rank of `context` does alike, with rows that it has whole."""
+    return _without_context(plan, ())
+
+
+def over_rows(plan: Plan) -> Plan:
+    """The plan in which the ranks of `context` have rows of their own, as those of `data`."""
+    return _without_context(plan, plan.rules["context"])
+
+
+def _without_context(plan: Plan, more: tuple[str, ...]) -> Plan:
+    """The plan without a `context` axis, whose batch is also split over these axes of the mesh."""
+    moved = lambda rules: {**rules, "batch": rules["batch"] + more, "context": ()}  # noqa: E731
+    plan = dataclasses.replace(plan, rules=moved(plan.rules), storage=moved(plan.storage))
+    return plan.with_stream(plan.stream)
 
 
 def to_heads(x_bth: Array, plan: Plan) -> Array:

@@ -30,17 +30,23 @@ def stored_specs(tree: Any, plan: Plan) -> Any:
 
 
 def jitted(
-    function: Callable[..., Any], plan: Plan, *, inputs: Any, outputs: Any, options: dict[str, Any] | None = None
+    function: Callable[..., Any],
+    plan: Plan,
+    *,
+    inputs: Any,
+    outputs: Any,
+    options: dict[str, Any] | None = None,
+    donated: tuple[int, ...] = (0,),
 ) -> Callable[..., Any]:
-    """`Plan.run` of the function, jitted, with its first argument donated. Shardings are stated because arguments may
-    come from the host or from other programs: jax would otherwise compile once for each sharding that they arrive in.
-    options: those of XLA.
+    """`Plan.run` of the function, jitted, with its first argument donated, or those of these numbers. Shardings are
+    stated because arguments may come from the host or from other programs: jax would otherwise compile once for each
+    sharding that they arrive in. options: those of XLA.
     """
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     named = lambda specs: jax.tree.map(lambda s: NamedSharding(plan.mesh, s), specs, is_leaf=is_spec)  # noqa: E731
     run = plan.run(function, inputs=inputs, outputs=outputs)
     laid = {"in_shardings": named(inputs), "out_shardings": named(outputs)}
-    return jax.jit(run, donate_argnums=0, compiler_options=options, **laid)
+    return jax.jit(run, donate_argnums=donated, compiler_options=options, **laid)
 
 
 def shardings(tree: Any, plan: Plan) -> Any:

@@ -1,9 +1,10 @@
 """Rollouts: episodes that the training weights themselves write, by Orogen's engine in the same process.
 
 On one plan the engine reads the very arrays that train, without a copy (in bfloat16, the working copies that a step
-would make too). A plan with stages or context, on which no engine runs, is left for one whose devices are data ranks,
-and the weights are laid out anew there. Turns of all episodes are written together, then verified together: what runs
-beside a request depends on no clock, so that a repeated rollout is equal to the bit.
+would make too). A plan with stages, on which no engine runs, or with context, which does nothing for short prompts, is
+left for one whose devices are data ranks, and the weights are laid out anew there. Turns of all episodes are written
+together, then verified together: what runs beside a request depends on no clock, so that a repeated rollout is equal to
+the bit.
 """
 
 import dataclasses
@@ -265,7 +266,7 @@ def seed_of(*parts: int | str) -> int:
 
 
 def _engine_plan(plan: PlanConfig) -> PlanConfig:
-    """The plan itself, for evaluation; with stages or context, which no engine has, all but `tensor` become data."""
+    """The plan itself, for evaluation; with stages or context, all but `tensor` become data."""
     plain = plan.evaluating()
     if plain.stage == plain.context == 1:
         return plain

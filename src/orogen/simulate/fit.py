@@ -20,6 +20,7 @@ from orogen.cost.weights import Weight, changed, weights
 from orogen.infer.generate import engine_for
 from orogen.infer.prepare import buckets_of
 from orogen.infer.programs import Programs
+from orogen.infer.prompt_scores import SPAN
 from orogen.infer.sizes import sizes_of
 
 FLOAT32 = BYTES["float32"]
@@ -261,7 +262,8 @@ def _serving(
     pages = {"EngineConfig.pages": engine.pages} if engine.pages else {"EngineConfig.max_length": engine.max_length}
     caches = programs.bytes_per_device(sizes.slots, sizes.pages)
     snapshots = programs.bytes_per_device(max(sizes.snapshots, 1), min(sizes.pages, 1))
-    logits = sizes.slots * (sizes.drafts + 1) * model.vocab_size * FLOAT32 // plan.tensor
+    held = max(sizes.slots * (sizes.drafts + 1), min(SPAN, engine.prefill_tokens))
+    logits = held * model.vocab_size * FLOAT32 // plan.tensor
     buckets = buckets_of(opened, engine, sizes)  # each number of rows that a call reads has its own
     counting = sizes.slots + sum({rows for length in buckets.lengths for rows in buckets.rows(length)})
     wide = slots | {"ModelConfig.vocab_size": model.vocab_size}

@@ -120,3 +120,30 @@ def test_a_shutdown_answers_those_whose_prompts_are_prepared(path, monkeypatch):
     for reply in with_client(worded(), use, words=True):
         assert (reply.status, reply.error) == (503, "the server is shutting down")
         assert reply.headers["retry-after"] == "5"
+
+
+def test_a_chat_that_is_rendered_keeps_its_places_until_the_engine_has_it(monkeypatch):
+    """Two choices, while their grammar takes its time; others are refused meanwhile, and served afterwards."""
+
+    async def use(client):
+        parts, begun, go = client.app.state.parts, asyncio.Event(), asyncio.Event()
+
+        class Slow:
+            async def prepare(self, grammar):
+                begun.set()
+                await go.wait()
+
+        chat = {**CHAT, "n": 2, "guided_regex": "a"}
+        with monkeypatch.context() as patch:
+            patch.setitem(parts.__dict__, "grammars", Slow())
+            held = asyncio.create_task(client.post("/v1/chat/completions", chat))
+            await begun.wait()
+            late = [await client.complete(prompt=[5]) for _ in range(2)]
+            go.set()
+            reply = await held
+        return reply, late, await client.complete(prompt=[5], n=2)
+
+    reply, late, after = with_client(worded(), use, words=True, limit=2)
+    assert [reply.status, after.status] == [200, 200]
+    refused = "the queue is full: 2 requests are open or prepared; expected at most 2"
+    assert [(one.status, one.error) for one in late] == [(429, refused)] * 2

@@ -65,11 +65,11 @@ async def chats(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.CHAT)
     parts.check_body(body)
-    with parts.preparing.place() as place:
+    with parts.preparing.place(body.get("n", 1)) as place:
         asked, requests = await parts.preparing.run_chat(prepared, body, parts, place=place)
-    form, stream = _Form(parts, body, asked), forms.streams(body)
-    answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived)
-    return await respond(request, answers, form, stream=stream, headers=ignored(unknown))
+        form, stream = _Form(parts, body, asked), forms.streams(body)
+        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, place=place)
+        return await respond(request, answers, form, stream=stream, headers=ignored(unknown))
 
 
 class _Form:

@@ -23,11 +23,14 @@ DEFAULT_TOKENS = 16  # OpenAI's
 
 @dataclasses.dataclass
 class Choice:
-    """What has come of one choice."""
+    """What has come of one choice. scored: the prompt's tokens but the first, where they were requested. length:
+    characters of the tokens whose log-probabilities were told."""
 
     prompt: tuple[int, ...]
     text: str
     tokens: list[Chosen] = dataclasses.field(default_factory=list)
+    scored: tuple[Chosen, ...] = ()
+    length: int = 0
     finish: str | None = None
     stop: str | int | None = None
 
@@ -42,11 +45,11 @@ async def completions(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.COMPLETION)
     parts.check_body(body)
-    with parts.preparing.place() as place:
+    with parts.preparing.place(_counts(body)[1] * len(_listed(body))) as place:
         choices, requests = await parts.preparing.run(_asked, body, parts, place=place)
-    form = _Form(parts, body, choices)
-    answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived)
-    return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
+        form = _Form(parts, body, choices)
+        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, place=place)
+        return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
 
 
 class _Form:
@@ -73,13 +76,14 @@ class _Form:
                 choice = self._choices[number]
                 choice.text += forms.said(self._body, output)
                 choice.tokens += output.tokens
+                choice.scored += output.prompt
                 choice.finish, choice.stop = output.finish, output.stop
                 check_end(output)
 
     def whole(self) -> dict[str, Any]:
         """All of it at once."""
         kept = self._best() if self._of > self._n else self._choices
-        found = [self._choice(i, c, c.text, c.tokens, first=True, offset=0) for i, c in enumerate(kept)]
+        found = [self._choice(i, c, c.text, c.tokens, first=True) for i, c in enumerate(kept)]
         return {**self._same, "choices": found, "usage": self._usage()}
 
     def _best(self) -> list[Choice]:
@@ -101,22 +105,27 @@ class _Form:
         """What an output adds to a choice, as a stream tells it."""
         choice, text = self._choices[number], forms.said(self._body, output)
         first = not choice.tokens
-        shown, offset = (choice.text + text, 0) if first else (text, len(choice.text))
+        shown = choice.text + text if first else text
         choice.text += text
         choice.tokens += output.tokens
+        choice.scored += output.prompt
         choice.finish, choice.stop = output.finish, output.stop
-        return self._choice(number, choice, shown, output.tokens, first=first, offset=offset)
+        return self._choice(number, choice, shown, output.tokens, first=first)
 
     def _usage(self) -> dict[str, int]:
         return usage(self._prompt_tokens, sum(len(choice.tokens) for choice in self._choices))
 
     def _choice(
-        self, number: int, choice: Choice, text: str, tokens: Sequence[Chosen], *, first: bool, offset: int
+        self, number: int, choice: Choice, text: str, tokens: Sequence[Chosen], *, first: bool
     ) -> dict[str, Any]:
         found: dict[str, Any] = {"index": number, "text": text, "logprobs": None}
         found |= {"finish_reason": choice.finish, "stop_reason": choice.stop}
         if "logprobs" in self._body:
-            found["logprobs"] = _logprobs(tokens, self._parts.tokenizer, offset)
+            echoed = _echoed_tokens(choice, self._body["logprobs"]) if first and self._body.get("echo") else []
+            found["logprobs"] = _logprobs([*echoed, *tokens], self._parts.tokenizer, choice.length)
+            choice.length += sum(map(len, found["logprobs"]["tokens"]))
+        if "prompt_logprobs" in self._body and first:
+            found["prompt_logprobs"] = _by_id(choice, self._body["prompt_logprobs"], self._parts.tokenizer)
         if self._shows_ids:
             found["token_ids"] = ids_of(tokens)
             if first:
@@ -135,11 +144,16 @@ def _counts(body: dict[str, Any]) -> tuple[int, int]:
     return n, of
 
 
-def _prompts(body: dict[str, Any], parts: Parts) -> list[tuple[tuple[int, ...], str]]:
-    """The ids of each prompt, and its text where that is known."""
+def _listed(body: dict[str, Any]) -> list[Any]:
+    """The prompts of a body, each a text or ids."""
     prompt: Any = body["prompt"]
     several = isinstance(prompt, list) and (not prompt or isinstance(prompt[0], str | list))
-    listed: list[Any] = prompt if several else [prompt]
+    return prompt if several else [prompt]
+
+
+def _prompts(body: dict[str, Any], parts: Parts) -> list[tuple[tuple[int, ...], str]]:
+    """The ids of each prompt, and its text where that is known."""
+    listed = _listed(body)
     if not listed:
         raise bad("prompt is []; expected at least one")
     if isinstance(listed[0], str):
@@ -161,8 +175,10 @@ def _echoed(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
 def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Request]]:
     """The choices of a body, and what the engine is asked for each."""
     (n, of), tokens = _counts(body), forms.most_new(body, DEFAULT_TOKENS)
-    if body.get("echo") and "logprobs" in body:
-        raise bad("echo is true beside logprobs; expected one of them: the prompt's are not computed")
+    asked = [body[name] for name in ("prompt_logprobs",) if name in body]
+    asked += [body["logprobs"]] if body.get("echo") and "logprobs" in body else []
+    if not tokens and not asked:
+        raise bad("max_tokens is 0; expected 1 or more, or prompt_logprobs, or logprobs beside echo")
     if stops := forms.stops(body):
         parts.need_tokenizer(f"stop is {stops[0]!r}")
     prompts = _prompts(body, parts)
@@ -170,7 +186,8 @@ def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Reque
         name = "n" if of == n else "best_of"
         raise bad(f"{name} is {of} for {len(prompts)} prompts; expected {forms.MOST_CHOICES} answers at most")
     logprobs = body.get("logprobs", None if of == n else 0)
-    fields = {"max_tokens": tokens, "logprobs": logprobs, "grammar": structured.grammar(body)}
+    scores = {"logprobs": logprobs, "prompt_logprobs": max(asked, default=None)}
+    fields = {"max_tokens": tokens, **scores, "grammar": structured.grammar(body)}
     choices, requests = [], []
     for prompt, text in prompts:
         parts.check_length(len(prompt), tokens)
@@ -180,11 +197,31 @@ def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Reque
     return choices, requests
 
 
+def _echoed_tokens(choice: Choice, count: int) -> list[Chosen]:
+    """The prompt's tokens with so many of the likeliest ones; nothing is known of the first."""
+    return [Chosen(choice.prompt[0]), *(dataclasses.replace(one, top=one.top[:count]) for one in choice.scored)]
+
+
+def _by_id(choice: Choice, count: int, tokenizer: Tokenizer | None) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs` as vLLM has it: of each token of the prompt, null for the first, what is told of it and of the
+    likeliest ones, by id. rank: from 1; null for a token that is not among those."""
+    found: list[dict[str, Any] | None] = [None]
+    for chosen in choice.scored:
+        ranks = {token: rank for rank, (token, _) in enumerate(chosen.top[:count], 1)}
+        told = {}
+        for token, logprob in ((chosen.id, chosen.logprob), *chosen.top[:count]):
+            text, _ = token_text(tokenizer, token)
+            told[str(token)] = {"logprob": told_logprob(logprob), "rank": ranks.get(token), "decoded_token": text}
+        found.append(told)
+    return found
+
+
 def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None, offset: int) -> dict[str, Any]:
     """In the form of OpenAI's completions."""
     texts = [token_text(tokenizer, chosen.id)[0] for chosen in tokens]
     places = list(itertools.accumulate(map(len, texts[:-1]), initial=offset)) if texts else []
     # The chosen one is always among them.
-    tops = [{token_text(tokenizer, i)[0]: told_logprob(p) for i, p in (*c.top, (c.id, c.logprob))} for c in tokens]
+    told = lambda c: {token_text(tokenizer, i)[0]: told_logprob(p) for i, p in (*c.top, (c.id, c.logprob))}  # noqa: E731
+    tops = [None if c.logprob is None else told(c) for c in tokens]
     logprobs = [told_logprob(chosen.logprob) for chosen in tokens]
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": places}

@@ -42,7 +42,14 @@ SAMPLED = {
 }
 COMPLETION = Record(
     {"prompt": (str, ListOf(str), _IDS, ListOf(_IDS))},
-    {**SAMPLED, "best_of": (Whole(1, MOST_CHOICES), None), "echo": _FLAG, "logprobs": (Whole(0, 20), None)},
+    {
+        **SAMPLED,
+        "max_tokens": (Whole(0, 2**31 - 1), None),  # 0: the prompt alone is scored
+        "best_of": (Whole(1, MOST_CHOICES), None),
+        "echo": _FLAG,
+        "logprobs": (Whole(0, 20), None),
+        "prompt_logprobs": (Whole(0, 20), None),
+    },
 )
 _NAMED = Record({"name": str})
 _ALLOWED = Record({"mode": str, "tools": ListOf(Record({"type": str}, {"function": _NAMED}))})
@@ -99,7 +106,8 @@ def read(data: bytes, form: Record) -> tuple[dict[str, Any], list[str]]:
         body = read_object(data, form, where="the body")
     except ConfigError as error:
         raise bad(error) from None
-    for name, neutral in NOT_OFFERED.items():
+    missing = {name: neutral for name, neutral in NOT_OFFERED.items() if name not in form.optional}
+    for name, neutral in missing.items():
         if name in body and not any(type(body[name]) is type(n) and body[name] == n for n in neutral):
             raise bad(f"{name} is {shown(body[name])}; this server does not offer it")
     fields = {*form.required, *form.optional}

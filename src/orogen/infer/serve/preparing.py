@@ -30,9 +30,9 @@ class Preparing:
         self._lock, self._under_way = threading.Lock(), {self._bodies: 0, self._chats: 0}
         self._places: set[Place] = set()
 
-    def place(self) -> "Place":
-        """Room among the engine's requests for one that is prepared."""
-        return Place(self)
+    def place(self, requests: int = 1) -> "Place":
+        """Room among the engine's requests for so many that are prepared together."""
+        return Place(self, min(requests, self._service.limit))  # more are refused by what would submit them
 
     async def run(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
         """`work(*arguments)`, which takes the place as it begins. Raises HttpError with status 429 if too much is under
@@ -46,8 +46,10 @@ class Preparing:
     def take(self, place: "Place") -> None:
         """Counts a place. Raises HttpError with status 429 if there is none."""
         with self._lock:
-            if (count := self._service.open + len(self._places)) >= (limit := self._service.limit):
-                raise full(Full(f"{count} requests are open or prepared; expected at most {limit}"))
+            count = self._service.open + sum(other.requests for other in self._places)
+            if count + place.requests > (limit := self._service.limit):
+                more = f", and {place.requests} more asked for" if place.requests > 1 else ""
+                raise full(Full(f"{count} requests are open or prepared{more}; expected at most {limit}"))
             self._places.add(place)
 
     def give_back(self, place: "Place") -> None:
@@ -85,13 +87,13 @@ class Preparing:
 
 
 class Place:
-    """Room among the engine's requests for one that is prepared, from the beginning of that work to the end of a `with`
-    block. Work that waits for a thread has none, so that it keeps no other route from the engine; and nobody waits for
-    a template to hear then that the queue is full.
+    """Room among the engine's requests for those that are prepared, from the beginning of that work until the engine
+    has them, or to the end of a `with` block. Work that waits for a thread has none, so that it keeps no other route
+    from the engine; and nobody waits for a template to hear then that the queue is full.
     """
 
-    def __init__(self, preparing: Preparing) -> None:
-        self._preparing, self._left = preparing, False
+    def __init__(self, preparing: Preparing, requests: int) -> None:
+        self._preparing, self.requests, self._left = preparing, requests, False
 
     def take(self) -> None:
         """In the thread that works. Raises HttpError with status 429 if there is no room."""
@@ -103,6 +105,14 @@ class Place:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def counted(self) -> None:
+        """One of the requests is among the open ones, and needs no room here any more."""
+        self.requests -= 1
+
+    def leave(self) -> None:
+        """Gives the room back. May be called again."""
         self._left = True
         self._preparing.give_back(self)
 

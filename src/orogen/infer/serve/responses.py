@@ -38,11 +38,10 @@ async def responses(request: HttpRequest) -> Response:
     asked_body = await parts.preparing.run(chat_of, body)
     with parts.preparing.place() as place:
         asked, requests = await parts.preparing.run_chat(prepared, asked_body, parts, place=place)
-    form, stream = _Form(parts, body, asked, logprobs=asked_body.get("logprobs", False)), body.get("stream", False)
-    answers, headers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived), ignored(unknown)
-    return await respond(
-        request, answers, form, stream=stream, headers=headers, framing=Framing(_event, form.failure, "")
-    )
+        form, stream = _Form(parts, body, asked, logprobs=asked_body.get("logprobs", False)), body.get("stream", False)
+        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, place=place)
+        framing, headers = Framing(_event, form.failure, ""), ignored(unknown)
+        return await respond(request, answers, form, stream=stream, headers=headers, framing=framing)
 
 
 def _event(event: dict[str, Any]) -> str:
