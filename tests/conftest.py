@@ -55,11 +55,13 @@ mlir.make_ir_context = _shared_context
 COLLECT_AFTER = 20_000  # objects that were made and not freed; 700 by default
 
 
+gc.set_threshold(COLLECT_AFTER, 10, 10)
+
+
 def pytest_collection_finish() -> None:
-    """Leaves what is imported by now to itself, and looks through the rest less often."""
+    """Leaves what is imported by now to itself."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, 10, 10)
 
 
 # Each program that XLA:CPU compiles takes hundreds of memory mappings, of which Linux allows a process 65,530 (its
