@@ -8,13 +8,12 @@ from orogen.train.pretraining import PRETRAINING
 from orogen.train.run import train
 
 MODEL = {
-    "pattern": "'ME*-/*E'",
+    "pattern": "'ME/*E'",
     "vocab_size": 259,
     "hidden_size": 16,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 4,
-    "intermediate_size": 24,
     "mamba_num_heads": 4,
     "mamba_head_dim": 4,
     "n_groups": 2,

@@ -107,7 +107,8 @@ def test_a_run_goes_on_after_a_stop_on_another_mesh(recipe, whole, tmp_path):
 def test_a_run_goes_on_on_stages_and_off_them(recipe, tmp_path):
     """Parameters and moments (Muon's and, for vectors, AdamW's) change their layout; `generate` also reads a pipeline's
     checkpoint as a whole model."""
-    model = ("OptimizerConfig.name='muon'", "ModelConfig.pattern='M-*/E'", "TrainConfig.evaluate_every=16")
+    layers = ("ModelConfig.pattern='M-*/E'", "ModelConfig.intermediate_size=24")
+    model = ("OptimizerConfig.name='muon'", *layers, "TrainConfig.evaluate_every=16")
     alone, folder = tmp_path / "alone", tmp_path / "run"
     run(recipe, alone, "TrainConfig.steps=16", *model)
     stages = ("PlanConfig.stage=2", "PlanConfig.microbatches=2", *model)

@@ -21,7 +21,7 @@ def test_a_checkpoint_of_another_model_is_refused(recipe, whole, tmp_path):
     text = (
         (folder / "config.gin")
         .read_text()
-        .replace("ModelConfig.intermediate_size = 24", "ModelConfig.intermediate_size = 32")
+        .replace("ModelConfig.moe_intermediate_size = 12", "ModelConfig.moe_intermediate_size = 16")
     )
     (folder / "config.gin").write_text(text)
     with pytest.raises(ConfigError, match="is of another model"):
