@@ -5,7 +5,6 @@ Tests that need an accelerator run on one with JAX_PLATFORMS=cuda,cpu in front o
 
 import functools
 import gc
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,9 +37,17 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # 5 ms with the context's end, a fifth of the processor time of the thousands of tiny programs (measured with jax
 # 0.10.1). So programs share one: not too many of them, since it keeps their types and constants.
 SHARING = 200
-_lowered = itertools.count()
+_lowered = 0
 _context = functools.lru_cache(maxsize=1)(lambda _, make=mlir.make_ir_context: make())
-mlir.make_ir_context = lambda: _context(next(_lowered) // SHARING)
+
+
+def _shared_context():
+    global _lowered
+    _lowered += 1
+    return _context(_lowered // SHARING)
+
+
+mlir.make_ir_context = _shared_context
 
 
 # Traces make many small objects: by default Python would look through all that it has thousands of times, which took a
@@ -48,24 +55,32 @@ mlir.make_ir_context = lambda: _context(next(_lowered) // SHARING)
 COLLECT_AFTER = 20_000  # objects that were made and not freed; 700 by default
 
 
+gc.set_threshold(COLLECT_AFTER, 10, 10)
+
+
 def pytest_collection_finish() -> None:
-    """Leaves what is imported by now to itself, and looks through the rest less often."""
+    """Leaves what is imported by now to itself."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECT_AFTER, 10, 10)
 
 
 # Each program that XLA:CPU compiles takes hundreds of memory mappings, of which Linux allows a process 65,530 (its
 # vm.max_map_count); XLA ends with a segmentation fault where none is left (seen on jax 0.10.1, late in this suite).
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 25_000
+COUNT_AFTER = 25  # programs: counting takes 10 ms or more, so that after every test it took a fifteenth of the time
+_counted = 0
 
 
 @pytest.fixture(autouse=True)
 def _programs_are_forgotten() -> Iterator[None]:
     """Lets go of what is compiled before it has too many mappings."""
+    global _counted
     yield
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if _lowered - _counted < COUNT_AFTER or not MAPPINGS.exists():
+        return
+    _counted = _lowered
+    if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()  # programs that only circles of objects still hold
 

@@ -8,89 +8,23 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-from tests.helpers import bound
+from safetensors.numpy import load_file
+from tests.compress.pruned import DEPTH, MODEL, OTHER, logits, of, prune, save
 
-from orogen.checkpoint.leaves import dotted, leaves_of
-from orogen.checkpoint.open import open_folder, open_model
-from orogen.cli import main
-from orogen.compress import pruning
+from orogen.checkpoint.leaves import leaves_of
+from orogen.checkpoint.open import open_folder
 from orogen.compress.choose import best, pruned_config
-from orogen.compress.depth import check_depth, choose_layers
-from orogen.compress.prune import Taken, check_target, decide, random_found
+from orogen.compress.prune import check_target, decide, random_found
 from orogen.compress.rewrite import Source, rewrite
 from orogen.compress.slices import MIXERS, REST, Pruned
-from orogen.compress.stored_scores import read_arrays
 from orogen.config.checks import ConfigError
-from orogen.config.load import load, load_part
-from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.load import load
+from orogen.config.model import LAYERS
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
 from orogen.config.search import SearchConfig
-from orogen.config.text import model_text
-from orogen.infer.score import score
 from orogen.model.count import count
 from orogen.model.lm import build
-from orogen.simulate.fit import count as count_parameters
-
-# A repetition and layers after it; experts in a latent, biases, sinks and normalised heads. A pruned norm weighs
-# the epsilon differently, so it is small here.
-MODEL = ModelConfig(
-    pattern="MM*E-/E", vocab_size=259, hidden_size=22, num_attention_heads=12, num_key_value_heads=3, head_dim=4,
-    attention_bias="all", qk_norm=True, attention_sinks=True, rope_theta=1e4, intermediate_size=26, mlp_bias=True,
-    moe_bias="shared", mamba_num_heads=18, mamba_head_dim=5, n_groups=2, mamba_norm_groups=3, ssm_state_size=7,
-    chunk_size=8, mamba_proj_bias=True, n_routed_experts=8, n_group=2, topk_group=2, num_experts_per_tok=3,
-    moe_intermediate_size=14, moe_shared_expert_intermediate_size=10, moe_latent_size=16, mtp_depths=1,
-    layer_norm_epsilon=1e-9,
-)  # fmt: skip
-# Latent attention, Mamba-1 and gated experts without a latent.
-OTHER = ModelConfig(
-    pattern="+EmE", vocab_size=259, hidden_size=22, num_attention_heads=6, kv_lora_rank=9, q_lora_rank=8,
-    qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=5, rope_theta=1e4, mamba_intermediate_size=12, time_step_rank=3,
-    ssm_state_size=4, mlp_gated=True, mlp_hidden_act="silu", mlp_bias=True, n_routed_experts=6, num_experts_per_tok=2,
-    moe_intermediate_size=14, moe_shared_expert_intermediate_size=10, moe_shared_expert_gate=True, norm="layer_1p",
-    tie_word_embeddings=True, learned_positions=64, attention_bias="all",
-)  # fmt: skip
-TOKENS_BT = np.random.default_rng(1).integers(32, 127, (2, 19))  # printable bytes, as in the text
-
-
-@pytest.fixture(autouse=True)
-def text(tmp_path):
-    """A corpus of 12 texts, and the gin file that reads it."""
-    (tmp_path / "corpus").mkdir()
-    for number in range(12):
-        words = np.random.default_rng(number).integers(32, 127, 40 + number).astype(np.uint8).tobytes()
-        (tmp_path / "corpus" / f"{number}.txt").write_bytes(words)
-    lines = [f"DataConfig.corpus = {str(tmp_path / 'corpus')!r}", "DataConfig.tokenizer = 'byte'"]
-    lines += ["DataConfig.heldout_fraction = 0.0", "DataConfig.tuning_fraction = 0.0"]
-    lines += [f"PruneConfig.{name} = {n}" for name, n in (("rows", 12), ("depth_rows", 3), ("batch_size", 4))]
-    (tmp_path / "text.gin").write_text("\n".join([*lines, "PruneConfig.sequence_length = 32", ""]))
-
-
-def save(folder, config, plant=lambda name, array: array):
-    """An Orogen checkpoint folder with random weights, which `plant` changes by the names of their parameters."""
-    random, built = np.random.default_rng(0), build(config)
-    arrays = {}
-    for path, leaf in leaves_of(built.params, built.buffers).items():
-        name, shape = dotted(path), leaf.get_value().shape
-        # Every expert is chosen by some token of the text.
-        array = random.normal(0, 0.01 if name.endswith("router.bias") else 0.5, shape).astype(np.float32)
-        arrays[name] = np.ascontiguousarray(plant(name, array), np.float32)
-    folder.mkdir()
-    save_file(arrays, folder / "model.safetensors")
-    (folder / "config.gin").write_text(model_text(config))
-    return folder
-
-
-def prune(source, target, *bindings, more=()):
-    fields = [binding if "." in binding else f"PruneConfig.{binding}" for binding in bindings]
-    text = str(source.parent / "text.gin")
-    command = ["prune", "--checkpoint", str(source), "--gin_file", text, "--out", str(target)]
-    return main([*command, *more, *bound(*fields)])
-
-
-def logits(folder, tokens_bt=TOKENS_BT):
-    return score(open_model(folder), tokens_bt)["logits"]
 
 
 def at(axis, units, value=0.0):
@@ -141,11 +75,6 @@ def planted(*fields):
         return array
 
     return change
-
-
-def of(pattern):
-    """MODEL with other layers."""
-    return dataclasses.replace(MODEL, pattern=pattern, mtp_depths=int("/" in pattern))
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_key_value_heads"])
@@ -251,66 +180,6 @@ def test_a_model_of_other_layers_is_pruned(tmp_path):
     )
 
 
-DEPTH = ModelConfig(
-    pattern="*-*-*-", vocab_size=259, hidden_size=10, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
-    intermediate_size=12,
-)  # fmt: skip
-
-
-def idle(*layers):
-    """Layers 2 and 3 (or others) of DEPTH, whose arrays are stacked three deep, write nothing."""
-
-    def change(name, array):
-        for layer in layers:
-            if name.endswith("mixer.down" if layer % 2 else "mixer.out"):
-                array[layer // 2] = 0
-        return array
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "bindings",
-    [
-        ["num_layers = 4"],
-        ["num_layers = 4", "depth_scores = 'logit_kl'", "iterative = True"],
-        ["layers = {'*': 2, '-': 2}", "depth_scores = 'cosine'"],
-        ["pattern = '*-*-'", "depth_scores = 'logit_mse'"],
-        ["remove_layers = (3, 2)"],
-    ],
-    ids=["hidden_mse", "logit_kl", "cosine", "logit_mse", "given"],
-)
-def test_layers_that_do_nothing_are_removed(tmp_path, bindings):
-    before = save(tmp_path / "before", DEPTH, idle(2, 3))
-    assert prune(before, tmp_path / "after", *bindings) == 0
-    assert load([tmp_path / "after" / "config.gin"])[0].model.pattern == "*-*-"
-    facts = json.loads((tmp_path / "after" / "pruning.json").read_text())
-    assert facts["kept"]["layers"] == [0, 1, 4, 5] and sorted(facts["kept"]["removed"]) == [2, 3]
-    if facts["scores"]["of_layers"].get(facts["prune"]["depth_scores"]):
-        lines = [json.loads(line) for line in (tmp_path / "after" / "removal.jsonl").read_text().splitlines()]
-        scores = facts["scores"]["of_layers"][facts["prune"]["depth_scores"]]
-        assert lines == [{"layer": n, "removed": True, "score": score} for n, score in enumerate(scores)]
-    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
-    for name, array in new.items():
-        np.testing.assert_array_equal(array, old[name][[0, 2]] if "children" in name else old[name], err_msg=name)
-
-
-PUBLISHED = [
-    ("nano2_12b_to_9b", "nemotron_nano_12b_v2", "nemotron_nano_9b_v2", 8_888_227_328),
-    ("nemotron_h_56b_to_47b", "nemotron_h_56b", "nemotron_h_47b", 46_791_554_816),
-]
-
-
-@pytest.mark.parametrize(("file", "before", "after", "parameters"), PUBLISHED)
-def test_the_published_models_come_out(file, before, after, parameters):
-    old, new = (load([f"gin_configs/models/{name}.gin"])[0].model for name in (before, after))
-    settings = load_part(PruneConfig, [f"gin_configs/prune/{file}.gin"])
-    check_depth(old, settings)
-    depth = choose_layers(old, settings, list(range(len(old.layers.main))), lambda removed: 0.0)
-    found = pruned_config(old, settings, depth.layers, PlanConfig())
-    assert found == new and count_parameters(found) == parameters
-
-
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
@@ -363,107 +232,6 @@ def test_axes_that_the_model_lacks_are_refused():
         pruned_config(OTHER, PruneConfig(moe_latent_size=8), tuple(range(4)), PlanConfig())
 
 
-def test_scores_of_another_model_are_refused(tmp_path, capsys):
-    before = save(tmp_path / "before", DEPTH)
-    assert prune(before, tmp_path / "after", "intermediate_size = 8") == 0
-    other = save(tmp_path / "other", dataclasses.replace(DEPTH, intermediate_size=11))
-    scores = ["--scores", str(tmp_path / "after")]
-    assert prune(other, tmp_path / "no", "intermediate_size = 8", more=scores) == 2
-    assert "has scores of layer 1 with shapes {'mlp': (12,)}; expected {'mlp': (11,)}" in capsys.readouterr().err
-    assert prune(before, tmp_path / "no", "num_layers = 4", more=scores) == 2
-    assert "has scores of layers by cosine; PruneConfig.depth_scores asks for 'hidden_mse'" in capsys.readouterr().err
-    trained = save(tmp_path / "trained", DEPTH, lambda name, array: array * 1.01 if name.endswith("up") else array)
-    assert prune(trained, tmp_path / "no", "intermediate_size = 8", more=scores) == 2
-    assert "has scores of other weights of a model of these sizes" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
-
-
-def test_scores_are_reused_only_for_what_they_were_taken_by(tmp_path, capsys):
-    """Random ones are not taken for measured ones, nor placeholders for either."""
-    before = save(tmp_path / "before", of("E-"))
-    drawn, placeholders = "width_scores = 'random'", ("num_layers = 1", "depth_scores = 'random'")
-    assert prune(before, tmp_path / "drawn", "intermediate_size = 8", drawn) == 0
-    assert prune(before, tmp_path / "placeholders", *placeholders) == 0
-    facts = json.loads((tmp_path / "placeholders" / "pruning.json").read_text())
-    assert facts["scores"]["widths"] is None
-    assert [name for name in np.load(tmp_path / "placeholders" / "pruning.npz") if name.startswith("scores")] == []
-    again = ["--scores", str(tmp_path / "drawn" / "pruning.json")]
-    for number, (source, bindings, message) in enumerate((
-        ("drawn", [], "has no scores of units by 'activations'; expected PruneConfig.width_scores = 'random'"),
-        ("drawn", [drawn, "seed = 1"], "has scores drawn with seed 0; PruneConfig.seed asks for 1"),
-        ("placeholders", [], "has no scores of units by 'activations'; expected PruneConfig.width_scores = None"),
-        ("placeholders", [drawn], "has no scores of units by 'random'"),
-    )):  # fmt: skip
-        more = ["--scores", str(tmp_path / source)]
-        assert prune(before, tmp_path / f"no{number}", "intermediate_size = 8", *bindings, more=more) == 2
-        assert message in capsys.readouterr().err
-    assert prune(before, tmp_path / "again", "intermediate_size = 8", drawn, more=again) == 0
-    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("drawn", "again"))
-    assert all(np.array_equal(old[name], new[name]) for name in old)
-
-
-def test_a_choice_of_experts_needs_their_scores(tmp_path):
-    model, settings = of("E-"), PruneConfig(n_routed_experts=6)
-    found = random_found(model, settings)._replace(taken=Taken("activations", "count", 0))
-    choice = decide(model, settings, found, PlanConfig())
-    for weights in ("", "0123"):
-        facts = pruning.record(tmp_path, settings, pruning.of_weights(found, weights, None), choice, (1, 1))
-        (tmp_path / "pruning.json").write_bytes(pruning.encoded(facts))
-        (tmp_path / "pruning.npz").write_bytes(pruning.arrays(found, choice))
-        if not weights:
-            with pytest.raises(ConfigError, match="does not say which weights its scores are of"):
-                pruning.read_scores(tmp_path, model, settings)
-    with pytest.raises(ConfigError, match="has scores of experts by 'count'; PruneConfig.expert_scores asks for 'out"):
-        pruning.read_scores(tmp_path, model, settings)
-    held = pruning.read_scores(tmp_path, model, PruneConfig(n_routed_experts=6, expert_scores="count"))
-    for mine, other in zip(held.scores.layers, found.scores.layers, strict=True):
-        assert all(np.array_equal(mine[name], other[name]) for name in other)
-
-
-def test_scores_of_a_large_model_can_be_read(tmp_path):
-    """Their JSON would have more bytes than one may have."""
-    model = dataclasses.replace(of("E-"), n_routed_experts=500, moe_intermediate_size=4000)
-    settings = PruneConfig(moe_intermediate_size=3999, width_scores="random")
-    found = random_found(model, settings)
-    choice = decide(model, settings, found, PlanConfig())
-    found = pruning.of_weights(found, "0123", None)
-    facts = pruning.encoded(pruning.record(tmp_path, settings, found, choice, (1, 1)))
-    assert len(facts) < 20_000
-    (tmp_path / "pruning.json").write_bytes(facts)
-    (tmp_path / "pruning.npz").write_bytes(pruning.arrays(found, choice))
-    held = pruning.read_scores(tmp_path, model, settings)
-    np.testing.assert_array_equal(held.scores.layers[0]["expert_width"], found.scores.layers[0]["expert_width"])
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.write_bytes(file.read_bytes()[:200]),
-        lambda file: np.savez_compressed(file, **{"scores.hidden": np.zeros(10)}),
-        lambda file: np.savez(file, **{"scores.hidden": np.array([{}])}),
-        lambda file: np.savez(file, **{"scores.hidden": np.zeros(10, np.float32)}),
-        lambda file: file.write_bytes(file.read_bytes().replace(b"(10,), }", b"(1<<40,)")),
-        lambda file: file.unlink(),
-    ],
-    ids=["short", "compressed", "pickled", "float32", "header", "missing"],
-)
-def test_arrays_that_are_none_are_refused(tmp_path, damage):
-    file = tmp_path / "pruning.npz"
-    np.savez(file, **{"scores.hidden": np.arange(10.0)})
-    np.testing.assert_array_equal(read_arrays(file, "scores.")["hidden"], np.arange(10))
-    damage(file)
-    with pytest.raises(ConfigError, match="pruning.npz"):
-        read_arrays(file, "scores.")
-
-
-def test_a_model_whose_activations_overflow_is_not_scored(tmp_path, capsys):
-    before = save(tmp_path / "before", DEPTH, lambda name, array: array * 1e30 if name.endswith("down") else array)
-    for bindings in (["intermediate_size = 8"], ["num_layers = 4"], ["num_layers = 4", "depth_scores = 'cosine'"]):
-        assert prune(before, tmp_path / "no", *bindings, "width_scores = 'activations'") == 2
-        err = capsys.readouterr().err
-        assert "finite" in err and err.count("\n") == 1 and not (tmp_path / "no").exists()
-
-
 @pytest.mark.parametrize("letter", LAYERS)
 def test_layers_are_pruned_or_refused(letter):
     """Every letter either has rules for all its parameters, or is refused by name."""
@@ -487,24 +255,6 @@ def test_layers_are_pruned_or_refused(letter):
 def test_a_reward_model_is_refused():
     with pytest.raises(ConfigError, match="ModelConfig.score_head is True; expected False"):
         check_target(dataclasses.replace(DEPTH, score_head=True), PruneConfig(hidden_size=8), PlanConfig())
-
-
-def test_layers_are_not_scored_on_more_rows_than_are_read():
-    with pytest.raises(ConfigError, match="depth_rows is 20; expected at most rows = 12"):
-        PruneConfig(num_layers=2, rows=12, depth_rows=20)
-
-
-def test_the_scores_of_removals_order_the_layers_of_a_search(tmp_path):
-    """Layer 4 goes first, and not the evenly spread one."""
-    settings, scores = PruneConfig(num_layers=5, depth_scores="random"), [5.0, 4.0, 3.0, 2.0, 1.0, 6.0]
-    found = random_found(DEPTH, settings)._replace(of_layers=scores)
-    lines = pruning.removal_lines(decide(DEPTH, settings, found, PlanConfig()))
-    (tmp_path / "removal.jsonl").write_bytes(lines)
-    file, out = tmp_path / "search.gin", tmp_path / "smaller.gin"
-    for binding, pattern in ((f"SearchConfig.removal = {str(tmp_path / 'removal.jsonl')!r}", "*-*--"), ("", "*--*-")):
-        file.write_text(f"{model_text(DEPTH)}SearchConfig.layers = ('*:2-2',)\n{binding}\n")
-        assert main(["search", "--gin_file", str(file), "--out", str(out)]) == 0
-        assert load([out])[0].model.pattern == pattern
 
 
 def test_an_existing_folder_is_left_alone(tmp_path, capsys):

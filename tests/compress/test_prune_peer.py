@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tests.compress.test_prune import logits
+from tests.compress.pruned import logits
 from tests.convert.synthetic import shapes, write
 from tests.convert.test_peer import without_clamp
 from tests.helpers import bound

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tests.helpers import hybrid
+from tests.model.small import randomised
 
 from orogen.model.block import repeats
 from orogen.model.by_letter import by_letter, stacked
@@ -24,8 +25,9 @@ SEGMENTS = [("MEM", "EM*EE", "-M", "*-"), ("", "MEMEM*EE-M*-", "", ""), ("MEMEM*
 
 @functools.cache
 def whole() -> tuple[nnx.State, nnx.State]:
-    """Parameters and buffers of MODEL."""
-    return jax.jit(lambda: initial_state(MODEL, 0))()
+    """Parameters and buffers of MODEL, drawn by numpy: to compile their initialisation would take longer."""
+    built, rng = build(MODEL), np.random.default_rng(0)
+    return tuple(jax.tree.map(jnp.asarray, randomised(part, rng)) for part in (built.params, built.buffers))
 
 
 @pytest.fixture

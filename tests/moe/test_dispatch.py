@@ -51,18 +51,28 @@ def test_dispatch_with_drops_equals_reference(mesh, dispatch, policy):
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_one_device_drops_what_the_ranks_it_stands_for_would(dispatch):
+    """And values at padding reach no token."""
     model, sources = config(), (2, 2)
     given, data = weights(model, 0), inputs(model, 1, rows=ROWS, length=LENGTH)
     plan = PlanConfig(dispatch=dispatch, capacity_factor=0.75)
     expected = reference_result(model, given, data, sources=sources, capacity=4)  # ceil(12 · 3 / 8 · 3/4)
     assert expected.dropped > 0
-    assert_equal(layer_result(model, plan, given, data, sources=(2, 1, 2)), expected)
+    found = layer_result(model, plan, given, data, sources=(2, 1, 2))
+    assert_equal(found, expected)
+    padding_bt1 = (data.segments_bt == 0)[..., None]
+    assert padding_bt1.any()
+    changed = data._replace(x_btd=jnp.where(padding_bt1, 100 * data.x_btd[::-1], data.x_btd))
+    after = layer_result(model, plan, given, changed, sources=(2, 1, 2))
+    np.testing.assert_array_equal(*(np.where(padding_bt1, 0, r.y_btd) for r in (found, after)))
+    np.testing.assert_array_equal(found.load_e, after.load_e)
+    np.testing.assert_array_equal(found.losses, after.losses)
+    assert found.dropped == after.dropped
 
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_dispatch_without_capacity_equals_reference_and_drops_nothing(dispatch, bias):
-    model = config(moe_latent_size=None, moe_shared_expert_intermediate_size=None)
+    model = config(moe_latent_size=None, moe_shared_expert_intermediate_size=None, mlp_bias=True)
     given, data = weights(model, 2, bias=BIASES[bias]), inputs(model, 3, rows=ROWS, length=LENGTH)
     expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
     assert (expected.load_e == 0).sum() == {"spread": 0, "three full": 5, "two empty": 2}[bias]
@@ -71,6 +81,8 @@ def test_dispatch_without_capacity_equals_reference_and_drops_nothing(dispatch, 
     assert_equal(found, expected)
     np.testing.assert_array_equal(found.y_btd[data.segments_bt == 0], 0)
     np.testing.assert_array_equal(found.grads.up_ewf[expected.load_e == 0], 0)
+    for grad_ef in (found.grads.up_bias_ef, found.grads.down_bias_ew):  # an empty expert's biases have no gradient
+        np.testing.assert_array_equal(np.abs(grad_ef).sum(1) == 0, expected.load_e == 0)
 
 
 # gpt-oss: clamped SwiGLU with biases, softmax over the chosen; Qwen2: SwiGLU, softmax over all, a gated shared expert;
@@ -92,7 +104,9 @@ FORMS = {
 # On one device no dispatch sends anything: one of them meets every form there.
 @pytest.mark.parametrize(
     ("form", "dispatch", "mesh"),
-    [(form, dispatch, "8folded") for form in FORMS for dispatch in DISPATCHES]
+    # Only what has biases differs between dispatches, in rows that are filled up or empty.
+    [(form, dispatch, "8folded") for form in ("clamped", "biased") for dispatch in DISPATCHES]
+    + [("gated", "alltoall", "8folded")]
     + [(form, "allgather", "1") for form in FORMS],
 )
 def test_every_form_of_expert_and_router_equals_reference(form, dispatch, mesh):
@@ -103,18 +117,6 @@ def test_every_form_of_expert_and_router_equals_reference(form, dispatch, mesh):
     expected = reference_result(model, given, data, sources=(plan.data, plan.tensor), capacity=capacity)
     assert expected.dropped > 0
     assert_equal(layer_result(model, plan, given, data), expected)
-
-
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_biases_of_empty_experts_have_no_gradient(dispatch):
-    model = config(**FORMS["biased"] | {"n_group": 1})
-    given, data = weights(model, 2, bias=BIASES["three full"]), inputs(model, 3, rows=ROWS, length=LENGTH)
-    expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
-    assert (expected.load_e == 0).sum() == 5
-    found = layer_result(model, PlanConfig(**MESHES["4both"], dispatch=dispatch), given, data)
-    assert_equal(found, expected)
-    for grad_ef in (found.grads.up_bias_ef, found.grads.down_bias_ew):
-        np.testing.assert_array_equal(np.abs(grad_ef).sum(1) == 0, expected.load_e == 0)
 
 
 @pytest.mark.parametrize(("form", "mesh"), [("clamped", "8folded"), ("gated", "4sliced"), ("biased", "8shared")])
@@ -140,21 +142,6 @@ def test_every_token_may_go_to_every_expert(dispatch):
     expected = reference_result(model, given, data, sources=(1, 1), capacity=None)
     np.testing.assert_array_equal(expected.load_e, [(data.segments_bt != 0).sum()] * 4)
     assert_equal(layer_result(model, PlanConfig(data=2, expert=2, dispatch=dispatch), given, data), expected)
-
-
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_values_at_padding_reach_no_token(dispatch):
-    model = config()
-    given, data = weights(model, 11), inputs(model, 12, rows=ROWS, length=LENGTH)
-    padding_bt1 = (data.segments_bt == 0)[..., None]
-    assert padding_bt1.any()
-    changed = data._replace(x_btd=jnp.where(padding_bt1, 100 * data.x_btd[::-1], data.x_btd))
-    plan = PlanConfig(dispatch=dispatch, capacity_factor=0.75)
-    before, after = (layer_result(model, plan, given, d) for d in (data, changed))
-    np.testing.assert_array_equal(*(np.where(padding_bt1, 0, r.y_btd) for r in (before, after)))
-    np.testing.assert_array_equal(before.load_e, after.load_e)
-    np.testing.assert_array_equal(before.losses, after.losses)
-    assert before.dropped == after.dropped > 0
 
 
 def test_reference_by_hand():
@@ -187,7 +174,7 @@ def test_an_even_share_of_room_drops_what_a_few_full_experts_are_sent_beyond_it(
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("mesh", ["4both", "8shared", "8wide"])
+@pytest.mark.parametrize("mesh", ["8shared", "8wide"])  # on 4both three experts are as full, above
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_every_token_to_one_expert(mesh, dispatch):
     model = config(num_experts_per_tok=1, mlp_bias=True)
@@ -198,8 +185,13 @@ def test_every_token_to_one_expert(mesh, dispatch):
     assert_equal(layer_result(model, PlanConfig(**MESHES[mesh], dispatch=dispatch), given, data), expected)
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 4}, {"expert": 2, "expert_tensor": 2}], ids=["whole", "shared"])
-@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize(
+    ("dispatch", "sizes"),
+    [
+        ("allgather", {"expert": 2, "expert_tensor": 2}), ("alltoall", {"expert": 4}),
+        ("ragged", {"expert": 2, "expert_tensor": 2}),
+    ],
+)  # fmt: skip
 def test_twenty_two_of_512_experts(dispatch, sizes):
     model = config(n_routed_experts=512, num_experts_per_tok=22, moe_intermediate_size=2)
     given, data = weights(model, 15), inputs(model, 16, rows=ROWS, length=LENGTH)

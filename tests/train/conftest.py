@@ -1,9 +1,11 @@
-"""What checks of many plans share: the side of one device."""
+"""What checks of many plans share, the side of one device; and what tests of run folders share, one whole run."""
 
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.train import runs
 
 from orogen.train import sides, verify
 from orogen.train.sides import Side
@@ -42,3 +44,17 @@ def alone(side: Side) -> Hashable | None:
         return None
     sources = side.plan.sources if side.plan.config.capacity_factor else None
     return side.config.model, side.config.train, side.config.precision, side.plan.config, sources
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory) -> Path:
+    """A recipe that trains a tiny hybrid on a folder of text."""
+    return runs.write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def whole(recipe, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run, which no test changes."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runs.run(recipe, folder)
+    return folder

@@ -1,10 +1,7 @@
 """A run folder: what it holds, kill and resume, SIGTERM, another mesh, which runs may use it."""
 
-import dataclasses
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,86 +11,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tests.train.runs import STEPS, curve, run
 
-from orogen.checkpoint import checksums
 from orogen.checkpoint.open import open_model
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
-from orogen.config.plan import FOR_GPU
 from orogen.data.tokenizer import Tokenizer
-from orogen.infer.generate import generate
 from orogen.report.metrics import read_metrics
 from orogen.train.lock import RunLock
 from orogen.train.loop import NonFiniteError
 from orogen.train.pretraining import PRETRAINING
 from orogen.train.run import train
-
-MODEL = {
-    "pattern": "'ME*-/*E'",
-    "vocab_size": 259,
-    "hidden_size": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "intermediate_size": 24,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 4,
-    "n_groups": 2,
-    "ssm_state_size": 4,
-    "chunk_size": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "moe_latent_size": 8,
-}
-STEPS = 24
-TIMED = ("step_ms", "tokens_per_second", "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds")
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    """A recipe that trains a tiny hybrid on a folder of text."""
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "text").mkdir()
-    for number in range(40):
-        line = f"document {number}: " + " ".join(str(number * k % 97) for k in range(1, 60)) + "\n"
-        (folder / "text" / f"{number:02}.txt").write_text(line)
-    lines = [f"ModelConfig.{name} = {value}" for name, value in MODEL.items()]
-    lines += [
-        f"DataConfig.corpus = '{folder / 'text'}'",
-        "DataConfig.tokenizer = 'byte'",
-        "DataConfig.heldout_fraction = 0.2",
-        "DataConfig.tuning_fraction = 0.0",
-        f"TrainConfig.steps = {STEPS}",
-        "TrainConfig.batch_size = 2",
-        "TrainConfig.sequence_length = 32",
-        "TrainConfig.seed = 1",
-        "TrainConfig.evaluate_every = 10",
-        "TrainConfig.evaluate_rows = 4",
-        "TrainConfig.checkpoint_every = 8",
-        "OptimizerConfig.learning_rate = 3e-3",
-        "OptimizerConfig.schedule = 'constant'",
-    ]
-    file = folder / "tiny.gin"
-    file.write_text("\n".join(lines) + "\n")
-    return file
-
-
-def run(recipe: Path, run_dir: Path, *bindings: str, resume: bool = False):
-    return train(*load([recipe], bindings), run_dir, PRETRAINING, resume=resume, log=lambda line: None)
-
-
-def curve(run_dir: Path) -> list[dict]:
-    """The metrics of every step, without timings."""
-    return [{k: v for k, v in record.items() if k not in TIMED} for record in read_metrics(run_dir)]
-
-
-@pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    run(recipe, folder)
-    return folder
 
 
 def test_the_folder_holds_what_it_should(whole):
@@ -179,7 +107,8 @@ def test_a_run_goes_on_after_a_stop_on_another_mesh(recipe, whole, tmp_path):
 def test_a_run_goes_on_on_stages_and_off_them(recipe, tmp_path):
     """Parameters and moments (Muon's and, for vectors, AdamW's) change their layout; `generate` also reads a pipeline's
     checkpoint as a whole model."""
-    model = ("OptimizerConfig.name='muon'", "ModelConfig.pattern='M-*/E'", "TrainConfig.evaluate_every=16")
+    layers = ("ModelConfig.pattern='M-*/E'", "ModelConfig.intermediate_size=24")
+    model = ("OptimizerConfig.name='muon'", *layers, "TrainConfig.evaluate_every=16")
     alone, folder = tmp_path / "alone", tmp_path / "run"
     run(recipe, alone, "TrainConfig.steps=16", *model)
     stages = ("PlanConfig.stage=2", "PlanConfig.microbatches=2", *model)
@@ -204,35 +133,6 @@ def test_another_config_is_refused_and_nothing_changes(recipe, whole):
     with pytest.raises(ConfigError, match="holds a run; expected --resume"):
         run(recipe, whole)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
-
-
-def test_a_checkpoint_of_another_model_is_refused(recipe, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    text = (
-        (folder / "config.gin")
-        .read_text()
-        .replace("ModelConfig.intermediate_size = 24", "ModelConfig.intermediate_size = 32")
-    )
-    (folder / "config.gin").write_text(text)
-    with pytest.raises(ConfigError, match="is of another model"):
-        open_model(folder)
-
-
-def test_inference_leaves_the_kernels_and_buffers_of_training(whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    changes = {
-        **{f"PlanConfig.{field}": kernel for field, kernel in FOR_GPU.items()},
-        "PlanConfig.dispatch": "ragged", "PlanConfig.buffer_factor": 0.5, "PlanConfig.capacity_factor": 0.5,
-        "TrainConfig.compute_dtype": "bfloat16",
-    }  # fmt: skip
-    text = (folder / "config.gin").read_text()
-    for name, value in changes.items():
-        text, found = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
-        assert found == 1, name
-    (folder / "config.gin").write_text(text)
-    assert generate(open_model(folder), ["d"], tokens=5) == generate(open_model(whole), ["d"], tokens=5)
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, tmp_path):
@@ -302,27 +202,6 @@ def test_nothing_is_saved_while_steps_are_not_finite(recipe, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
 
 
-@pytest.mark.parametrize("damage", ["_METADATA", "manifest.ocdbt", "d", "data", "model"])
-@pytest.mark.parametrize("read", ["resume", "open_model"])
-def test_a_damaged_checkpoint_is_refused_in_one_line(recipe, whole, tmp_path, damage, read):
-    """Truncated files, or a missing item."""
-    if (damage, read) == ("data", "open_model"):
-        return  # it reads only the model
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    newest = folder / "checkpoints" / str(STEPS)
-    if damage in ("data", "model"):
-        shutil.rmtree(newest / damage)
-    else:
-        found = [p for p in (newest / "model").rglob("*") if p.is_file() and damage in (p.name, p.parent.name)]
-        assert found
-        for path in found:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ConfigError) as caught:
-        run(recipe, folder, "TrainConfig.steps=25", resume=True) if read == "resume" else open_model(folder)
-    assert str(newest) in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, monkeypatch):
     """Even if a step's metrics are read long after it, and those of two steps right after each other."""
     from orogen.train import programs
@@ -343,51 +222,6 @@ def test_step_times_add_up_to_the_time_that_the_steps_took(recipe, tmp_path, mon
     run(recipe, tmp_path / "run", "TrainConfig.steps=9", "TrainConfig.evaluate_every=4")
     times = [record["step_ms"] for record in read_metrics(tmp_path / "run")]
     assert all(50 < seconds < 2000 for seconds in times[1:]), times
-
-
-def test_generation_is_greedy_at_zero_temperature_and_stays_inside_its_budget(whole):
-    loaded = open_model(whole)
-    first, again = (generate(loaded, ["document 1"], tokens=9, temperature=0.0, seed=s)[0] for s in (0, 1))
-    assert first == again
-    assert len(first.encode()) <= 9 * 4
-
-
-def test_prompts_of_unequal_lengths_do_not_disturb_each_other(whole):
-    loaded = open_model(whole)
-    both = generate(loaded, ["document 1", "d"], tokens=6, temperature=0.0)
-    assert both == [generate(loaded, [p], tokens=6, temperature=0.0)[0] for p in ("document 1", "d")]
-
-
-@pytest.mark.parametrize("tokens", [2**20, 10**12, 10**30])
-def test_more_tokens_than_anyone_can_wait_for_are_refused(whole, tokens):
-    with pytest.raises(ConfigError, match=rf"a prompt of 2 tokens and {tokens} new ones; expected at most 1048576"):
-        generate(open_model(whole), ["d"], tokens=tokens)
-
-
-def test_a_tokenizer_larger_than_the_model_is_refused(whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    file = folder / "tokenizer" / "tokenizer.json"
-    content = json.loads(file.read_text())
-    content["model"]["vocab"]["ab"] = 300
-    file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="tokenizer.json is damaged"):
-        open_model(folder)
-    # As an earlier release saved it, without checksums of the tokenizer.
-    for step in (folder / "checkpoints").iterdir():
-        (step / checksums.NAME).unlink()
-        for item in ("layout", "about"):
-            shutil.rmtree(step / item)
-        (step / "commit_success.txt").touch()
-    with pytest.raises(ConfigError, match="ModelConfig.vocab_size is 259; expected at least 301, the size of the"):
-        open_model(folder)
-
-
-def test_generation_past_the_learned_positions_is_refused(whole):
-    loaded = open_model(whole)
-    short = loaded._replace(config=dataclasses.replace(loaded.config, learned_positions=8))
-    with pytest.raises(ConfigError, match=r"a prompt of \d+ tokens and 6 new ones; expected at most .* = 8"):
-        generate(short, ["document 1"], tokens=6)
 
 
 def environment() -> dict[str, str]:

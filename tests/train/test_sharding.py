@@ -3,18 +3,22 @@
 import dataclasses
 import itertools
 import os
+import random
 
 import numpy as np
 import pytest
 from tests.helpers import hybrid, run_config
-from tests.train.plans import AXES, CHOICES, MODELS, describe, random_runs
+from tests.train.plans import AXES, CHOICES, MODELS, describe, random_run
 
 from orogen.config.checks import ConfigError
 from orogen.parallel.plan import make_plan
 from orogen.train.verify import GRADIENT, LOSS, MARGIN, OPTIMIZERS, PARAMETER, default_train, largest, verify
 
-EIGHT, SEED = 8, 86
-RUNS = random_runs(int(os.environ.get("OROGEN_PLANS", EIGHT)), seed=SEED, devices=8, short=True)
+EIGHT, COUNT = 8, int(os.environ.get("OROGEN_PLANS", 8))
+# Seeds chosen of 600 so that few plans make many pairs of choices: the first eight 831, all twelve 973, of 1,133 that
+# all 600 make; twenty at random made 968, and eight 724. A larger count adds plans at random.
+SEEDS = (280, 46, 155, 464, 146, 378, 529, 4, 54, 521, 512, 149, *range(1000, 1000 + COUNT))
+RUNS = [random_run(random.Random(seed), 8, short=True) for seed in SEEDS[:COUNT]]
 
 
 @pytest.mark.parametrize("number", range(len(RUNS)), ids=[f"{i}-{name}" for i, (name, _) in enumerate(RUNS)])
@@ -40,18 +44,31 @@ def test_the_sample_covers_every_axis_and_choice():
     assert any(plan.tensor > 2 for plan in plans), "key heads and groups on fewer ranks than tensor has"
     assert sum(run.model.vocab_size % run.plan.tensor > 0 for _, run in RUNS[:EIGHT]) >= 2, "filled up vocabularies"
     assert any(plan.fsdp_size not in (None, 1, plan.data * plan.context) for plan in plans)
+    assert len(set().union(*(pairs(*run) for run in RUNS[:EIGHT]))) >= 800
 
 
-SHARDED = [("none", None), *itertools.product(("optimizer", "gradients", "parameters"), (None, 2))]
+def pairs(name, run):
+    """Every two choices that a run makes together, of those that its plan reads."""
+    plan, vocabulary = run.plan, run.model.vocab_size
+    unread = {"context_attention", "context_ssm", "shift"} if plan.context == 1 else set()
+    unread |= {"stream"} if plan.tensor == 1 else set()
+    unread |= {"drop_policy"} if plan.capacity_factor is None else set()
+    chosen = {(field, getattr(plan, field)) for field in CHOICES if field not in unread}
+    chosen |= {(axis, min(getattr(plan, axis), 4 if axis == "tensor" else 2)) for axis in AXES}
+    chosen |= {("fsdp_size", 1 < (plan.fsdp_size or 1) < plan.data * plan.context)}
+    return set(itertools.combinations(sorted(map(str, chosen | {("model", name), ("vocabulary", vocabulary)})), 2))
+
+
+SHARDED = list(itertools.product(("optimizer", "gradients", "parameters"), (None, 2)))
 
 
 # Every kind with three microbatches, whose sums must stay apart; with one, each level of sharding, and only AdamW. Muon
-# updates at each level, and where runs have two ranks.
+# updates at each level, and where runs have two ranks. One of the families below has two microbatches without sharding.
 @pytest.mark.parametrize(
     ("fsdp", "fsdp_size", "microbatches", "optimizer"),
     [
-        *((*kind, 3, OPTIMIZERS[i in (2, 3, 6)]) for i, kind in enumerate(SHARDED)),
-        *((*SHARDED[i], 1, "adamw") for i in (1, 4, 6)),
+        *((*kind, 3, OPTIMIZERS[i in (1, 2, 5)]) for i, kind in enumerate(SHARDED)),
+        *((*SHARDED[i], 1, "adamw") for i in (0, 3, 5)),
     ],
     ids=str,
 )
@@ -112,7 +129,6 @@ FAMILIES = {
         ("gpt-oss", {"data": 2, "tensor": 4, "expert": 4, "fsdp": "parameters", "dispatch": "alltoall"}),
         ("gpt-oss", {"tensor": 2, "expert": 2, "dispatch": "allgather", "capacity_factor": 1.0}),
         ("qwen2", {"data": 2, "tensor": 2, "expert": 4, "fsdp": "parameters", "dispatch": "allgather"}),
-        ("deepseek", {"tensor": 2, "expert": 2, "fsdp": "optimizer", "dispatch": "alltoall"}),
         (
             "gpt-oss",
             {"data": 2, "tensor": 4, "expert": 2, "expert_tensor": 2, "fsdp": "parameters", "dispatch": "ragged"},
