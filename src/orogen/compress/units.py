@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from orogen.compress.rewrite import Home, homes
 from orogen.config.model import ModelConfig
 from orogen.config.precision import GROUPS
 from orogen.config.quantize import PLAIN, ROUTED, UNITS
 from orogen.convert.names import Path as Leaf
 from orogen.convert.names import Table, Tensor
+from orogen.model.homes import Home, homes
 
 EXPERTS, SHARED = ("mixer", "experts"), ("mixer", "shared")
 _MAMBA = {"z": ("mamba_in", 0), "x": ("mamba_in", 0), "out": ("mamba_out", 0)}

@@ -22,6 +22,7 @@ from orogen.model.cache import require_one_context_rank
 from orogen.model.context_attention import attend
 from orogen.model.slots import Paged
 from orogen.parallel.plan import Plan
+from orogen.precision.key_values import read, stored
 
 # For the norms of MLA's latent vectors: DeepSeek's own code and transformers leave it at the default of their class,
 # whatever rms_norm_eps says.
@@ -69,13 +70,15 @@ class Attention(nnx.Module):
             q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
+        scales = plan.recipe.stored.key_values
+        k_btgk, v_btgk = stored((k_btgk, v_btgk), scales)
         kept = None if given is None else given.with_piece((k_btgk, v_btgk), docs)
         sinks_h = None if self.sinks is None else self.sinks[...]
         settings = {"sinks_h": sinks_h, "window": self.window, "scale": self.head_dim**-0.5}
         y_bthk = kept.attend(q_bthk, docs, plan, **settings) if isinstance(kept, Paged) else None
         if y_bthk is None:
             reading = None if kept is None else kept.reading(docs)
-            k_bsgk, v_bsgk = (k_btgk, v_btgk) if reading is None else reading.values
+            k_bsgk, v_bsgk = read((k_btgk, v_btgk) if reading is None else reading.values, scales, x_btd.dtype)
             y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=reading, **settings)
         return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept
 
@@ -138,9 +141,14 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
+        # One scale for both, as in vLLM, which keeps them side by side.
+        pair = plan.recipe.stored.key_values
+        scales = None if pair is None else (pair[0], pair[0])
+        latent_btr, shared_bt1k = stored((latent_btr, shared_bt1k), scales)
         kept = None if given is None else given.with_piece((latent_btr, shared_bt1k), docs)
         reading = None if kept is None else kept.reading(docs)
-        latent_bsr, shared_bs1k = (latent_btr, shared_bt1k) if reading is None else reading.values
+        of_tokens = (latent_btr, shared_bt1k) if reading is None else reading.values
+        latent_bsr, shared_bs1k = read(of_tokens, scales, x_btd.dtype)
         k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan, "attention_in", call=2)
         k_bsf, v_bsf = checkpoint_name(k_bsf, "key"), checkpoint_name(v_bsf, "value")
         k_bshk = _split(k_bsf, self.nope)
