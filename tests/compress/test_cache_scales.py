@@ -17,6 +17,7 @@ from orogen.checkpoint.open import open_model
 from orogen.cli import main
 from orogen.compress.cache_scales import cache_scales
 from orogen.compress.calibration_text import text_of_files
+from orogen.compress.quantised_folder import entries_of, write_entries
 from orogen.config.checks import ConfigError
 from orogen.config.data import BYTE_VOCAB_SIZE
 from orogen.config.model import ModelConfig
@@ -106,12 +107,20 @@ def test_padding_does_not_count_and_latent_attention_has_one_scale(tmp_path):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "gpt2"])
 def test_every_family_names_its_attention(case, tmp_path):
+    """And its scales are read back from the files."""
     write(tmp_path / "hf", *shapes(case))
     with HuggingFaceFolder(tmp_path / "hf") as folder:
         found = attention_modules(folder.tensors.table, folder.config)
         letters = enumerate(folder.config.layers.main)
         assert sorted(found) == [number for number, letter in letters if letter in "*w+"]
         assert all(name.endswith((".mixer", ".self_attn", ".attention")) for name in found.values()), found
+        config = QuantizeConfig(format="fp8", inputs="none")  # as compressed-tensors
+        targets = [{k: config.target(n) for k, (n,) in one.items()} for one in config.choices(folder.config)]
+        scales = tuple((0.5 + n, 0.25) if n in found else None for n in range(len(folder.config.layers.main)))
+        write_entries(folder, entries_of(folder, targets), tmp_path / "out", maxima=None, cache=scales)
+    assert sum(name.endswith(".v_scale") and "v_proj" not in name for name in read(tmp_path / "out")) == len(found)
+    with HuggingFaceFolder(tmp_path / "out", stored=True) as folder:
+        assert folder.tensors.cache_scales == scales
 
 
 def test_refusals(quantised, tmp_path):

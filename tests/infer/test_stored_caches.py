@@ -103,7 +103,7 @@ def _layer(model):
 def test_states_in_blocks_are_those_of_the_recurrence(rounding):
     """Tokens one by one and in pieces, rows of which some wait: the state after each is its blocks, in numpy, rounded
     to the nearest; at random, within one step of it, and equal for equal texts."""
-    rng, rows, heads, size, n = np.random.default_rng(3), 3, 4, 2, 5
+    rng, rows, heads, size, n = np.random.default_rng(3), 3, 4, 9, 5
     plan = single_device_plan(PlanConfig(), opened("M", **SIZES).config)
     recipe = dataclasses.replace(plan.recipe, stored=Stored(random_states=rounding == "stochastic"))
     plan = dataclasses.replace(plan, recipe=recipe, recipes=None)
@@ -144,6 +144,7 @@ def test_states_in_blocks_are_those_of_the_recurrence(rounding):
                 values[row] = found
             else:
                 np.testing.assert_array_equal(state.values[row], values[row])
+                np.testing.assert_array_equal(state.scales[row], cache.state.scales[row])
         np.testing.assert_array_equal(state.values[0], state.values[1])
         cache, places_b = SlotState(cache.windows, state), (places_b + np.array(counts)).astype(np.int32)
 
