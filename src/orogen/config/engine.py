@@ -23,8 +23,8 @@ class EngineConfig:
     drafter: mtp drafts with the model's multi-token-prediction block, lookup with what followed the last tokens earlier
     in the text (prompt lookup decoding). A draft is accepted if it is the token that would have been chosen without it.
     state_dtype: a float16 or int8 state is rounded at the end of each piece of a prompt. How a prompt is split depends
-    on the other requests, so answers depend on them by that rounding. Rounded to the nearest, as most engines do with
-    float16, a state drifts (experiments/ssm_cache).
+    on the other requests, so answers depend on them by that rounding. Rounded to the nearest, a float16 state can drift
+    (experiments/ssm_cache).
     key_values: fp8 is E4M3 with the scales per layer that `orogen quantize` or ModelOpt calibrated (`k_scale`,
     `v_scale`); fp8_unscaled has scales of 1, vLLM's default without them. The layers of a multi-token-prediction block,
     which no checkpoint calibrates, have scales of 1: they draft, and change no answer. Scales are never measured while
