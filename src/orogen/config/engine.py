@@ -82,7 +82,8 @@ class EngineConfig:
         require_choice(self, "kernels", ("reference", "triton"))
         in_kernel = self.kernels != "triton" or self.state_dtype == "float32"
         in_kernel |= self.state_dtype == "float16" and self.state_rounding == "stochastic"
-        expected = f"reference with {self.state_dtype} states rounded by {self.state_rounding}: no kernel reads those"
+        kept = f"{self.state_dtype} states and state_rounding {self.state_rounding}"
+        expected = f"reference with {kept}: no kernel reads and writes those"
         require(in_kernel, self, "kernels", expected)
         require_choice(self, "weights", (DECODED, IN_FP8))
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
