@@ -113,6 +113,16 @@ class TestEveryImplementation:
         assert y_bthj.dtype == jnp.bfloat16
         assert_within(y_bthj.astype(jnp.float32), expected(*inputs), tolerance(jnp.bfloat16, terms=1))
 
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_pages_in_fp8_are_decoded_to_the_dtype_of_queries(self, implementation: str, dtype):
+        q, *pools, table, lengths = operands(dtype, t=3)
+        scales, grid = (0.03, 0.5), jnp.float8_e4m3fn
+        kept = [(pool.astype(jnp.float32) / by).astype(grid) for pool, by in zip(pools, scales, strict=True)]
+        read = [(pool.astype(jnp.float32) * by).astype(dtype) for pool, by in zip(kept, scales, strict=True)]
+        y_bthj = attend((q, *kept, table, lengths), stored=scales, implementation=implementation)
+        want = expected(q, *read, table, lengths)
+        assert_within(y_bthj.astype(jnp.float32), want, tolerance(dtype, terms=59 if dtype == jnp.float32 else 1))
+
     def test_large_scores_do_not_overflow(self, implementation: str):
         q, *others = operands(lengths=(40, 3))
         inputs = (300 * q, *others)
@@ -131,18 +141,20 @@ class TestTriton:
     SHAPES = {"one_row": (1, 1, 2048), "drafts": (64, 8, 32)}
 
     @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-    @pytest.mark.parametrize("settings", [{}, {"window": 512, "sinks": True}], ids=["plain", "window_sinks"])
+    @pytest.mark.parametrize(
+        "settings", [{}, {"window": 512, "sinks": True}, {"stored": (0.5, 0.25)}], ids=["plain", "window_sinks", "fp8"]
+    )
     def test_lowers_for_a_gpu_in_bfloat16(self, shape: tuple[int, ...], settings: dict, monkeypatch):
         monkeypatch.undo()
         batch, tokens, pages = shape
         array = lambda kind, *size: jax.ShapeDtypeStruct(size, kind)  # noqa: E731
-        pool = array(jnp.bfloat16, 2048, 64, 2, 128)
+        pool = array(jnp.float8_e4m3fn if "stored" in settings else jnp.bfloat16, 2048, 64, 2, 128)
         arguments = array(jnp.bfloat16, batch, tokens, 32, 128), pool, pool, array(jnp.int32, batch, pages)
         sinks_h = (array(jnp.float32, 32),) if "sinks" in settings else ()
 
         def run(*inputs):
             return attend(inputs[:5], implementation="triton", window=settings.get("window"),
-                          sinks_h=inputs[5] if sinks_h else None)  # fmt: skip
+                          stored=settings.get("stored"), sinks_h=inputs[5] if sinks_h else None)  # fmt: skip
 
         assert kernels(lowered(run, *arguments, array(jnp.int32, batch), *sinks_h)) == 2
 
@@ -202,6 +214,7 @@ class TestRefusals:
         [
             ({"window": 0}, "window=0: expected 1 or more"),
             ({"implementation": "cudnn"}, "implementation='cudnn': expected one of"),
+            ({"stored": (1.0, 1.0)}, "float32, float32 and float32: expected k and v of float8_e4m3fn"),
             ({"sinks_h": jnp.zeros(2)}, r"sinks has shape \(2,\): expected \(6,\)"),
         ],
     )

@@ -32,6 +32,9 @@ def test_a_requests_cache_by_hand():
     assert found.ring == 0
     replayed = cache_of(config, PlanConfig(), engine(replay=16))
     assert replayed.ring == 27 * 16 * ((128 * 80 + 8 * 128) * 2 + 128 * 4)
+    fewer = cache_of(config, PlanConfig(), engine(key_values="fp8", state_dtype="int8"))
+    assert fewer.per_token == 4 * (2 * 8 * 128 + 4)
+    assert fewer.states == 27 * (128 * 80 * (128 + 4) + 3 * (128 * 80 + 2 * 8 * 128) * 2)
     halves = cache_of(config, PlanConfig(tensor=2), engine())
     assert halves.per_token == 4 * (2 * 4 * 128 * 2 + 4)
     assert halves.states == found.states / 2

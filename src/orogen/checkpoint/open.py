@@ -21,6 +21,7 @@ from orogen.config.dtype import WEIGHTS
 from orogen.config.engine import DECODED
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
+from orogen.config.recipe import Scales
 from orogen.config.run import RunConfig
 from orogen.cost.assemble import assemble
 from orogen.data.tokenizer import Tokenizer, check_rows
@@ -29,7 +30,8 @@ from orogen.parallel.plan import Plan, single_device_plan
 
 
 class Opened(NamedTuple):
-    """A model on a plan, with its tokenizer if it has one."""
+    """A model on a plan, with its tokenizer if it has one. cache_scales: of keys and values in FP8, by layer of the
+    pattern; None where the checkpoint has none."""
 
     config: ModelConfig
     plan: Plan
@@ -37,6 +39,7 @@ class Opened(NamedTuple):
     params: nnx.State
     buffers: nnx.State
     tokenizer: Tokenizer | None
+    cache_scales: tuple[Scales | None, ...] | None = None
 
     def require_one_device(self) -> None:
         """Raises ConfigError unless the plan has one device, drops no tokens and computes plain matrix products."""
@@ -105,7 +108,8 @@ def read_model(
     else:
         expected = "'decoded': the checkpoint is not quantised, or the plan has stages"
         raise ConfigError(f"EngineConfig.weights is {weights!r}; expected {expected}")
-    return Opened(folder.config, chosen, built, params, buffers, loaded)
+    scales = folder.tensors.cache_scales if isinstance(folder, HuggingFaceFolder) else None
+    return Opened(folder.config, chosen, built, params, buffers, loaded, scales)
 
 
 def _on_one_device(plan: PlanConfig | None) -> PlanConfig:

@@ -10,14 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from orogen.checkpoint.cache_scales import scales_of
 from orogen.checkpoint.leaves import check_shapes
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import read_json
 from orogen.config.model import ModelConfig
+from orogen.config.recipe import Scales
 from orogen.convert import names
 from orogen.convert.config import mtp_blocks, read_config
 from orogen.convert.parts import Matched, Parts, match
-from orogen.convert.quantization import FIELD, FILE, read_quantization
+from orogen.convert.quantization import FIELD, FILE, FP8_CACHE, read_quantization
 from orogen.convert.tensor_files import Spec, TensorReader
 from orogen.precision.stored import Stored, decode
 
@@ -143,6 +145,13 @@ class HuggingFaceTensors:
                 part = piece.take(self.tensor(name))
                 array[piece.index[depth:]] = part[index[len(piece.index) :]]
         return array
+
+    @functools.cached_property
+    def cache_scales(self) -> tuple[Scales | None, ...] | None:
+        """Of keys and values in FP8, by layer of the pattern; None unless the files say that these are in FP8."""
+        if not any(one.cache == FP8_CACHE for one in self.quantization):
+            return None
+        return scales_of(self.table, self.config, self.stored, lambda name: self.reader.read(self.stored[name]))
 
     @functools.cached_property
     def _specs(self) -> dict[names.Path, Spec]:

@@ -43,9 +43,12 @@ writes the tensors as NVIDIA/Model-Optimizer stores them. They are then read aga
 measured with the inputs of products rounded as well. The folder appears once all of this is done; `quantization.json`
 and `quantization.png` in it say what was chosen, layer by layer.
 
-The key/value cache is not quantised: its scales (`k_scale`, `v_scale`) in a folder are read and kept, not computed.
+With `QuantizeConfig.key_values = 'fp8'`, keys and values are calibrated too (`cache_scales.py`): the layers are given
+caches with room for a whole batch, and the largest magnitudes of what they keep become `k_scale` and `v_scale` of each
+attention layer. The measured loss is then that of a model that attends to rounded keys and values.
 
-Every other command computes with the decoded weights in its compute dtype, and rounds no inputs.
+An engine reads these scales if `EngineConfig.key_values` is 'fp8'. Every other command computes with the decoded
+weights in its compute dtype, and rounds neither inputs nor keys and values.
 
 **Search** (`orogen search`, no jax): which smaller model to make. `candidates` enumerates widths and numbers of layers
 and counts parameters, active parameters and the bytes of a context; `speed` has the simulator's tokens per second and

@@ -14,13 +14,13 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.checkpoint.open import Opened
-from orogen.compress.rewrite import homes
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.layers.documents import Documents
 from orogen.layers.probe import Probe, own_tokens, stream_squares
 from orogen.model.block import Items, letters, repeats
+from orogen.model.homes import homes
 from orogen.model.lm import LanguageModel
 from orogen.parallel import distributed, placement
 from orogen.parallel.axes import STREAM

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orogen.compress.importance import Scores, Units
-from orogen.compress.rewrite import homes
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
+from orogen.model.homes import homes
 from orogen.parallel.legal import fold_plan
 
 # The letters of the layers that have a size.

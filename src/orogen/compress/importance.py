@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from orogen.compress.calibrate import Measured
-from orogen.compress.rewrite import homes
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
+from orogen.model.homes import homes
 
 # By name, of one layer, float64: `mlp` and `shared` (f), `heads` (h), `mamba` (h, p), `experts` (e), `expert_width`
 # (e, f), `latent_in` and `latent_out` (w).

@@ -13,12 +13,12 @@ from orogen.compress.choose import OF
 from orogen.compress.depth import check_layer_scores
 from orogen.compress.importance import Scores, Units, check_scores, random_scores
 from orogen.compress.prune import RANDOM, Choice, Found, Taken, changed_sizes, no_distance
-from orogen.compress.rewrite import homes
 from orogen.compress.stored_scores import ARRAYS, encoded_arrays, read_arrays
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import ListOf, MapOf, Number, Record, Whole, read_json
 from orogen.config.model import ModelConfig
 from orogen.config.prune import PruneConfig
+from orogen.model.homes import homes
 from orogen.report.pruning import Axes, Axis, Layers
 
 FILE, PICTURE, REMOVAL = "pruning.json", "pruning.png", "removal.jsonl"

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from orogen.checkpoint.cache_scales import NAMES, attention_modules
 from orogen.checkpoint.folders import HuggingFaceFolder
 from orogen.checkpoint.quantised import linear_modules, parts_by_name, write_quantised
 from orogen.compress.units import Weight, weights_of
 from orogen.config.checks import ConfigError
 from orogen.config.precision import GROUPS, KINDS
 from orogen.config.quantize import BITS, PLAIN, ROUTED, Target
+from orogen.config.recipe import Scales
 from orogen.config.rounded import Operand
 from orogen.convert.describe import Description, describe
 from orogen.convert.parts import Parts, module_of
@@ -72,14 +74,20 @@ def entries_of(folder: HuggingFaceFolder, targets: Sequence[Mapping[str, Target]
 
 
 def write_entries(
-    folder: HuggingFaceFolder, entries: Mapping[str, Entry], target: Path, *, maxima: np.ndarray | None
+    folder: HuggingFaceFolder,
+    entries: Mapping[str, Entry],
+    target: Path,
+    *,
+    maxima: np.ndarray | None,
+    cache: Sequence[Scales | None] = (),
 ) -> dict[tuple[int, str], Error]:
     """Writes the Orogen folder `target`; returns the error of each unit's weights, by layer and name.
 
-    maxima: (layers, kinds, calls) of calibration, for static scales of inputs. Raises ConfigError for a weight that is
+    maxima: (layers, kinds, calls) of calibration, for static scales of inputs. cache: by layer, the scales of keys and
+    values in FP8; none: they stay. Raises ConfigError for a weight that is
     not finite, or that no layout of files describes, and then leaves no `target`.
     """
-    found, (description, parts) = {}, layout_of(folder, entries)
+    found, (description, parts) = {}, layout_of(folder, entries, cache=bool(cache))
     groups = _shared_magnitudes(folder, entries, parts)
 
     def encoding(name: str, array: np.ndarray, parts: Parts) -> Stored:
@@ -90,7 +98,7 @@ def write_entries(
         found[key] = found.get(key, Error()).plus(_error(array, stored, size))
         return stored
 
-    scales = {}
+    scales = _of_cache(folder, description, cache)
     for name, entry in entries.items():
         if entry.target.inputs and entry.target.format != "fp8_channel":
             names = parts[name].scheme.names
@@ -99,10 +107,25 @@ def write_entries(
     return found
 
 
-def layout_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> tuple[Description, dict[str, Parts]]:
-    """What the files say of the formats, and how each of the tensors is stored. Raises ConfigError if no layout of
-    files can say it."""
-    description = _description_of(folder, entries)
+def _of_cache(
+    folder: HuggingFaceFolder, description: Description, cache: Sequence[Scales | None]
+) -> dict[str, np.ndarray]:
+    """The tensors with the scales of keys and values."""
+    modules, names = attention_modules(folder.tensors.table, folder.config), NAMES[description.config["quant_method"]]
+    return {
+        f"{modules[number]}.{name}": np.asarray(scale, np.float32)
+        for number, pair in enumerate(cache)
+        if pair is not None
+        for name, scale in zip(names, pair, strict=True)
+    }
+
+
+def layout_of(
+    folder: HuggingFaceFolder, entries: Mapping[str, Entry], *, cache: bool = False
+) -> tuple[Description, dict[str, Parts]]:
+    """What the files say of the formats, and how each of the tensors is stored. cache: whether keys and values are in
+    FP8. Raises ConfigError if no layout of files can say it."""
+    description = _description_of(folder, entries, cache)
     parts = parts_by_name(folder.tensors.table, description)
     if lacking := sorted(entries.keys() - parts.keys()):
         expected = "a model whose products read linear maps (out, in), or experts"
@@ -112,7 +135,7 @@ def layout_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> tuple[
     return description, parts
 
 
-def _description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> Description:
+def _description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry], cache: bool) -> Description:
     kinds: dict[str, str] = {}
     for name, entry in entries.items():
         module, kind = module_of(name), STORED[entry.target.format]
@@ -125,7 +148,7 @@ def _description_of(folder: HuggingFaceFolder, entries: Mapping[str, Entry]) -> 
         inputs[STORED[name]] = static if entry.target.inputs else "none"
         if name != "nvfp4" and not entry.target.inputs:
             layout = "compressed-tensors"
-    return describe(layout, kinds, linear_modules(folder.tensors.table), inputs=inputs, cache=False)
+    return describe(layout, kinds, linear_modules(folder.tensors.table), inputs=inputs, cache=cache)
 
 
 def _input_scale(entry: Entry, maxima: np.ndarray | None) -> np.ndarray:

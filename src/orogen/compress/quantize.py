@@ -13,6 +13,7 @@ from orogen.checkpoint.folders import HuggingFaceFolder
 from orogen.checkpoint.open import open_folder, read_model
 from orogen.checkpoint.transfer import export
 from orogen.compress.allocate import Allocation, Unit, allocate, require_budget, summary
+from orogen.compress.cache_scales import cache_scales
 from orogen.compress.calibration_text import CalibrationText
 from orogen.compress.quantised_folder import Error, bits_of, entries_of, layout_of, write_entries
 from orogen.compress.sensitivity import Passes
@@ -20,6 +21,7 @@ from orogen.compress.units import by_unit, kinds_with, sizes_of, weights_of
 from orogen.config.checks import ConfigError
 from orogen.config.plan import PlanConfig
 from orogen.config.quantize import AUTO, PLAIN, ROUTED, UNITS, QuantizeConfig
+from orogen.config.recipe import Scales
 from orogen.data.tokenizer import Tokenizer
 
 Key = tuple[int, str]  # layer and unit
@@ -27,16 +29,18 @@ Key = tuple[int, str]  # layer and unit
 
 class Calibrated(NamedTuple):
     """What calibration found, with the loss of the model before it is quantised (nats per token). maxima: None if no
-    scale is static; scores: of `auto` alone, by unit and format."""
+    scale is static; scores: of `auto` alone, by unit and format; cache: scales of keys and values, by layer, none if
+    these stay."""
 
     loss: float
     maxima: np.ndarray | None
     scores: dict[Key, dict[str, float]]
+    cache: tuple[Scales | None, ...] = ()
 
 
 class Outcome(NamedTuple):
     """A written folder: its config, the choice, the error of each unit's weights, stored bits per weight, and the loss
-    after, with inputs rounded as the formats say and with weights alone rounded."""
+    after, with inputs, keys and values rounded as the formats say and with weights alone rounded."""
 
     config: QuantizeConfig
     allocation: Allocation
@@ -121,11 +125,15 @@ class Quantiser:
             self.progress(f"largest magnitudes of inputs, on {self.text.tokens[0]} tokens")
             kinds = [[kind for kind, names in layer.items() if names] for layer in may]
             maxima = self.passes.maxima(self.text.calibration, kinds)
+        cache = ()
+        if config.key_values == "fp8":
+            self.progress(f"largest keys and values, on {self.text.tokens[0]} tokens")
+            cache = cache_scales(self.passes.opened, self.text.calibration, self.dtype)
         scores: dict[Key, dict[str, float]] = {}
         if config.format == AUTO:
             self.progress(f"sensitivities, on {self._scored * self._batch} tokens")
             scores = self._scores(self.text.calibration[: self._scored], maxima)
-        return Calibrated(loss, maxima, scores)
+        return Calibrated(loss, maxima, scores, cache)
 
     def _scores(self, batches: Sequence[Any], maxima: np.ndarray | None) -> dict[Key, dict[str, float]]:
         """By unit, of each format that it may have; only units that have a choice are measured."""
@@ -179,7 +187,8 @@ class Quantiser:
         if not entries:
             raise ConfigError("nothing would be quantised; expected fewer effective bits, or fewer kinds in keep")
         self.progress(f"{len(entries)} tensors")
-        errors = write_entries(self.folder, entries, target, maxima=calibrated.maxima)
+        cache = calibrated.cache if config.key_values == "fp8" else ()
+        errors = write_entries(self.folder, entries, target, maxima=calibrated.maxima, cache=cache)
         self.progress(f"loss after, on {self.text.tokens[1]} tokens")
         self.passes.release()
         with open_folder(target) as folder:
@@ -188,7 +197,8 @@ class Quantiser:
         alone = measured()
         quantised = [{k: t for k, t in layer.items() if t.format != PLAIN} for layer in targets]
         rounds = any(t.inputs for layer in quantised for t in layer.values())
-        loss = measured(applied=quantised, maxima=calibrated.maxima) if rounds else alone
+        rounded = {"applied": quantised, "maxima": calibrated.maxima} if rounds else {}
+        loss = measured(**rounded, cache=cache) if rounds or cache else alone
         return Outcome(config, allocation, units, errors, bits_of(errors, self.sizes), loss, alone)
 
     def described(self, calibrated: Calibrated, outcome: Outcome) -> dict[str, Any]:
@@ -197,12 +207,14 @@ class Quantiser:
         errors = outcome.errors.values()
         before, after = (sum(getattr(e, name) for e in errors) for name in ("bytes_before", "bytes_after"))
         tokens = dict(zip(("calibration", "heldout"), self.text.tokens, strict=True))
-        tokens = tokens if calibrated.maxima is not None else {"heldout": tokens["heldout"]}
+        read = calibrated.maxima is not None or calibrated.cache
+        tokens = tokens if read else {"heldout": tokens["heldout"]}
         tokens |= {"sensitivities": self._scored * self._batch} if config.format == AUTO else {}
         return {
             "format": config.format,
             "scales": config.scales,
             "inputs": config.inputs,
+            "key_values": config.key_values,
             "tokens": tokens,
             "loss_before": calibrated.loss,
             "loss_after": outcome.loss,

@@ -1,9 +1,8 @@
 """Writes a new checkpoint folder from an old one, layer by layer."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -26,29 +25,11 @@ from orogen.config.model import ModelConfig
 from orogen.config.text import model_text
 from orogen.convert.names import Path as Leaf
 from orogen.convert.tensor_files import Spec, TensorWriter, new_folder
-from orogen.model.block import places, repeats
+from orogen.model.homes import Home, homes
 from orogen.model.lm import build
 
 # Parameters of one layer, by their paths below it. One that is made on demand is in memory alone.
 Arrays = Mapping[Leaf, np.ndarray]
-
-
-class Home(NamedTuple):
-    """Where a layer's parameters are: the path of its module, and its index in their leading axes."""
-
-    letter: str
-    path: Leaf
-    index: tuple[int, ...]
-
-
-def homes(config: ModelConfig) -> list[Home]:
-    """The home of each layer, counted along the pattern, those of the multi-token-prediction block last."""
-    found = []
-    for stem, pattern in ((("backbone",), config.layers.main), (("mtp", "layers"), config.layers.mtp)):
-        for letter, place in zip(pattern, places(repeats(pattern)), strict=True):
-            path = itertools.chain.from_iterable(("children", child) for child in place.path)
-            found.append(Home(letter, (*stem, *path), place.index))
-    return found
 
 
 class Source:

@@ -17,14 +17,14 @@ from jax import Array
 
 from orogen.checkpoint.leaves import leaves_of
 from orogen.checkpoint.open import Opened
-from orogen.compress.rewrite import homes
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.config.precision import KINDS
 from orogen.config.products import product_of
 from orogen.config.quantize import Measured, Target
-from orogen.config.recipe import Recipe
+from orogen.config.recipe import Recipe, Scales, Stored
 from orogen.data.packing import Batch
+from orogen.model.homes import homes
 from orogen.parallel import placement
 from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
@@ -104,16 +104,16 @@ class Passes:
 
     def loss(
         self, batches: Iterable[Batch], *, applied: Sequence[dict[str, Target]] = (),
-        maxima: np.ndarray | None = None, params: Any = None,
+        maxima: np.ndarray | None = None, cache: Sequence[Scales | None] = (), params: Any = None,
     ) -> float:  # fmt: skip
         """Nats per token. applied: by layer and kind, how inputs are rounded, with scales from `maxima`; weights are
-        taken as they are. params: of the same model, in place of the opened ones. Raises ConfigError if it is not
-        finite."""
+        taken as they are. cache: by layer, the scales of keys and values in FP8; none: they are not rounded. params: of
+        the same model, in place of the opened ones. Raises ConfigError if it is not finite."""
         opened = self.opened
-        if any(target.inputs for layer in applied for target in layer.values()):
+        if cache or any(target.inputs for layer in applied for target in layer.values()):
             self.require_whole_blocks([{k: (t,) for k, t in layer.items() if t.inputs} for layer in applied])
             layers = [{k: Measured(applied=t) for k, t in layer.items() if t.inputs} for layer in applied]
-            plan = dataclasses.replace(self._plan(layers), maxima=maxima)
+            plan = dataclasses.replace(self._plan(layers, cache=cache), maxima=maxima)
             measured = measure(opened.built, OBJECTIVE, opened.config, plan, self.dtype)
         else:
             measured = self._measure
@@ -132,13 +132,15 @@ class Passes:
         opened = self.opened
         return measure(opened.built, OBJECTIVE, opened.config, opened.plan, self.dtype)
 
-    def _plan(self, layers: Sequence[Layer], candidates: int = 0) -> Plan:
-        """The plan whose layers measure this, those of the multi-token-prediction block nothing."""
+    def _plan(self, layers: Sequence[Layer], candidates: int = 0, *, cache: Sequence[Scales | None] = ()) -> Plan:
+        """The plan whose layers measure this, those of the multi-token-prediction block nothing. cache: of `loss`."""
         plan = self.opened.plan
         assert plan.recipes is not None, "the plan of a whole model has a recipe for each layer"
         found: list[tuple[tuple[str, Measured], ...]] = [tuple(layer.items()) for layer in layers]
         found += [()] * (len(plan.recipes) - len(found))
-        recipes = tuple(Recipe(measured=measured) for measured in found)
+        kept = [Stored(key_values=scales) for scales in cache]
+        kept += [Stored()] * (len(found) - len(kept))
+        recipes = tuple(Recipe(measured=one, stored=stored) for one, stored in zip(found, kept, strict=True))
         return dataclasses.replace(plan, recipes=recipes, recipe=Recipe())
 
     def _probes(self, plan: Plan, batches: Iterable[Batch], candidates: int) -> Iterable[np.ndarray]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from orogen.compress.rewrite import Home, homes
 from orogen.config.model import ModelConfig
 from orogen.config.precision import GROUPS
 from orogen.config.products import product_of
 from orogen.config.quantize import PLAIN, ROUTED, UNITS
 from orogen.convert.names import Path as Leaf
 from orogen.convert.names import Table, Tensor
+from orogen.model.homes import Home, homes
 
 
 class Weight(NamedTuple):

@@ -7,6 +7,9 @@ from orogen.config.checks import check_types, require, require_choice, require_p
 
 DRAFTERS = ("none", "mtp", "lookup")
 DECODED, IN_FP8 = "decoded", "fp8"
+# Of keys and values: in compute_dtype; FP8 with the checkpoint's scales; FP8 with scales of 1.
+KEPT, SCALED, UNSCALED = "compute", "fp8", "fp8_unscaled"
+STATES = ("float32", "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,8 +22,13 @@ class EngineConfig:
     needs one device and takes up to `chunk` times the arithmetic.
     drafter: mtp drafts with the model's multi-token-prediction block, lookup with what followed the last tokens earlier
     in the text (prompt lookup decoding). A draft is accepted if it is the token that would have been chosen without it.
-    state_dtype: a float16 state is rounded at the end of each piece of a prompt. How a prompt is split depends on the
-    other requests, so answers depend on them by that rounding.
+    state_dtype: a float16 or int8 state is rounded at the end of each piece of a prompt. How a prompt is split depends
+    on the other requests, so answers depend on them by that rounding. Rounded to the nearest, a float16 state can drift
+    (experiments/ssm_cache).
+    key_values: fp8 is E4M3 with the scales per layer that `orogen quantize` or ModelOpt calibrated (`k_scale`,
+    `v_scale`); fp8_unscaled has scales of 1, vLLM's default without them. The layers of a multi-token-prediction block,
+    which no checkpoint calibrates, have scales of 1: they draft, and change no answer. Scales are never measured while
+    serving: answers would depend on the first request.
     """
 
     slots: Annotated[int, "requests that run at once, over all data ranks"] = 8
@@ -40,8 +48,14 @@ class EngineConfig:
     replay: Annotated[
         int | None, "tokens whose inputs Mamba layers keep beside an older state; None: with drafts at least 16, else 0"
     ] = None
-    state_dtype: Annotated[str, "dtype of Mamba's states: float32, or float16 with stochastic rounding"] = "float32"
-    compute_dtype: Annotated[str, "dtype of activations, weights and keys and values: float32 or bfloat16"] = "float32"
+    state_dtype: Annotated[str, "how Mamba's states are kept: float32, float16, or int8 with scales of blocks"] = (
+        "float32"
+    )
+    state_rounding: Annotated[str, "of float16 and int8 states: stochastic, or nearest"] = "stochastic"
+    key_values: Annotated[
+        str, "how keys and values are kept: compute (in compute_dtype), fp8 (by the checkpoint's scales), fp8_unscaled"
+    ] = KEPT
+    compute_dtype: Annotated[str, "dtype of activations and weights: float32 or bfloat16"] = "float32"
     weights: Annotated[
         str, "how weights stored in FP8 are held: decoded to the compute dtype, or fp8, decoded where they are read"
     ] = DECODED
@@ -62,8 +76,15 @@ class EngineConfig:
         require(self.chunk % self.page == 0, self, "chunk", f"a multiple of page={self.page}")
         require(self.prefill_tokens >= self.chunk, self, "prefill_tokens", f"at least chunk={self.chunk}")
         require_choice(self, "drafter", DRAFTERS)
-        require_choice(self, "state_dtype", ("float32", "float16"))
+        require_choice(self, "state_dtype", STATES)
+        require_choice(self, "state_rounding", ("stochastic", "nearest"))
+        require_choice(self, "key_values", (KEPT, SCALED, UNSCALED))
         require_choice(self, "kernels", ("reference", "triton"))
+        in_kernel = self.kernels != "triton" or self.state_dtype == "float32"
+        in_kernel |= self.state_dtype == "float16" and self.state_rounding == "stochastic"
+        kept = f"{self.state_dtype} states and state_rounding {self.state_rounding}"
+        expected = f"reference with {kept}: no kernel reads and writes those"
+        require(in_kernel, self, "kernels", expected)
         require_choice(self, "weights", (DECODED, IN_FP8))
         require_choice(self, "compute_dtype", ("float32", "bfloat16"))
         short = self.drafter == "none" or self.drafts < self.chunk

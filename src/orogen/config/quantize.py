@@ -87,6 +87,7 @@ class QuantizeConfig:
     first_layers: Annotated[int, "so many first layers of the pattern stay as they are"] = 0
     last_layers: Annotated[int, "so many last layers of the pattern stay as they are"] = 0
     keep_before_attention: Annotated[bool, "whether the Mamba layer in front of each attention layer stays too"] = False
+    key_values: Annotated[str, "fp8: static scales of keys and values are calibrated too, for engines; none"] = "none"
     # calibration
     calibration_tokens: Annotated[int, "tokens whose inputs decide static scales"] = 131072
     heldout_tokens: Annotated[int, "tokens of other text, on which the loss is measured before and after"] = 65536
@@ -109,6 +110,7 @@ class QuantizeConfig:
         require_choice(self, "format", (*FORMATS, AUTO))
         require_choice(self, "scales", SCALES)
         require_choice(self, "inputs", ("static", "none"))
+        require_choice(self, "key_values", ("none", "fp8"))
         require_choice(self, "cost", ("weights", "active"))
         require_not_negative(self, "first_layers", "last_layers")
         require_positive(self, "calibration_tokens", "heldout_tokens", "batch_size", "effective_bits", "score_tokens")

@@ -48,6 +48,23 @@ IN_PLAIN = Formats()
 IN_FP8 = Formats(forward=FP8, input_gradient=FP8, weight_gradient=FP8)
 
 
+# Of the keys and of the values of a layer.
+Scales = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a layer keeps of earlier tokens in fewer bits.
+
+    key_values: the scales of keys and values in FP8, None: they are in the compute dtype. Latent attention keeps
+    vectors that both are computed from, with the first. random_states: whether the states of an SSM that are not
+    float32 are rounded at random, or else to the nearest.
+    """
+
+    key_values: Scales | None = None
+    random_states: bool = True
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The formats of one layer's products, by kind of weight: `linear` matrices, the `grouped` ones of routed experts,
@@ -55,6 +72,7 @@ class Recipe:
 
     rounded: by kind of weight (`config/precision.py`), products whose operands are rounded first, on any device.
     measured: by kind of weight, products of a model that is being quantised.
+    stored: keys, values and states.
     """
 
     linear: Formats = IN_PLAIN
@@ -62,6 +80,7 @@ class Recipe:
     head: Formats = IN_PLAIN
     rounded: tuple[tuple[str, Products], ...] = ()
     measured: tuple[tuple[str, Measured], ...] = ()
+    stored: Stored = Stored()
 
     def __post_init__(self) -> None:
         for kind in ("grouped", "head"):

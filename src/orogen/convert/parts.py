@@ -2,7 +2,8 @@
 
 A weight `M.weight` has its numbers in `M.weight` or `M.weight_packed`, and scales beside it. Stacked experts, which
 have no `.weight`, prefix the same suffixes: `M.gate_up_proj`, `M.gate_up_proj_weight_scale`. Scales of inputs
-(`M.input_scale`) and of the key/value cache (`k_proj.k_scale`) belong to no parameter: they are kept, and not used.
+(`M.input_scale`) and of the key/value cache (`k_proj.k_scale`) belong to no parameter; an
+engine reads those of the cache.
 """
 
 import math

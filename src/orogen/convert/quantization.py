@@ -67,7 +67,8 @@ MODELOPT = {
     "W4A16_NVFP4": Scheme("nvfp4", MODELOPT_NVFP4, block_of("nvfp4")),
 }
 MIXED = "MIXED_PRECISION"
-CACHE_ALGORITHMS = ("FP8", "NVFP4")
+FP8_CACHE = "FP8"
+CACHE_ALGORITHMS = (FP8_CACHE, "NVFP4")
 COMPRESSED_FORMATS = ("float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mixed-precision")
 METHODS = ("modelopt", "compressed-tensors", "fp8")
 
@@ -110,11 +111,13 @@ _FP8_FORM = Record({}, {"weight_block_size": (ListOf(Whole(1), 2), None), "modul
 
 class Quantization(NamedTuple):
     """Which modules are quantised, and how. where: the file, for messages. ignored, targets: patterns of modules; a
-    target is the class LINEAR, a module, one above it, or a pattern."""
+    target is the class LINEAR, a module, one above it, or a pattern. cache: the format of keys and values, one of
+    CACHE_ALGORITHMS; None: they are not quantised."""
 
     where: str
     ignored: tuple[str, ...]
     targets: tuple[tuple[str, Scheme | None], ...]
+    cache: str | None = None
 
     def scheme(self, module: str, *, linear: bool) -> Scheme | None:
         """How the module's weight is stored, None if it is not quantised. linear: whether it is a linear map."""
@@ -163,13 +166,13 @@ def _modelopt(stated: Mapping[str, Any], where: str) -> Quantization:
     cache = stated.get("kv_cache_quant_algo") or stated.get("kv_cache_scheme")
     if isinstance(cache, str) and cache.upper() not in CACHE_ALGORITHMS:
         _refuse(f"{where}.kv_cache_quant_algo", cache, f"null or one of {', '.join(CACHE_ALGORITHMS)}")
-    _check_cache(cache, where)
+    kept = _cache_format(cache, where)
     if algorithm == MIXED:
         layers = stated.get("quantized_layers") or {}
         targets = [(name, _of_layer(name, layer, where)) for name, layer in layers.items()]
-        return Quantization(where, ignored, tuple(targets))
+        return Quantization(where, ignored, tuple(targets), kept)
     scheme = _algorithm(algorithm, stated.get("group_size"), where, "quant_algo", (*MODELOPT, MIXED))
-    return Quantization(where, ignored, ((LINEAR, scheme),))
+    return Quantization(where, ignored, ((LINEAR, scheme),), kept)
 
 
 def _of_layer(name: str, layer: Mapping[str, Any], where: str) -> Scheme | None:
@@ -194,7 +197,7 @@ def _compressed(stated: Mapping[str, Any], where: str) -> Quantization:
     for field in ("transform_config", "sparsity_config"):
         if {k: v for k, v in (stated.get(field) or {}).items() if v not in ("dense", None, {}, [])}:
             _refuse(f"{where}.{field}", stated[field], "none: it is not implemented")
-    _check_cache(stated.get("kv_cache_scheme"), where)
+    kept = _cache_format(stated.get("kv_cache_scheme"), where)
     targets: list[tuple[str, Scheme | None]] = []
     for name, group in stated["config_groups"].items():
         place = f"{where}.config_groups.{name}"
@@ -205,7 +208,7 @@ def _compressed(stated: Mapping[str, Any], where: str) -> Quantization:
         scheme = None if weights is None else _of_weights(weights, form, f"{place}.weights")
         targets += [(target, scheme) for target in group["targets"]]
     ignored = tuple(stated.get("ignore") or ())
-    return Quantization(where, ignored, tuple(targets))
+    return Quantization(where, ignored, tuple(targets), kept)
 
 
 def _of_weights(weights: Mapping[str, Any], form: str, place: str) -> Scheme:
@@ -240,10 +243,13 @@ def _fine_grained(stated: Mapping[str, Any], where: str) -> Quantization:
     return Quantization(where, ignored, ((LINEAR, scheme),))
 
 
-def _check_cache(scheme: Any, where: str) -> None:
-    """Raises ConfigError unless the key/value cache is not quantised, or in floats of 8 or 4 bits."""
+def _cache_format(scheme: Any, where: str) -> str | None:
+    """The format of keys and values. Raises ConfigError unless they are not quantised, or in floats of 8 or 4 bits."""
     if isinstance(scheme, dict) and (scheme.get("num_bits") not in (8, 4) or scheme.get("type") != "float"):
         _refuse(f"{where}.kv_cache_scheme", scheme, "null or a float of 8 bits")
+    if isinstance(scheme, dict):
+        return FP8_CACHE if scheme["num_bits"] == 8 else CACHE_ALGORITHMS[1]
+    return scheme.upper() if scheme else None
 
 
 def _check_pattern(pattern: str, where: str) -> None:

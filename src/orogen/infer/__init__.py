@@ -5,7 +5,8 @@
 describes, and a thread in `lane.py` dispatches it), and the host tells what came of it. The forward pass is the
 training model's, with the caches of `model/slots.py` as what its layers are given: pages of keys and values, rings for
 windows, convolution windows and states that do not grow. Many steps of decoding run in one program; prompts are read in
-pieces between them.
+pieces between them. Keys and values may be kept in FP8 (`precision/key_values.py`), states in float16 or in blocks of
+int8 (`model/stored_state.py`): `EngineConfig.key_values`, `.state_dtype` and `.state_rounding`.
 
 **What is promised.** A request's tokens depend on nothing beside it: what is no token of a row is masked, experts take
 all tokens, and a request draws with a key of its own (`sampling.py`). With `EngineConfig.exact`, answers and their

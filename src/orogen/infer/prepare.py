@@ -6,7 +6,9 @@ import numpy as np
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
-from orogen.config.engine import EngineConfig
+from orogen.config.engine import KEPT, SCALED, UNSCALED, EngineConfig
+from orogen.config.quantize import ATTENTION
+from orogen.config.recipe import Recipe, Scales, Stored
 from orogen.infer.buckets import Buckets, Parts
 from orogen.infer.knobs import check_ids
 from orogen.infer.request import Request
@@ -17,12 +19,39 @@ from orogen.model.slots import FEW
 
 def prepared(opened: Opened, config: EngineConfig, *, release: bool) -> Opened:
     """The model as the engine runs it."""
-    plan = dataclasses.replace(opened.plan, decode_kernels=config.kernels)
+    recipes = stored_recipes(opened, config)
+    plan = dataclasses.replace(opened.plan, decode_kernels=config.kernels, recipes=recipes)
     if not config.written_out:
         return opened._replace(plan=plan)
     states = opened.params, opened.buffers
     built, (params, buffers) = written_out(opened.config, opened.built, *states, release=release)
     return opened._replace(plan=plan, built=built, params=params, buffers=buffers)
+
+
+def stored_recipes(opened: Opened, config: EngineConfig) -> tuple[Recipe, ...]:
+    """The recipes of all layers, with what the config says of keys, values and states. Raises ConfigError if the
+    checkpoint lacks the scales."""
+    assert opened.plan.recipes is not None, "the plan of a whole model has a recipe for each layer"
+    layers, random = opened.config.layers, config.state_rounding == "stochastic"
+
+    def scales(number: int, letter: str) -> Scales | None:
+        if config.key_values == KEPT or letter not in ATTENTION:
+            return None
+        if config.key_values == UNSCALED or number >= len(layers.main):
+            return 1.0, 1.0
+        found = opened.cache_scales[number] if opened.cache_scales else None
+        if found is None:
+            raise ConfigError(
+                f"EngineConfig.key_values is {SCALED!r}; expected a checkpoint with k_scale and v_scale for layer "
+                f"{number}, as `orogen quantize` writes them with QuantizeConfig.key_values = 'fp8', or {UNSCALED!r}"
+            )
+        return found
+
+    every = enumerate(zip(layers.main + layers.mtp, opened.plan.recipes, strict=True))
+    return tuple(
+        dataclasses.replace(recipe, stored=Stored(key_values=scales(number, letter), random_states=random))
+        for number, (letter, recipe) in every
+    )
 
 
 def buckets_of(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:

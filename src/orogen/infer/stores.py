@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array, lax
 
 from orogen.checkpoint.open import Opened
-from orogen.config.engine import EngineConfig
+from orogen.config.engine import KEPT, EngineConfig
 from orogen.infer.forward import Caches
 from orogen.model.cache import map_layers
 from orogen.model.lm import LanguageModel
@@ -23,6 +23,7 @@ from orogen.model.slots import Paged, Slots, with_pools
 from orogen.parallel.context import over_rows
 from orogen.parallel.placement import jitted
 from orogen.parallel.plan import Plan
+from orogen.precision.fp8 import E4M3
 
 
 class Layout(NamedTuple):
@@ -159,7 +160,7 @@ class Stores:
         piece = config.chunk if config.exact else config.prefill_tokens  # exact sums over a ring need one length of it
         return Slots(
             slots, pages, config.page, 1, piece, self.drafts, config.replayed,
-            jnp.dtype(config.state_dtype),
+            jnp.dtype(config.state_dtype), None if config.key_values == KEPT else E4M3,
         )  # fmt: skip
 
     def of_rows(self, function: Callable[..., Array], one: Caches, other: Caches) -> Caches:

@@ -23,6 +23,7 @@ from orogen.model.context_attention import attend
 from orogen.model.context_cache import reading, with_tokens
 from orogen.model.slots import Paged
 from orogen.parallel.plan import Plan
+from orogen.precision.key_values import read, stored
 
 # For the norms of MLA's latent vectors: DeepSeek's own code and transformers leave it at the default of their class,
 # whatever rms_norm_eps says.
@@ -69,14 +70,16 @@ class Attention(nnx.Module):
             q_bthk, k_btgk = self.query_norm(q_bthk, plan), self.key_norm(k_btgk, plan)
         if self.rotary is not None:
             q_bthk, k_btgk = (self.rotary(a, docs.positions_bt) for a in (q_bthk, k_btgk))
+        scales = plan.recipe.stored.key_values
+        k_btgk, v_btgk = stored((k_btgk, v_btgk), scales)
         kept = None if given is None else with_tokens(given, (k_btgk, v_btgk), docs, plan)
         sinks_h = None if self.sinks is None else self.sinks[...]
         settings = {"sinks_h": sinks_h, "window": self.window, "scale": self.head_dim**-0.5}
         y_bthk = kept.attend(q_bthk, docs, plan, **settings) if isinstance(kept, Paged) else None
         if y_bthk is None:
-            read = None if kept is None else reading(kept, docs, plan)
-            k_bsgk, v_bsgk = (k_btgk, v_btgk) if read is None else read.values
-            y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=read, **settings)
+            found = None if kept is None else reading(kept, docs, plan)
+            k_bsgk, v_bsgk = read((k_btgk, v_btgk) if found is None else found.values, scales, x_btd.dtype)
+            y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=found, **settings)
         return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept
 
     def start(self, room: Any, dtype: Any) -> Any:
@@ -137,9 +140,14 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
+        # One scale for both, as in vLLM, which keeps them side by side.
+        pair = plan.recipe.stored.key_values
+        scales = None if pair is None else (pair[0], pair[0])
+        latent_btr, shared_bt1k = stored((latent_btr, shared_bt1k), scales)
         kept = None if given is None else with_tokens(given, (latent_btr, shared_bt1k), docs, plan)
-        read = None if kept is None else reading(kept, docs, plan)
-        latent_bsr, shared_bs1k = (latent_btr, shared_bt1k) if read is None else read.values
+        found = None if kept is None else reading(kept, docs, plan)
+        of_tokens = (latent_btr, shared_bt1k) if found is None else found.values
+        latent_bsr, shared_bs1k = read(of_tokens, scales, x_btd.dtype)
         k_bsf, v_bsf = linears(latent_bsr, (self.key_up, self.value_up), plan, "attention_in", call=2)
         k_bsf, v_bsf = checkpoint_name(k_bsf, "key"), checkpoint_name(v_bsf, "value")
         k_bshk = _split(k_bsf, self.nope)
@@ -150,7 +158,7 @@ class LatentAttention(nnx.Module):
             _split(v_bsf, self.value_size),
             docs.segments_bt,
             plan,
-            reading=read,
+            reading=found,
             scale=self.scale,
         )
         return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from orogen.layers.documents import Documents
+from orogen.model.stored_state import Run, updated
 
 
 class Replayed(NamedTuple):
-    """A state as it was some tokens ago, float32 or float16, and a ring of the inputs since then, of which each row has
+    """A state as it was some tokens ago (`stored_state`), and a ring of the inputs since then, of which each row has
     `cursor_b`, int32; see `kernels.replay`.
 
     A row's state moves on when its next tokens would not fit into the ring, so states are read for every token but
@@ -21,6 +22,18 @@ class Replayed(NamedTuple):
     ring: Any
     cursor_b: Any
 
+    def moved(self, run: Run, flush_b: Array, seeds_b2: Array | None) -> "Replayed":
+        """With states that have the ring's inputs in the rows of `flush_b`. run: given a state and seeds, the new state
+        and cursors, as of `kernels.replay`."""
+
+        def flushed(state: Array, seeds_b2: Array | None) -> tuple[Array, Array]:
+            state, cursor_b = run(state, seeds_b2)
+            return cursor_b, state
+
+        rows_b = flush_b & (self.cursor_b > 0)
+        cursor_b, state = updated(self.state, flushed, seeds_b2=seeds_b2, rows_b=rows_b)
+        return Replayed(state, self.ring, cursor_b)
+
 
 class Replays(NamedTuple):
     """What a mixer does with `Replayed`. move: applies the ring's inputs to the states of some rows (b,). play:
@@ -28,7 +41,7 @@ class Replays(NamedTuple):
 
     move: Callable[[Replayed, Array], Replayed]
     play: Callable[[Replayed], tuple[Array, Any]]
-    scan: Callable[[Array], tuple[Array, Array]]
+    scan: Callable[[Any], tuple[Array, Any]]
 
 
 def after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool, alone: bool) -> tuple[Array, Replayed]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from orogen.kernels.paged_attention import paged_attention
 from orogen.kernels.replay import Ring, SelectiveRing, flush, replay, selective_flush, selective_replay
@@ -26,6 +26,7 @@ from orogen.model.cache import EMPTY, Reading, map_layers
 from orogen.model.context_cache import whole_documents
 from orogen.model.context_ssm import scan_continued, ssd_continued
 from orogen.model.replayed import Replayed, Replays, after, counts
+from orogen.model.stored_state import axes, empty, opened, seeds_of, updated
 from orogen.parallel.plan import Plan
 
 FEW = 8  # the most tokens of a piece for which the decoding kernels are made
@@ -36,7 +37,8 @@ class Slots(NamedTuple):
     per row; see `cache.Rows`.
 
     piece: the most tokens of a piece. drafts: the most tokens that are rolled back. replay: the number of tokens whose
-    inputs are kept beside a state (see `Replayed`), at least 2 (drafts + 1) if there are drafts; 0: none.
+    inputs are kept beside a state (see `Replayed`), at least 2 (drafts + 1) if there are drafts; 0: none. state_dtype:
+    see `stored_state`. cache_dtype: of keys and values; None: that of activations.
     """
 
     rows: int
@@ -47,9 +49,11 @@ class Slots(NamedTuple):
     drafts: int = 0
     replay: int = 0
     state_dtype: Any = jnp.float32
+    cache_dtype: Any = None
 
     def key_values(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, window: int | None = None) -> Any:
         """`Paged`, or `Ringed` for a window."""
+        dtype = self.cache_dtype or dtype
         if window is not None:
             return Ringed(tuple(jnp.zeros((self.rows, window + self.piece, *shape), dtype) for shape in shapes))
         values = tuple(jnp.zeros((self.pages, self.page, *shape), dtype) for shape in shapes)
@@ -67,7 +71,7 @@ class Slots(NamedTuple):
         `cache.Rows.recurrent`."""
         tokens = taps - 1 + self.drafts
         windows = tuple(jnp.zeros((self.rows, tokens, size), dtype) for size in channels)
-        zeros = jnp.zeros((self.rows, *state), self.state_dtype)
+        zeros = empty((self.rows, *state), self.state_dtype)
         if not self.replay:
             return SlotState(windows, zeros)
         dtypes = dtype, dtype, jnp.float32
@@ -82,7 +86,7 @@ class Slots(NamedTuple):
         inputs: Sequence[tuple[str | None, ...]],
     ) -> "SlotState":
         """The logical axes of `recurrent`."""
-        windows, named = tuple(("batch", None, axis) for axis in channels), ("batch", *state)
+        windows, named = tuple(("batch", None, axis) for axis in channels), axes(("batch", *state), self.state_dtype)
         if not self.replay:
             return SlotState(windows, named)
         kind: Any = Ring if len(state) == 3 else SelectiveRing
@@ -115,7 +119,7 @@ class Paged(NamedTuple):
         self, q_bthk: Array, docs: Documents, plan: Plan, *, sinks_h: Array | None, window: int | None, scale: float
     ) -> Array | None:
         """Outputs (b, t, h, k) of a few queries by the kernel that reads pages in place; None for more tokens, under a
-        window, or if the plan has no such kernel."""
+        window, or if the plan has no such kernel. Pages in FP8 have the scales of the plan's recipe."""
         dealt = plan.size("context") > 1
         if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None or dealt:
             return None
@@ -129,7 +133,7 @@ class Paged(NamedTuple):
         k_nsgk, v_nsgk = self.values
         y_bthk = paged_attention(
             turned(q_bthk, moved_bt), k_nsgk, v_nsgk, self.table_bp, length_b, sinks_h=sinks_h, scale=scale,
-            implementation=plan.decode_kernels,
+            stored=plan.recipe.stored.key_values, implementation=plan.decode_kernels,
         )  # fmt: skip
         return turned(y_bthk, back_bt)
 
@@ -170,8 +174,7 @@ class Ringed(NamedTuple):
 
 class SlotState(NamedTuple):
     """What a state-space mixer needs of earlier tokens: the last inputs (b, k, c) of each convolution, in a ring where
-    position i has entry i modulo k; and the SSM's state, in float32 or in randomly rounded float16, or what it is
-    computed from (`Replayed`)."""
+    position i has entry i modulo k; and the SSM's state (`stored_state`), or what it is computed from (`Replayed`)."""
 
     windows: Any
     state: Any
@@ -191,10 +194,10 @@ class SlotState(NamedTuple):
         x_bthp, dt_bth, a_h, B_btgn, C_btgn = operands
         dt_bth, docs = _without_padding(dt_bth, docs), whole_documents(docs, plan)
         kernel, alone = plan.decode_kernels, plan.size("context") == 1
-        seeds_b2 = self._seeds(a_h, docs)
+        rounds = {"seeds_b2": self._seeds(a_h, docs, plan), "rows_b": counts(docs) > 0}
         of_rows = {"skip_h": skip_h, "active_b": counts(docs) > 0, "implementation": kernel}
 
-        def scan(state_bhpn: Array) -> tuple[Array, Array]:
+        def scan(state_bhpn: Array, seeds_b2: Array | None) -> tuple[Array, Array]:
             inputs = x_bthp, dt_bth, a_h, B_btgn, C_btgn
             y_bthp, state_bhpn = ssd_continued(inputs, state_bhpn, plan, skip_h=skip_h, **settings)
             return y_bthp, rounded(state_bhpn, seeds_b2)
@@ -202,21 +205,26 @@ class SlotState(NamedTuple):
         if isinstance(self.state, Replayed):
 
             def move(kept: Replayed, flush_b: Array) -> Replayed:
-                moved = flush(kept.ring, a_h, kept.cursor_b, state_bhpn=kept.state, flush_b=flush_b, seeds_b2=seeds_b2,
-                              implementation="triton" if kernel == "triton" else "recurrence")  # fmt: skip
-                return Replayed(moved[0], kept.ring, moved[1])
+                def run(state_bhpn: Array, seeds_b2: Array | None) -> tuple[Array, Array]:
+                    implementation = "triton" if kernel == "triton" else "recurrence"
+                    return flush(kept.ring, a_h, kept.cursor_b, state_bhpn=state_bhpn, flush_b=flush_b,
+                                 seeds_b2=seeds_b2, implementation=implementation)  # fmt: skip
+
+                return kept.moved(run, flush_b, rounds["seeds_b2"])
 
             def play(kept: Replayed) -> tuple[Array, Any]:
                 piece, cached = Ring(x_bthp, B_btgn, dt_bth), {"ring": kept.ring, "cursor_b": kept.cursor_b}
                 of_rows["implementation"] = "triton" if kernel == "triton" else "parallel"
-                return replay(piece, a_h, C_btgn, state_bhpn=kept.state, **cached, **of_rows)
+                return replay(piece, a_h, C_btgn, state_bhpn=opened(kept.state), **cached, **of_rows)
 
-            return after(self.state, docs, Replays(move, play, scan), cheap=kernel == "triton", alone=alone)
-        if x_bthp.shape[1] == 1:
-            one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
-            y_bhp, state_bhpn = ssm_update(*one, state_bhpn=self.state, seeds_b2=seeds_b2, **of_rows)
-            return y_bhp[:, None], state_bhpn
-        return scan(self.state)
+            replays = Replays(move, play, lambda state: updated(state, scan, **rounds))
+            return after(self.state, docs, replays, cheap=kernel == "triton", alone=alone)
+        if x_bthp.shape[1] > 1:
+            return updated(self.state, scan, **rounds)
+        one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
+        step = lambda state, seeds: ssm_update(*one, state_bhpn=state, seeds_b2=seeds, **of_rows)  # noqa: E731
+        y_bhp, state = updated(self.state, step, **rounds)
+        return y_bhp[:, None], state
 
     def selective_scan(
         self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any
@@ -225,9 +233,9 @@ class SlotState(NamedTuple):
         x_bti, dt_bti, A_in, B_btn, C_btn = operands
         dt_bti, docs = _without_padding(dt_bti, docs), whole_documents(docs, plan)
         active_b, alone = counts(docs) > 0, plan.size("context") == 1
-        seeds_b2 = self._seeds(A_in, docs)
+        rounds = {"seeds_b2": self._seeds(A_in, docs, plan), "rows_b": active_b}
 
-        def scan(state_bin: Array) -> tuple[Array, Array]:
+        def scan(state_bin: Array, seeds_b2: Array | None) -> tuple[Array, Array]:
             inputs = x_bti, dt_bti, A_in, B_btn, C_btn
             y_bti, state_bin = scan_continued(inputs, state_bin.astype(jnp.float32), plan, **settings)
             return y_bti, rounded(state_bin, seeds_b2)
@@ -235,33 +243,28 @@ class SlotState(NamedTuple):
         if isinstance(self.state, Replayed):
 
             def move(kept: Replayed, flush_b: Array) -> Replayed:
-                moved = selective_flush(kept.ring, A_in, kept.cursor_b, state_bin=kept.state, flush_b=flush_b,
-                                        seeds_b2=seeds_b2)  # fmt: skip
-                return Replayed(moved[0], kept.ring, moved[1])
+                def run(state_bin: Array, seeds_b2: Array | None) -> tuple[Array, Array]:
+                    return selective_flush(kept.ring, A_in, kept.cursor_b, state_bin=state_bin, flush_b=flush_b,
+                                           seeds_b2=seeds_b2)  # fmt: skip
+
+                return kept.moved(run, flush_b, rounds["seeds_b2"])
 
             def play(kept: Replayed) -> tuple[Array, Any]:
                 piece, cached = SelectiveRing(x_bti, B_btn, dt_bti), {"ring": kept.ring, "cursor_b": kept.cursor_b}
-                return selective_replay(piece, A_in, C_btn, state_bin=kept.state, active_b=active_b, **cached)
+                return selective_replay(piece, A_in, C_btn, state_bin=opened(kept.state), active_b=active_b, **cached)
 
-            return after(self.state, docs, Replays(move, play, scan), cheap=False, alone=alone)
-        if x_bti.shape[1] == 1:
-            one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
-            y_bi, state_bin = selective_update(
-                *one, state_bin=self.state, active_b=active_b, seeds_b2=seeds_b2, implementation=plan.decode_kernels
-            )
-            return y_bi[:, None], state_bin
-        return scan(self.state)
+            replays = Replays(move, play, lambda state: updated(state, scan, **rounds))
+            return after(self.state, docs, replays, cheap=False, alone=alone)
+        if x_bti.shape[1] > 1:
+            return updated(self.state, scan, **rounds)
+        one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
+        kernel = {"active_b": active_b, "implementation": plan.decode_kernels}
+        step = lambda state, seeds: selective_update(*one, state_bin=state, seeds_b2=seeds, **kernel)  # noqa: E731
+        y_bi, state = updated(self.state, step, **rounds)
+        return y_bi[:, None], state
 
-    def _seeds(self, rates: Array, docs: Documents) -> Array | None:
-        """The seeds for rounding a float16 state, uint32 (b, 2): a word that differs between layers, made of their
-        decay rates, and the position, which differs between tokens. Equal texts are rounded alike, whatever their
-        slot."""
-        state = self.state.state if isinstance(self.state, Replayed) else self.state
-        if state.dtype != jnp.float16:
-            return None
-        layer = lax.bitcast_convert_type(jnp.sum(rates, dtype=jnp.float32), jnp.uint32)
-        position_b = docs.positions_bt[:, 0].astype(jnp.uint32)
-        return jnp.stack([jnp.broadcast_to(layer, position_b.shape), position_b], axis=1)
+    def _seeds(self, rates: Array, docs: Documents, plan: Plan) -> Array | None:
+        return seeds_of(self.state.state if isinstance(self.state, Replayed) else self.state, rates, docs, plan)
 
     def with_piece(self, inputs: Sequence[Array], state: Any, docs: Documents) -> "SlotState":
         """The cache after a piece whose convolutions read `inputs` (b, t, c), and which left `state`."""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
-from orogen.config.dtype import BYTES
-from orogen.config.engine import IN_FP8, EngineConfig
+from orogen.config.dtype import BYTES, state_bytes
+from orogen.config.engine import IN_FP8, KEPT, EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.cost.kept import FLOAT32, local
@@ -21,8 +21,6 @@ from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.passes import FORWARD, LOGITS, TOKENS, Passes
 
 INT32, EIGHT = 4, 1
-# Bytes per number of a Mamba state, by EngineConfig.state_dtype.
-STATES = {"float32": FLOAT32, "float16": 2}
 # More tokens than any text has: the longest context where nothing grows with it.
 LONGEST = 2**24
 # Kernels of a decoding layer that one program launches one after another: R1's step has 327 in 24 layers and the head
@@ -64,24 +62,25 @@ class Inference(NamedTuple):
 def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cache:
     """What a request keeps on one device of `plan`: keys and values, and Mamba's states, windows and replay ring."""
     here, size = local(model, plan, Workload(1, 1, BYTES[engine.compute_dtype])), BYTES[engine.compute_dtype]
-    state = STATES[engine.state_dtype]
+    kept = size if engine.key_values == KEPT else 1
+    state = state_bytes(engine.state_dtype, model.ssm_state_size or 0)
     token = windowed = states = ring = 0.0
     letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
     for letter in letters:
         if letter in "*w":
-            kept = 2 * here.split(model.num_key_value_heads) * model.head_dim * size + INT32
-            token, windowed = (token + kept, windowed) if letter == "*" else (token, windowed + kept)
+            more = 2 * here.split(model.num_key_value_heads) * model.head_dim * kept + INT32
+            token, windowed = (token + more, windowed) if letter == "*" else (token, windowed + more)
         elif letter == "+":
-            token += (model.kv_lora_rank + model.qk_rope_head_dim) * size + INT32
+            token += (model.kv_lora_rank + model.qk_rope_head_dim) * kept + INT32
         elif letter == "M":
             heads, shared = here.split(model.mamba_num_heads), here.split(model.n_groups) * model.ssm_state_size
             inner = heads * model.mamba_head_dim
-            states += inner * model.ssm_state_size * state
+            states += inner * state
             states += (model.conv_kernel - 1) * (inner + 2 * shared) * size
             ring += engine.replayed * ((inner + shared) * size + heads * FLOAT32)
         elif letter == "m":
             inner = here.split(model.mamba_intermediate_size)
-            states += inner * (model.ssm_state_size * state + (model.conv_kernel - 1) * size)
+            states += inner * (state + (model.conv_kernel - 1) * size)
             ring += engine.replayed * inner * (size + FLOAT32)
     return Cache(token, windowed, states, ring)
 

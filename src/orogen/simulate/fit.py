@@ -20,7 +20,6 @@ from orogen.cost.weights import Weight, changed, weights
 from orogen.infer.generate import engine_for
 from orogen.infer.prepare import buckets_of
 from orogen.infer.programs import Programs
-from orogen.infer.prompt_scores import SPAN
 from orogen.infer.sizes import sizes_of
 
 FLOAT32 = BYTES["float32"]
@@ -116,8 +115,7 @@ def require_inference_fits(
     device. settings: by name, the values from which unbound fields of the engine's config were derived. share: of the
     parameters' bytes in the compute dtype that they take; less than 1 if some are held in 8 bits."""
     plan = plan or ONE_DEVICE
-    held = _serving(model, plan, engine, settings, share=share, scored=SPAN)
-    _require("inference", [], held, plan.devices, memory)
+    _require("inference", [], _serving(model, plan, engine, settings, share), plan.devices, memory)
 
 
 def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, rows: int, tokens: int) -> None:
@@ -252,11 +250,9 @@ def _scores(model: ModelConfig, rows: int, tokens: int, settings: dict[str, int]
 
 
 def _serving(
-    model: ModelConfig, plan: PlanConfig, engine: EngineConfig, settings: dict[str, int], *, share: float = 1.0,
-    scored: int = 0,
-) -> list[Need]:  # fmt: skip
-    """What an engine holds on one device: weights, the caches of its slots, snapshots of those, and the logits of a
-    step or of the `scored` tokens of prompts that are scored together."""
+    model: ModelConfig, plan: PlanConfig, engine: EngineConfig, settings: dict[str, int], share: float = 1.0
+) -> list[Need]:
+    """What an engine holds on one device: weights, the caches of its slots, snapshots of those, and a step's logits."""
     sizes = sizes_of(model, plan, engine)
     laid, built = assemble(model, plan, abstract=True)
     opened = Opened(model, laid, built, built.params, built.buffers, None)
@@ -265,8 +261,7 @@ def _serving(
     pages = {"EngineConfig.pages": engine.pages} if engine.pages else {"EngineConfig.max_length": engine.max_length}
     caches = programs.bytes_per_device(sizes.slots, sizes.pages)
     snapshots = programs.bytes_per_device(max(sizes.snapshots, 1), min(sizes.pages, 1))
-    held = max(sizes.slots * (sizes.drafts + 1), min(scored, engine.prefill_tokens))
-    logits = held * model.vocab_size * FLOAT32 // plan.tensor
+    logits = sizes.slots * (sizes.drafts + 1) * model.vocab_size * FLOAT32 // plan.tensor
     buckets = buckets_of(opened, engine, sizes)  # each number of rows that a call reads has its own
     counting = sizes.slots + sum({rows for length in buckets.lengths for rows in buckets.rows(length)})
     wide = slots | {"ModelConfig.vocab_size": model.vocab_size}

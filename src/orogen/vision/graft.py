@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from orogen.checkpoint.leaves import leaves_of
-from orogen.compress.rewrite import Arrays, Home, Source, homes
+from orogen.compress.rewrite import Arrays, Source
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.convert.config import difference
 from orogen.convert.names import Path as Leaf
+from orogen.model.homes import Home, homes
 from orogen.model.lm import initial_state
 from orogen.model.stages import RESAMPLER
 

@@ -32,6 +32,7 @@ def paged_attention(
     sinks_h: Array | None = None,
     window: int | None = None,
     scale: float,
+    stored: tuple[float, float] | None = None,
     implementation: str,
 ) -> Array:
     """Outputs (b, t, h, k) in q's dtype: softmax(scale q kᵀ) v over the tokens that each query sees.
@@ -44,6 +45,9 @@ def paged_attention(
     in `attention`, and values may have a different head size. Scores, softmax and sums are float32, except that
     `triton` rounds the softmax's numerators to v's dtype before it multiplies them by v.
 
+    stored: scales of keys and of values whose pools are in E4M3 (`precision.key_values`): they are decoded to q's dtype
+    where they are read; None: pools are in q's dtype.
+
     Raises ValueError if shapes or dtypes disagree, the query heads are not a multiple of the key heads, the window is
     below 1, or the name is unknown or cannot run here. Source: arXiv:2309.06180, section 4.
     """
@@ -51,14 +55,14 @@ def paged_attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
     operands = Operands(q_bthk, k_nsgk, v_nsgk, table_bp, length_b, sinks_h)
-    _check(operands)
+    _check(operands, stored is not None)
     if sinks_h is not None:
         operands = operands._replace(sinks_h=sinks_h.astype(jnp.float32))
-    return run(vary_like(operands, operands), scale=scale, window=window)
+    return run(vary_like(operands, operands), scale=scale, window=window, stored=stored)
 
 
-def _check(o: Operands) -> None:
-    """Raises ValueError naming the first operand that does not fit q and k."""
+def _check(o: Operands, stored: bool) -> None:
+    """Raises ValueError naming the first operand that does not fit q and k. stored: whether the pools are in E4M3."""
     if o.q_bthk.ndim != 4 or o.k_nsgk.ndim != 4 or o.v_nsgk.ndim != 4 or o.table_bp.ndim != 2:
         found = f"q {o.q_bthk.shape}, k {o.k_nsgk.shape}, v {o.v_nsgk.shape}, table {o.table_bp.shape}"
         raise ValueError(f"{found}: expected (b, t, h, k), (n, s, g, k) twice, and (b, p)")
@@ -73,6 +77,7 @@ def _check(o: Operands) -> None:
         "sinks": (o.sinks_h, (heads,)),
     }
     require_shapes(expected, beside=f"q {o.q_bthk.shape}")
-    if not o.q_bthk.dtype == o.k_nsgk.dtype == o.v_nsgk.dtype:
+    wanted = jnp.dtype(jnp.float8_e4m3fn) if stored else o.q_bthk.dtype
+    if not wanted == o.k_nsgk.dtype == o.v_nsgk.dtype:
         kinds = f"{o.q_bthk.dtype}, {o.k_nsgk.dtype} and {o.v_nsgk.dtype}"
-        raise ValueError(f"q, k and v of {kinds}: expected one dtype")
+        raise ValueError(f"q, k and v of {kinds}: expected {f'k and v of {wanted}' if stored else 'one dtype'}")

@@ -4,9 +4,10 @@ Axes: b sequences, t new tokens, h query heads, g key heads, k head size, n page
 p pages per table.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax import Array
+from jax import numpy as jnp
 
 
 class Operands(NamedTuple):
@@ -18,3 +19,8 @@ class Operands(NamedTuple):
     table_bp: Array
     length_b: Array
     sinks_h: Array | None
+
+
+def decoded(x: Array, scale: float | None, dtype: Any) -> Array:
+    """Numbers of a pool in `dtype`: value · scale in float32, rounded once; None: they are in it already."""
+    return x if scale is None else (x.astype(jnp.float32) * scale).astype(dtype)

@@ -9,10 +9,12 @@ from jax import numpy as jnp
 
 from orogen.kernels.attention.operands import Operands as WholeOperands
 from orogen.kernels.attention.reference import attention_reference
-from orogen.kernels.paged_attention.operands import Operands
+from orogen.kernels.paged_attention.operands import Operands, decoded
 
 
-def paged_attention_reference(o: Operands, *, scale: float, window: int | None) -> Array:
+def paged_attention_reference(
+    o: Operands, *, scale: float, window: int | None, stored: tuple[float, float] | None = None
+) -> Array:
     """See `paged_attention`: copies every page of every table, in float32."""
     batch, tokens = o.q_bthk.shape[:2]
     in_order = lambda pool: jnp.take(pool, o.table_bp, axis=0, mode="clip").reshape(batch, -1, *pool.shape[2:])  # noqa: E731
@@ -23,7 +25,8 @@ def paged_attention_reference(o: Operands, *, scale: float, window: int | None) 
     if window is not None:
         read_bc &= index_c > q_index_bt[:, :1] - window
     k_bcgk, v_bcgk = (
-        jnp.where(read_bc[..., None, None], in_order(pool).astype(jnp.float32), 0) for pool in (o.k_nsgk, o.v_nsgk)
+        jnp.where(read_bc[..., None, None], decoded(in_order(pool), by, o.q_bthk.dtype).astype(jnp.float32), 0)
+        for pool, by in zip((o.k_nsgk, o.v_nsgk), stored or (None, None), strict=True)
     )
     whole = WholeOperands(
         q_bthk=o.q_bthk.astype(jnp.float32),

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from orogen.kernels.paged_attention.operands import Operands
+from orogen.kernels.paged_attention.operands import Operands, decoded
 from orogen.kernels.pallas_triton import LOG2_E, both, call, dot, inside, load, require_gpu, store, tile
 
 PROGRAMS = 264  # wanted in total: two per multiprocessor of an H100
@@ -29,7 +29,8 @@ HIDDEN = -1e30  # score of a token that a query does not see; maxima start at ha
 
 
 class Walk(NamedTuple):
-    """Sizes and settings of both kernels; `share` is the number of query heads per key head."""
+    """Sizes and settings of both kernels; `share` is the number of query heads per key head. stored: scales of keys and
+    of values in E4M3, None for each that is in q's dtype."""
 
     tokens: int
     share: int
@@ -40,19 +41,24 @@ class Walk(NamedTuple):
     splits: int
     scale: float
     window: int | None
+    stored: tuple[float | None, float | None] = (None, None)
 
 
-def paged_attention_triton(o: Operands, *, scale: float, window: int | None, interpret: bool = False) -> Array:
+def paged_attention_triton(
+    o: Operands, *, scale: float, window: int | None, stored: tuple[float, float] | None = None, interpret: bool = False
+) -> Array:
     """`paged_attention` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     require_gpu(interpret=interpret)
     (batch, tokens, heads, size), (_, page_size, groups, value_size) = o.q_bthk.shape, o.v_nsgk.shape
-    step = max(16, TILE // (pl.next_power_of_2(size) * o.k_nsgk.dtype.itemsize))
+    step = max(16, TILE // (pl.next_power_of_2(size) * o.q_bthk.dtype.itemsize))
     most = pl.cdiv(o.table_bp.shape[1] * page_size, step)
     splits = max(1, min(most, pl.cdiv(PROGRAMS, batch * groups), MOST_SPLITS))
-    walk = Walk(tokens, heads // groups, size, value_size, page_size, step, splits, scale, window)
+    walk = Walk(
+        tokens, heads // groups, size, value_size, page_size, step, splits, scale, window, stored or (None, None)
+    )
     parts = _attend(o, walk, interpret=interpret)
     return _merge(o, parts, walk, interpret=interpret)
 
@@ -110,8 +116,8 @@ def _attend_kernel(q_ref, k_ref, v_ref, table_ref, length_ref, sum_ref, weight_r
         used_c = (token_c >= first) & (token_c < length)
         page_c = load(table_ref.at[lax.div(token_c, walk.page_size)], used_c)
         here_c = page_c, lax.rem(token_c, walk.page_size)
-        k_ck = load(_rows(k_ref, *here_c), both(used_c, in_k))
-        v_cj = load(_rows(v_ref, *here_c), both(used_c, in_j))
+        k_ck = decoded(load(_rows(k_ref, *here_c), both(used_c, in_k)), walk.stored[0], q_mk.dtype)
+        v_cj = decoded(load(_rows(v_ref, *here_c), both(used_c, in_j)), walk.stored[1], q_mk.dtype)
         seen_mc = token_c[None, :] <= index_m[:, None]
         if walk.window is not None:
             seen_mc &= token_c[None, :] > index_m[:, None] - walk.window

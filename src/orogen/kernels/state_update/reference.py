@@ -42,8 +42,11 @@ def _where_active(o: Operands | SelectiveOperands, y_b: Array, state_b: Array, o
 
 def rounded(state_b: Array, seeds_b2: Array | None) -> Array:
     """The state, rounded to float16 at random if there are seeds."""
-    if seeds_b2 is None:
-        return state_b
+    return state_b if seeds_b2 is None else to_float16(state_b, bits_of(state_b, seeds_b2))
+
+
+def bits_of(state_b: Array, seeds_b2: Array) -> Array:
+    """Random uint32 bits for the elements of a state; see `kernels.stochastic`."""
     element = jnp.arange(math.prod(state_b.shape[1:]), dtype=jnp.int32).reshape(state_b.shape[1:])
     word = lambda k: seeds_b2[:, k].reshape(-1, *[1] * element.ndim)  # noqa: E731
-    return to_float16(state_b, random_bits((word(0), word(1)), element))
+    return random_bits((word(0), word(1)), element)

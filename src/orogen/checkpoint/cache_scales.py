@@ -1,0 +1,64 @@
+"""The scales of keys and values in FP8 that a Hugging Face checkpoint holds, by layer.
+
+ModelOpt has `k_proj.k_scale` and `v_proj.v_scale` below the module of an attention layer, compressed-tensors `k_scale`
+and `v_scale`; both are numbers. Latent attention has one scale for all that it keeps, under both names.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from orogen.config.model import ModelConfig
+from orogen.config.quantize import ATTENTION
+from orogen.config.recipe import Scales
+from orogen.convert.names import Table
+from orogen.convert.parts import module_of
+from orogen.model.homes import homes
+
+# Below the module of the layer, keys' and values', by layout of the files.
+NAMES = {
+    "modelopt": ("k_proj.k_scale", "v_proj.v_scale"),
+    "compressed-tensors": ("k_scale", "v_scale"),
+}
+
+
+def attention_modules(table: Table, config: ModelConfig) -> dict[int, str]:
+    """The name of the module of each attention layer of the pattern, by the layer's number."""
+    places = {
+        (*home.path, home.index): number
+        for number, home in enumerate(homes(config)[: len(config.layers.main)])
+        if home.letter in ATTENTION
+    }
+    found: dict[int, str] = {}
+    for name, tensor in table.items():
+        for piece in tensor.pieces:
+            *above, mixer, leaf = piece.path
+            number = places.get((*above, piece.index[: _depth(above)]))
+            if mixer == "mixer" and leaf == "out" and number is not None:
+                found[number] = module_of(name).rpartition(".")[0]
+    return found
+
+
+def _depth(path: list[str | int]) -> int:
+    """How many repetitions a layer at this path is in: all levels of children but the last repeat."""
+    return max(path.count("children") - 1, 0)
+
+
+def scales_of(
+    table: Table, config: ModelConfig, have: Mapping[str, Any], read: Callable[[str], np.ndarray]
+) -> tuple[Scales | None, ...]:
+    """The scales of each layer of the pattern; None for layers without, or whose scales are not two finite numbers
+    above 0. have: the names of all tensors."""
+    modules = attention_modules(table, config)
+
+    def of_layer(number: int) -> Scales | None:
+        for names in NAMES.values():
+            pair = [f"{modules[number]}.{name}" for name in names] if number in modules else [""]
+            if all(name in have for name in pair):
+                found = [np.asarray(read(name), np.float32) for name in pair]
+                if all(a.size == 1 and np.isfinite(a).all() and (a > 0).all() for a in found):
+                    return float(found[0].item()), float(found[1].item())
+        return None
+
+    return tuple(of_layer(number) for number in range(len(config.layers.main)))

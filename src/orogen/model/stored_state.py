@@ -1,0 +1,59 @@
+"""How a slot keeps the state of an SSM from piece to piece: in float32, in float16, or in blocks of int8 with scales.
+
+Kernels compute with float32 states, and with float16 ones that they round at random themselves. Every other form is
+decoded before and encoded after them, for the rows that have tokens only: what no token changes stays to the bit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from orogen.kernels.state_blocks import Blocks, decode, encode
+from orogen.kernels.state_update.reference import bits_of
+from orogen.layers.documents import Documents
+from orogen.parallel.plan import Plan
+
+Run = Callable[[Array, Array | None], tuple[Any, Array]]
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A state of zeros, as `dtype` keeps it."""
+    return Blocks.zeros(shape) if jnp.dtype(dtype) == jnp.int8 else jnp.zeros(shape, dtype)
+
+
+def axes(names: tuple[str | None, ...], dtype: Any) -> Any:
+    """The logical axes of `empty`, from those of the state, whose last one is never split."""
+    return Blocks(names, (*names[:-1], None)) if jnp.dtype(dtype) == jnp.int8 else names
+
+
+def opened(state: Any) -> Array:
+    """The state as kernels read it."""
+    return decode(state) if isinstance(state, Blocks) else state
+
+
+def updated(state: Any, run: Run, *, seeds_b2: Array | None, rows_b: Array) -> tuple[Any, Any]:
+    """What `run` computes, and the state that it leaves, as `state` is kept. run: given a state and the seeds with
+    which a kernel rounds a float16 one. rows_b: which rows have tokens. seeds_b2: see `seeds_of`."""
+    blocks = isinstance(state, Blocks)
+    if not blocks and (state.dtype != jnp.float16 or seeds_b2 is not None):
+        return run(state, seeds_b2)
+    found, new = run(opened(state).astype(jnp.float32), None)
+    if not blocks:
+        return found, new.astype(jnp.float16)
+    stored = encode(new, None if seeds_b2 is None else bits_of(new, seeds_b2))
+    return found, jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(rows_b, range(1, a.ndim)), a, b), stored, state)
+
+
+def seeds_of(state: Any, rates: Array, docs: Documents, plan: Plan) -> Array | None:
+    """The seeds for rounding at random, uint32 (b, 2): a word that differs between layers, made of their decay rates,
+    and the position, which differs between tokens. Equal texts are rounded alike, whatever their slot. None for a
+    float32 state, and where the recipe rounds to the nearest."""
+    whole = not isinstance(state, Blocks) and state.dtype == jnp.float32
+    if whole or not plan.recipe.stored.random_states:
+        return None
+    layer = lax.bitcast_convert_type(jnp.sum(rates, dtype=jnp.float32), jnp.uint32)
+    position_b = docs.positions_bt[:, 0].astype(jnp.uint32)
+    return jnp.stack([jnp.broadcast_to(layer, position_b.shape), position_b], axis=1)
