@@ -108,9 +108,7 @@ def test_the_text_of_a_run_loads_to_its_config(study, tmp_path):
 
 def test_a_growing_batch_is_refused(study):
     """Its steps differ in tokens."""
-    with pytest.raises(
-        ConfigError, match=r"arm 12\+4 has batches of 4 shapes; expected one, without"
-    ):
+    with pytest.raises(ConfigError, match=r"arm 12\+4 has batches of 4 shapes; expected one, without"):
         study({"TrainConfig.batch_ramp": (1, 1, 9)})
 
 
