@@ -38,7 +38,7 @@ class DataConfig:
 
     corpus: "stdlib" needs no download. Files are .txt (each file is a document), .jsonl or .parquet (each line or row),
     .warc or .wet (each page); these but Parquet may end in .gz, .xz or .zst. An .array_record has texts or token ids,
-    an .idx with its .bin (Megatron's) token ids: `data.tokenised`. The folder of a store, which `orogen tokenize`
+    an .idx with its .bin (Megatron's) token ids: `data.tokenized`. The folder of a store, which `orogen tokenize`
     wrote, is read by memory map; ids can be read only from one. tokenizer: "bpe" is a byte-level BPE.
     """
 

@@ -15,7 +15,7 @@ text.
 store**: `orogen tokenize --gin_file F --out DIR`, then the same files with `DataConfig.corpus = 'DIR'` give the same
 batches, by memory map. Units of 4 to 256 MB are tokenized on any number of processes; a kill loses at most the units in
 work, and neither it nor the number of processes changes a byte. What cannot be used is left out, counted, and named in
-`DIR/broken.jsonl`. Corpora that are tokens already, in ArrayRecord or in Megatron's `.bin` and `.idx` (`tokenised.py`),
+`DIR/broken.jsonl`. Corpora that are tokens already, in ArrayRecord or in Megatron's `.bin` and `.idx` (`tokenized.py`),
 become stores the same way; `DataConfig.tokenizer` then is the path of the tokenizer that made them. A store is read
 only once its manifest is there. `indexed.py` says why its files are Megatron's; experiments/corpora measures it.
 

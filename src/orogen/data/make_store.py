@@ -33,7 +33,7 @@ from orogen.data import corpora
 from orogen.data.indexed import MAX_TOKENS, IndexedWriter, dtype_for
 from orogen.data.readers import Broken, Document, Part, Record, read_records
 from orogen.data.store import DONE, MANIFEST, PLAN, SETTINGS, TOKENIZER, code_hash, shard, write_manifest
-from orogen.data.tokenised import Tokens, text_ids
+from orogen.data.tokenized import Tokens, text_ids
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.units import Slice, plan_units, stamp, unit_size
 from orogen.data.vocabulary import make_tokenizer

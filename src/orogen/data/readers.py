@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import parse_json
-from orogen.data.tokenised import Tokens, array_records, content_of, indexed_documents
+from orogen.data.tokenized import Tokens, array_records, content_of, indexed_documents
 from orogen.data.zstd import ZstdFrames
 
 # Errors that a damaged file raises.

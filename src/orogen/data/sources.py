@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orogen.config.checks import ConfigError
 from orogen.data.readers import KINDS, Broken, Document, decode, form_of, read_records
-from orogen.data.tokenised import Tokens
+from orogen.data.tokenized import Tokens
 
 
 def read_documents(path: str | Path, *, text_field: str, record_dtype: str | None = None) -> Iterator[Document]:

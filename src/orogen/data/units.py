@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orogen.data.readers import Part, form_of
-from orogen.data.tokenised import record_count
+from orogen.data.tokenized import record_count
 
 # A corpus has about UNITS units, if they are of these sizes in bytes: small enough that workers end together and a kill
 # costs minutes at most, large enough that a terabyte is not a million files.

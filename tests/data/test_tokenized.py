@@ -14,7 +14,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.loader import open_corpus
 from orogen.data.make_store import make_store
-from orogen.data.tokenised import content_of
+from orogen.data.tokenized import content_of
 from orogen.data.vocabulary import byte_tokenizer
 
 TEXTS = [f"line {i} é" * (i % 5) + "\n\n" for i in range(40)]

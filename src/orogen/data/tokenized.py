@@ -1,4 +1,4 @@
-"""Tokenised records of other programs' files, and text in ArrayRecord: what `readers` and `units` know of both.
+"""Tokenized records of other programs' files, and text in ArrayRecord: what `readers` and `units` know of both.
 
 **ArrayRecord** (github.com/google/array_record) is a sequence of byte strings. A record is read as what its bytes are:
 a `tf.train.Example`, as TFDS and MaxText write them, whose feature `DataConfig.text_field` holds one text or the token
