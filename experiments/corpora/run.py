@@ -49,6 +49,18 @@ def texts():
             return
 
 
+def cpu_seconds():
+    """Processor time of this process with its threads, and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def rates(size, began, cpu):
+    """Megabytes per second since `began`, and per processor second since `cpu`."""
+    seconds, used = time.perf_counter() - began, cpu_seconds() - cpu
+    return {"megabytes_per_second": size / seconds / 1e6, "megabytes_per_cpu_second": size / used / 1e6}
+
+
 def tokenize():
     """Alternates the library's own batches, on all cores, with `orogen tokenize` on as many processes."""
     with tempfile.TemporaryDirectory() as name:
@@ -63,21 +75,17 @@ def tokenize():
         cores = os.cpu_count() or 1
         for turn in range(TURNS):
             for name, method in (("encode_batch", "encode_batch"), ("encode_batch_fast", "encode_batch_fast")):
-                began, count = time.perf_counter(), 0
+                began, cpu, count = time.perf_counter(), cpu_seconds(), 0
                 for start in range(0, len(everything), 1000):
                     batch = getattr(tokenizer._backend, method)(
                         everything[start : start + 1000], add_special_tokens=False
                     )
                     count += sum(len(one.ids) for one in batch)
-                seconds = time.perf_counter() - began
-                record(what="tokenize", by=name, turn=turn, cores=cores, megabytes_per_second=size / seconds / 1e6)
-            began = time.perf_counter()
+                record(what="tokenize", by=name, turn=turn, cores=cores, **rates(size, began, cpu))
+            began, cpu = time.perf_counter(), cpu_seconds()
             manifest = make_store(config, folder / "s", workers=cores)
-            seconds = time.perf_counter() - began
             assert manifest["counts"]["tokens"] == count
-            record(
-                what="tokenize", by="orogen tokenize", turn=turn, cores=cores, megabytes_per_second=size / seconds / 1e6
-            )
+            record(what="tokenize", by="orogen tokenize", turn=turn, cores=cores, **rates(size, began, cpu))
             shutil.rmtree(folder / "s")
 
 

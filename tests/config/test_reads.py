@@ -161,6 +161,8 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
      "PlanConfig.dispatch is not 'ragged'"),
     ("data__text_field", "body", {"data__corpus": "a.jsonl"}, {"data__corpus": "stdlib"},
      "DataConfig.corpus is 'stdlib', plain text without fields"),
+    ("data__record_dtype", "int32", {"data__corpus": "a.array_record"}, {"data__corpus": "stdlib"},
+     "DataConfig.corpus is 'stdlib' or None, without an ArrayRecord that `orogen tokenize` would read"),
     ("data__seed", 3, {**NO_HELDOUT, "data__tuning_fraction": 0.1}, {**NO_HELDOUT, "data__tuning_fraction": 0.0},
      "DataConfig.heldout_fraction and .tuning_fraction are 0: every document is trained on"),
     *(("train__carry_states", True, {"pattern": letter}, {"pattern": "*/M", "model__mtp_depths": 1},

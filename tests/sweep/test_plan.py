@@ -30,9 +30,9 @@ def study(tmp_path):
     recipe = write_recipe(tmp_path)
     file = tmp_path / "study.gin"
 
-    def make(changes=None):
+    def make(changes=None, *, also=""):
         lines = (f"{key} = {value!r}" for key, value in {**STUDY, **(changes or {})}.items())
-        file.write_text("\n".join([f"include '{recipe.name}'", *lines]))
+        file.write_text("\n".join([f"include '{recipe.name}'", *lines, also]))
         sweep, _ = load_sweep([file])
         return make_arms(sweep, [file], (), lambda models: [count(model)["total"] for model in models])
 
@@ -108,7 +108,7 @@ def test_the_text_of_a_run_loads_to_its_config(study, tmp_path):
 
 def test_a_growing_batch_is_refused(study):
     """Its steps differ in tokens."""
-    with pytest.raises(ConfigError, match=r"arm 12\+4: TrainConfig.phases or batch_ramp is bound; expected neither"):
+    with pytest.raises(ConfigError, match=r"arm 12\+4 has batches of 4 shapes; expected one, without"):
         study({"TrainConfig.batch_ramp": (1, 1, 9)})
 
 
@@ -125,6 +125,25 @@ def test_the_text_of_a_blend_loads_to_its_config(tmp_path):
     again = tmp_path / "again.gin"
     again.write_text(run_text(config))
     assert load([again])[0] == config
+
+
+PHASED = (
+    "TrainConfig.phases = [@late/PhaseConfig()]\nlate/PhaseConfig.after = 30\n"
+    "DataConfig.corpus = None\nDataConfig.sources = [@a/SourceConfig(), @b/SourceConfig()]\n"
+    "a/SourceConfig.name = 'a'\na/SourceConfig.corpus = 'stdlib'\na/SourceConfig.weight = 1.0\n"
+    "b/SourceConfig.name = 'b'\nb/SourceConfig.corpus = 'stdlib'\nb/SourceConfig.weight = 1.0\n"
+)
+
+
+def test_phases_keep_their_shares_of_the_steps(study):
+    """A phase that changes the blend costs what the others do; one that changes the shape is refused."""
+    arms = study(also=PHASED + "late/PhaseConfig.weights = {'b': 1.0}\n")
+    found = {arm.name: [(p.after, p.weights) for p in config.train.phases] for arm, config in arms.configs.items()}
+    assert [found[name] for name in ("12+4", "12+2", "24+8")] == [[(n, {"b": 1.0})] for n in (30, 60, 15)]
+    with pytest.raises(ConfigError, match=r"arm 12\+4 has batches of 2 shapes; expected one"):
+        study(also=PHASED + "late/PhaseConfig.sequence_length = 8\n")
+    with pytest.raises(ConfigError, match=r"arm 12\+4 has PhaseConfig.learning_rate 0.5; expected none: SweepConfig"):
+        study({"SweepConfig.learning_rates": (1.0, 2.0)}, also=PHASED + "late/PhaseConfig.learning_rate = 0.5\n")
 
 
 ONE = {"SweepConfig.control": ("b",)}

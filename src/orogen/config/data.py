@@ -5,6 +5,7 @@ from typing import Annotated
 
 from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_not_negative, require_positive
 
+RECORD_DTYPES = ("uint16", "int32", "uint32", "int64")
 BYTE_VOCAB_SIZE = 256 + 3  # every byte, and <pad>, <bos>, <eos>
 
 
@@ -36,8 +37,9 @@ class DataConfig:
     each other.
 
     corpus: "stdlib" needs no download. Files are .txt (each file is a document), .jsonl or .parquet (each line or row),
-    .warc or .wet (each page); all but Parquet may end in .gz, .xz or .zst. The folder of a store, which `orogen
-    tokenize` wrote, is read by memory map. tokenizer: "bpe" is a byte-level BPE.
+    .warc or .wet (each page); these but Parquet may end in .gz, .xz or .zst. An .array_record has texts or token ids,
+    an .idx with its .bin (Megatron's) token ids: `data.tokenized`. The folder of a store, which `orogen tokenize`
+    wrote, is read by memory map; ids can be read only from one. tokenizer: "bpe" is a byte-level BPE.
     """
 
     corpus: Annotated[
@@ -48,7 +50,12 @@ class DataConfig:
     vocab_size: Annotated[
         int | None, "tokens of the tokenizer, specials included: required for bpe, else only checked"
     ] = None
-    text_field: Annotated[str, "the key (jsonl) or column (Parquet) that holds the text"] = "text"
+    text_field: Annotated[
+        str, "the key (jsonl), column (Parquet) or feature (ArrayRecord of tf.train.Example) that holds the text or ids"
+    ] = "text"
+    record_dtype: Annotated[
+        str | None, "dtype of token ids that ArrayRecords hold without any header; None: texts, Examples, .npy"
+    ] = None
     heldout_fraction: Annotated[float, "expected share of the documents kept for evaluation; 0 makes no such split"] = (
         0.05
     )
@@ -66,6 +73,8 @@ class DataConfig:
         self._check_sources()
         for field in ("heldout_fraction", "tuning_fraction"):
             require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")
+        dtypes = (None, *RECORD_DTYPES)
+        require(self.record_dtype in dtypes, self, "record_dtype", f"None, or one of {', '.join(RECORD_DTYPES)}")
         left = 1 - self.heldout_fraction
         require(self.tuning_fraction < left, self, "tuning_fraction", f"less than the {left:g} not held out")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")

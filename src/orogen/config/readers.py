@@ -156,6 +156,12 @@ READERS: dict[str, tuple[Reader, ...]] = {
             lambda run: {run.data.corpus, *(one.corpus for one in run.data.sources)} - {None, "stdlib"} != set(),
             "DataConfig.corpus is 'stdlib', plain text without fields",
         ),
+        Reader(
+            "record_dtype",
+            ("data",),
+            lambda run: run.data.corpus not in (None, "stdlib"),  # data/corpora.py looks for an ArrayRecord
+            "DataConfig.corpus is 'stdlib' or None, without an ArrayRecord that `orogen tokenize` would read",
+        ),
         Reader("text_field", ("chat",), lambda run: False, "ChatConfig: conversations have fields of their own"),
         Reader("text_field", ("preference",), lambda run: False, "PreferenceConfig: pairs have fields of their own"),
         Reader("text_field", ("vision",), lambda run: False, "VisionConfig: captions have a field of their own"),

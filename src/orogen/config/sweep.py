@@ -31,7 +31,8 @@ class SweepConfig:
     matrix: {axis: {value: [binding, ...]}}; an arm takes one value of each axis. The files must be complete without
     these bindings: they may be the control, which then binds nothing. budget: what all arms have equal, by the number
     of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which then are as each
-    arm binds them. Warm-up and decay keep their shares of the steps. learning_rates: each arm first trains once with
+    arm binds them. Warm-up, decay and phases keep their
+    shares of the steps. learning_rates: each arm first trains once with
     each of them for search_share of its steps, and then runs with the one whose metric is best.
 
     metric, further: numbers of metrics.jsonl, of which a run's last one counts, or load_violation: the mean of

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,21 @@ from typing import Any
 from orogen.command import EXIT_FAILURE, Command, add_config_arguments, answer, fail, load_config, positive
 from orogen.config.checks import ConfigError
 from orogen.config.curate import CurateConfig, ExtractConfig, LanguageConfig
-from orogen.config.streams import say
+from orogen.config.streams import FULL, say
 
 SHOWN = 5  # records that are named on the terminal
+
+
+@contextlib.contextmanager
+def _full_disk_named(out: Path) -> Iterator[None]:
+    """Says which folder's disk is full, which the error of a write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        text = f"{os.strerror(error.errno)}; expected room: the same command then continues"
+        raise OSError(error.errno, text, str(out)) from error
 
 
 def _add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +60,8 @@ def tokenize(options: argparse.Namespace) -> int:
                 bar.update(done, {"tokens_per_second": tokens / (time.monotonic() - began)})
 
         try:
-            manifest = make_store(config.data, options.out, workers=options.workers, progress=progress)
+            with _full_disk_named(options.out):
+                manifest = make_store(config.data, options.out, workers=options.workers, progress=progress)
         except BrokenProcessPool:
             return fail("a worker was killed, perhaps for its memory; the same command continues", EXIT_FAILURE)
     counts = manifest["counts"]
@@ -106,7 +120,7 @@ def curate(options: argparse.Namespace) -> int:
     place = Place(**{"workers": cores(), **fields})
     work = prepare(config, text, options.out)
     if not is_whole(options.out):
-        with RunLock(options.out, log=say):
+        with RunLock(options.out, log=say), _full_disk_named(options.out):
             job = curate(config, work, place, show)
         if job is not None:
             answer(options, {"job": job}, [f"submitted; the last job is {job}"])

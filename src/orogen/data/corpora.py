@@ -9,7 +9,7 @@ from typing import Any
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.readers import Document
-from orogen.data.sources import has_fields, key_in, read_documents, read_text, supported_files
+from orogen.data.sources import forms, has_fields, key_in, read_documents, read_text, supported_files
 
 SPLITS = ("train", "heldout", "tuning")
 
@@ -26,8 +26,8 @@ def corpus_documents(config: DataConfig) -> list[Document]:
     if config.corpus == "stdlib":
         documents = list(stdlib_documents())
     else:
-        _check_text_field(config)
-        documents = list(read_documents(config.corpus, text_field=config.text_field))
+        _check_fields(config)
+        documents = list(read_documents(config.corpus, text_field=config.text_field, record_dtype=config.record_dtype))
     if not any(document.text for document in documents):
         raise ConfigError(
             f"corpus {config.corpus!r} has {len(documents)} documents and no text: expected at least one with text"
@@ -41,14 +41,18 @@ def corpus_files(config: DataConfig) -> tuple[Path, list[str]]:
         root = Path(sysconfig.get_path("stdlib"))
         return root, [file.relative_to(root).as_posix() for file in _stdlib_files(root)]
     root = Path(config.corpus)
-    _check_text_field(config)
+    _check_fields(config)
     return root, [key_in(root, file) for file in supported_files(root)]
 
 
-def _check_text_field(config: DataConfig) -> None:
+def _check_fields(config: DataConfig) -> None:
+    """Raises ConfigError if nothing in the corpus reads a setting."""
     if config.text_field != DataConfig.text_field and not has_fields(config.corpus):
         expected = f"{DataConfig.text_field!r}, since nothing reads it: {config.corpus!r} is plain text without fields"
         raise ConfigError(f"DataConfig.text_field is {config.text_field!r}; expected {expected}")
+    if config.record_dtype is not None and ".array_record" not in forms(config.corpus):
+        expected = f"None, since nothing reads it: {config.corpus!r} has no ArrayRecord"
+        raise ConfigError(f"DataConfig.record_dtype is {config.record_dtype!r}; expected {expected}")
 
 
 def stdlib_documents() -> Iterator[Document]:
@@ -74,17 +78,15 @@ def content_hash(documents: Sequence[Document]) -> str:
     """SHA-256 over keys and texts, in order. Lengths are hashed too, so one text cannot pass for two."""
     digest = hashlib.sha256()
     for document in documents:
-        add_to_hash(digest, document)
+        add_to_hash(digest, document.key, document.text.encode())
     return digest.hexdigest()
 
 
-def add_to_hash(digest: Any, document: Document) -> int:
-    """Adds a document to the hash. Returns the number of bytes of its text."""
-    key, text = key_bytes(document.key), document.text.encode()
-    for part in (key, text):
+def add_to_hash(digest: Any, key: str, text: bytes) -> None:
+    """Adds a document to the hash."""
+    for part in (key_bytes(key), text):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
-    return len(text)
 
 
 def key_bytes(key: str) -> bytes:

@@ -3,7 +3,8 @@
 `.bin` holds the tokens of one document after the other. `.idx` holds, little-endian: 9 bytes MMIDIDX, 0, 0; the version
 (uint64) 1; a code of the dtype (uint8); the number of sequences and that of document ends (uint64 each); the length of
 each sequence (int32); its place in `.bin`, in bytes (int64); the sequence at which each document begins, and the number
-of sequences (int64). A document is one sequence here. Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
+of sequences (int64). Our documents are one sequence each. Source: Megatron-LM,
+megatron/core/datasets/indexed_dataset.py.
 
 Chosen against ArrayRecord, which grain reads: 200,000 documents, 166 million tokens of uint16 with Zipf's frequencies,
 read one by one in random order on one core. ArrayRecord 0.8.6 with group_size 1: 1,230 documents/s (compressed), 1,100
@@ -102,7 +103,7 @@ _RESIDENCE = Residence()
 
 
 class IndexedTokens:
-    """The documents of `PREFIX.bin` and `PREFIX.idx`. Nothing but the header is read until a document is.
+    """The sequences of `PREFIX.bin` and `PREFIX.idx`. Nothing but the header is read until a sequence is.
 
     Raises ConfigError for files that do not belong together, FileNotFoundError.
     """
@@ -123,6 +124,7 @@ class IndexedTokens:
         self._dtype, self._count = DTYPES[code], count
         self.length_n = np.frombuffer(self._index, "<i4", count, HEADER.size)
         self._place_n = np.frombuffer(self._index, "<i8", count, HEADER.size + 4 * count)
+        self._end_n = np.frombuffer(self._index, "<i8", ends, HEADER.size + 12 * count)
         end = int(self._place_n[-1]) + int(self.length_n[-1]) * self._dtype.itemsize if count else 0
         with self._bin.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != end:
@@ -136,11 +138,24 @@ class IndexedTokens:
         return self._count
 
     def read(self, index: int) -> np.ndarray:
-        """The tokens (t,) int32 of a document, in memory of their own."""
+        """The tokens (t,) int32 of a sequence, in memory of their own."""
         length = int(self.length_n[index])
         tokens_t = np.frombuffer(self._data, self._dtype, length, int(self._place_n[index])).astype(np.int32)
         _RESIDENCE.count(2 * AROUND_BYTES + length * self._dtype.itemsize)  # of the two arrays of the index as well
         return tokens_t
+
+    @property
+    def document_count(self) -> int:
+        """Documents, each of any number of sequences."""
+        return max(len(self._end_n) - 1, 0)
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens (t,) int32 of a document, the sequences of which are joined. Raises ConfigError."""
+        first, last = self._end_n[number : number + 2].tolist()
+        if not 0 <= first <= last <= self._count:
+            expected = f"expected an ascending pair up to {self._count}"
+            raise ConfigError(f"{self._idx}: document {number} has the sequences from {first} to {last}; {expected}")
+        return np.concatenate([self.read(i) for i in range(first, last)] or [np.zeros(0, np.int32)])
 
     def give_back(self) -> None:
         """Unmaps all pages; the next reads map them again."""

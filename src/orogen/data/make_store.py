@@ -1,4 +1,5 @@
-"""Tokenizes a corpus into a store, unit by unit, on any number of processes; see `store` for what it holds.
+"""Tokenizes a corpus into a store, unit by unit, on any number of processes; see `store` for what it holds. Records
+that are tokens already are taken as they are.
 
 Each unit writes its shards, then `done/NUMBER.json`, which makes it count. A run that is killed leaves whole units and
 temporary files; the next one goes on with the units that are missing, and gives the same bytes. The manifest comes
@@ -30,8 +31,9 @@ from orogen.config.data import DataConfig
 from orogen.config.files import locked, write_atomically
 from orogen.data import corpora
 from orogen.data.indexed import MAX_TOKENS, IndexedWriter, dtype_for
-from orogen.data.readers import Broken, Document, Part, read_records
+from orogen.data.readers import Broken, Document, Part, Record, read_records
 from orogen.data.store import DONE, MANIFEST, PLAN, SETTINGS, TOKENIZER, code_hash, shard, write_manifest
+from orogen.data.tokenized import Tokens, text_ids
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.units import Slice, plan_units, stamp, unit_size
 from orogen.data.vocabulary import make_tokenizer
@@ -134,18 +136,23 @@ def _path(root: Path, key: str) -> Path:
 
 
 def _train_texts(config: DataConfig, root: Path, units: list[list[Slice]]) -> Iterator[str]:
-    """The texts of the train split that can be read, for a tokenizer to be trained on."""
+    """The texts of the train split that can be read, for a tokenizer to be trained on. Raises ConfigError for
+    tokens."""
     for one in itertools.chain.from_iterable(units):
-        for record in _records(root, one, config.text_field):
+        for record in _records(root, one, config):
+            if isinstance(record, Tokens):
+                expected = f"expected the path of the tokenizer that made the tokens of {record.key}"
+                raise ConfigError(f"DataConfig.tokenizer is {config.tokenizer!r}; {expected}")
             if isinstance(record, Document) and corpora.split_of(record.key, config=config) == "train":
                 yield record.text
 
 
-def _records(root: Path, one: Slice, text_field: str) -> Iterator[Document | Broken]:
+def _records(root: Path, one: Slice, config: DataConfig) -> Iterator[Record]:
     """The records of a slice; a file that cannot be opened or read is one that is broken."""
     path = _path(root, one.key)
     try:
-        for record in read_records(path, one.key, text_field, form=one.form, part=one.part):
+        fields = {"form": one.form, "part": one.part, "record_dtype": config.record_dtype}
+        for record in read_records(path, one.key, config.text_field, **fields):
             if isinstance(record, Document) and "\0" in record.text:
                 record = Broken(record.key, f"{record.key} holds NUL characters; expected text")
             yield record
@@ -207,31 +214,22 @@ def _tokenize_unit(job: Job, number: int) -> dict[str, int]:
         writers: dict[str, IndexedWriter] = {}
         text_bytes: Counter[str] = Counter()
 
-        def write(document: Document, ids: np.ndarray) -> None:
-            split = corpora.split_of(document.key, config=config)
+        def write(key: str, ids: np.ndarray, text: bytes) -> None:
+            split = corpora.split_of(key, config=config)
             if split not in writers:
                 writers[split] = stack.enter_context(IndexedWriter(shard(folder, split, number), dtype))
             # With eos, as Megatron ends documents: none is empty.
             writers[split].add(np.append(ids, job.tokenizer.eos_id))
-            size = corpora.add_to_hash(digest, document)
-            text_bytes[split] += size
-            counts.update(documents=1, bytes=size, tokens=len(ids), empty=int(size == 0))
+            corpora.add_to_hash(digest, key, text)
+            text_bytes[split] += len(text)
+            counts.update(documents=1, bytes=len(text), tokens=len(ids), empty=int(not text))
 
-        for batch in _batches(_unit_records(job, number)):
-            documents = [record for record in batch if isinstance(record, Document)]
-            found = iter(job.tokenizer.encode_documents([document.text for document in documents]))
-            for record in batch:
-                if isinstance(record, Document):
-                    ids = next(found)
-                    if isinstance(ids, ConfigError):
-                        record = Broken(record.key, f"{record.key}: {ids}")
-                    elif len(ids) >= MAX_TOKENS:
-                        expected = f"expected fewer than {MAX_TOKENS}"
-                        record = Broken(record.key, f"{record.key} has {len(ids)} tokens; {expected}")
-                    else:
-                        write(record, ids)
-                        continue
-                broken.append(record)
+        for batch in _batches(_unit_records(job, number, config)):
+            for found in _tokenized(batch, job.tokenizer):
+                if isinstance(found, Broken):
+                    broken.append(found)
+                else:
+                    write(*found)
         shards = {split: {**writer.close(), "bytes": text_bytes[split]} for split, writer in sorted(writers.items())}
     counts["broken"] = len(broken)
     facts = {"shards": shards, "sha256": digest.hexdigest(), "counts": counts, "broken": broken}
@@ -239,22 +237,44 @@ def _tokenize_unit(job: Job, number: int) -> dict[str, int]:
     return dict(counts)
 
 
-def _unit_records(job: Job, number: int) -> Iterator[Document | Broken]:
+def _tokenized(batch: list[Record], tokenizer: Tokenizer) -> Iterator[tuple[str, np.ndarray, bytes] | Broken]:
+    """The key, ids and text of each record, or why it has none."""
+    texts = iter(tokenizer.encode_documents([record.text for record in batch if isinstance(record, Document)]))
+    for record in batch:
+        if isinstance(record, Broken):
+            yield record
+            continue
+        try:
+            if isinstance(record, Document):
+                ids, text = next(texts), record.text.encode()
+            else:
+                ids = text_ids(record.ids_t, tokenizer=tokenizer)
+                text = tokenizer.text_bytes(ids.tolist())
+            if isinstance(ids, ConfigError):
+                raise ids
+            if len(ids) >= MAX_TOKENS:
+                raise ConfigError(f"{len(ids)} tokens; expected fewer than {MAX_TOKENS}")
+            yield record.key, ids, text
+        except ConfigError as error:
+            yield Broken(record.key, f"{record.key}: {error}")
+
+
+def _unit_records(job: Job, number: int, config: DataConfig) -> Iterator[Record]:
     root = Path(job.plan["root"])
     for key, form, part in job.plan["units"][number]:
         path = _path(root, key)
         if (there := stamp(path)) is not None and there != job.plan["stamps"][key]:
             yield Broken(key, f"{path} has changed since the store was begun; expected the same file")
         else:
-            yield from _records(root, Slice(key, form, part and Part(*part)), job.plan["settings"]["text_field"])
+            yield from _records(root, Slice(key, form, part and Part(*part)), config)
 
 
-def _batches(records: Iterator[Document | Broken]) -> Iterator[list[Document | Broken]]:
-    batch: list[Document | Broken] = []
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
     held = 0
     for record in records:
         batch.append(record)
-        held += len(record.text) if isinstance(record, Document) else 0
+        held += len(record.text) if isinstance(record, Document) else 0 if isinstance(record, Broken) else record.size
         if held >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, held = [], 0

@@ -1,4 +1,4 @@
-"""The records of one file: text, JSON lines, Parquet, WARC and WET, plain or compressed.
+"""The records of one file: text, JSON lines, Parquet, WARC and WET, plain or compressed; ArrayRecord; tokens.
 
 A reader never stops at a record that it cannot use: it yields a `Broken` in its place. `sources.read_documents` raises
 at the first one; `orogen tokenize` counts and names them all.
@@ -8,13 +8,16 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import parse_json
+from orogen.data.tokenized import Tokens, array_records, content_of, indexed_documents
 from orogen.data.zstd import ZstdFrames
 
 # Errors that a damaged file raises.
@@ -40,29 +43,35 @@ class Broken(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a file: bytes [start, stop) of a plain .jsonl, beginning with a line, or row groups of a Parquet file.
-    before: the lines or rows in front of it."""
+    """A part of a file: bytes [start, stop) of a plain .jsonl, beginning with a line, row groups of a Parquet file, or
+    records. before: the lines, rows or records in front of it."""
 
     start: int
     stop: int
     before: int
 
 
-Reader = Callable[[Path, str, str, Part | None], Iterator[Document | Broken]]
+Record = Document | Tokens | Broken
+Reader = Callable[[Path, str, str, Part | None], Iterator[Record]]
 
 
 def form_of(name: str) -> tuple[str, str] | None:
     """The form of a file of this name, such as ".jsonl", and its compression, such as ".gz" or ""; None: it is of
     another kind."""
+    if _ARRAY_RECORD.search(name):
+        return ".array_record", ""
     packing = next((packing for packing in _OPENERS if name.endswith(packing)), "")
     form = next((form for form in _READERS if name.removesuffix(packing).endswith(form)), None)
-    return None if form is None or (packing and form == _COMPRESSED_INSIDE) else (form, packing)
+    return None if form is None or (packing and form in _NEVER_PACKED) else (form, packing)
 
 
-def read_records(file: Path, key: str, text_field: str, *, form: str, part: Part | None = None) -> Iterator:
-    """The records of a file whose name in its corpus is `key`, each a Document or a Broken. Raises OSError."""
+def read_records(
+    file: Path, key: str, text_field: str, *, form: str, part: Part | None = None, record_dtype: str | None = None
+) -> Iterator[Record]:
+    """The records of a file whose name in its corpus is `key`. record_dtype: see DataConfig. Raises OSError."""
+    read = partial(_read_array_record, dtype=record_dtype) if form == ".array_record" else _READERS[form]
     try:
-        yield from _READERS[form](file, key, text_field, part)
+        yield from read(file, key, text_field, part)
     except ConfigError as error:
         yield Broken(key, str(error))
     except DAMAGE as error:
@@ -186,6 +195,30 @@ def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iter
                 yield Broken(name, str(error))
 
 
+def _read_array_record(
+    file: Path, key: str, text_field: str, part: Part | None, dtype: str | None = None
+) -> Iterator[Record]:
+    start, stop = (0, None) if part is None else part[:2]
+    for number, record in enumerate(array_records(file, start, stop), start + 1):
+        name, where = f"{key}:{number}", f"{file}:{number}"
+        try:
+            if isinstance(record, ConfigError):
+                raise record
+            content = content_of(record, field=text_field, dtype=dtype, where=where)
+            yield Document(name, decode(content, where=where)) if isinstance(content, bytes) else Tokens(name, content)
+        except ConfigError as error:
+            yield Broken(name, str(error))
+
+
+def _read_indexed(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Record]:
+    del text_field
+    start, stop = (0, None) if part is None else part[:2]
+    for number, ids_t in enumerate(indexed_documents(file, start, stop), start + 1):
+        yield Tokens(f"{key}:{number}", ids_t)
+
+
+# TFDS and MaxText number the files of a set behind the ending.
+_ARRAY_RECORD = re.compile(r"\.array_?record(-\d{5,}-of-\d{5,})?$")
 _OPENERS: dict[str, Callable] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
@@ -197,8 +230,10 @@ _READERS: dict[str, Reader] = {
     ".parquet": _read_parquet,
     ".warc": _read_warc,
     ".wet": _read_warc,
+    ".array_record": _read_array_record,
+    ".idx": _read_indexed,
 }
-_COMPRESSED_INSIDE = ".parquet"
-KINDS = ", ".join([form for form in _READERS if form != _COMPRESSED_INSIDE]) + (
-    f" (each also with {', '.join(_OPENERS)}), {_COMPRESSED_INSIDE}"
+_NEVER_PACKED = (".parquet", ".array_record", ".idx")
+KINDS = ", ".join([form for form in _READERS if form not in _NEVER_PACKED]) + (
+    f" (each also with {', '.join(_OPENERS)}), .parquet, .array_record, or .idx with its .bin"
 )

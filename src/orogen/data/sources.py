@@ -6,32 +6,41 @@ from pathlib import Path
 
 from orogen.config.checks import ConfigError
 from orogen.data.readers import KINDS, Broken, Document, decode, form_of, read_records
+from orogen.data.tokenized import Tokens
 
 
-def read_documents(path: str | Path, *, text_field: str) -> Iterator[Document]:
+def read_documents(path: str | Path, *, text_field: str, record_dtype: str | None = None) -> Iterator[Document]:
     """The documents of a file, or of every supported file below a folder, in the order of their paths.
 
     Files of other kinds in a folder are skipped; `unread_files` counts them.
     Raises FileNotFoundError if `path` does not exist; ValueError, naming file and line, for a folder without a
-    supported file, bytes that are not UTF-8, a malformed line, and a missing or non-string text field.
+    supported file, bytes that are not UTF-8, a malformed line, a missing or non-string text field, and tokens.
     """
     root = Path(path)
     for file in supported_files(root):
         form, _ = form_of(file.name) or ("", "")
-        for record in read_records(file, key_in(root, file), text_field, form=form):
+        for record in read_records(file, key_in(root, file), text_field, form=form, record_dtype=record_dtype):
             if isinstance(record, Broken):
                 raise ConfigError(record.reason)
+            if isinstance(record, Tokens):
+                raise ConfigError(f"{file} holds tokens, not text; expected a store that `orogen tokenize` makes of it")
             yield record
 
 
 def has_fields(path: str | Path) -> bool:
-    """Whether any file that `read_documents` would read has fields: JSON lines and Parquet do."""
-    return any((form_of(file.name) or ("",))[0] in (".jsonl", ".parquet") for file in supported_files(Path(path)))
+    """Whether any file that `read_documents` would read may have fields."""
+    return not forms(path).isdisjoint((".jsonl", ".parquet", ".array_record"))
+
+
+def forms(path: str | Path) -> set[str]:
+    """The forms of the files that `read_documents` would read, such as ".jsonl"."""
+    return {(form_of(file.name) or ("",))[0] for file in supported_files(Path(path))}
 
 
 def is_readable(file: Path) -> bool:
-    """Whether a file's name says that `read_documents` reads it."""
-    return form_of(file.name) is not None
+    """Whether a file's name says that its records can be read. Git names its indices .idx too, without a .bin."""
+    form = form_of(file.name)
+    return form is not None and (form[0] != ".idx" or file.with_suffix(".bin").exists())
 
 
 def unread_files(path: str | Path) -> int:
@@ -39,7 +48,7 @@ def unread_files(path: str | Path) -> int:
     links, and entries that are not files."""
     root = Path(path)
     files, others = walk(root)
-    return sum(form_of(file.name) is None for file in files) + len(others)
+    return sum(not is_readable(file) for file in files) + len(others)
 
 
 def linked_folders(path: str | Path) -> int:
@@ -61,7 +70,7 @@ def supported_files(root: Path) -> list[Path]:
     """The files of a corpus in the order of their paths. Raises FileNotFoundError, ConfigError if there is none."""
     if not root.exists():
         raise FileNotFoundError(f"corpus {str(root)!r} does not exist: expected 'stdlib', a file or a folder")
-    files = [file for file in walk(root)[0] if form_of(file.name) is not None]
+    files = [file for file in walk(root)[0] if is_readable(file)]
     if not files:
         links = f" ({count} links to folders are not followed)" if (count := linked_folders(root)) else ""
         raise ConfigError(f"corpus {str(root)!r} has no file to read{links}: expected {KINDS}")

@@ -32,7 +32,9 @@ MANIFEST, PLAN, DONE, TOKENIZER, BROKEN = "manifest.json", "plan.json", "done", 
 FORMAT_NAME = "orogen tokens"
 FORMAT = f"{FORMAT_NAME} 1"
 # The fields of DataConfig that decide what a store holds.
-SETTINGS = ("corpus", "tokenizer", "vocab_size", "text_field", "heldout_fraction", "tuning_fraction", "seed")
+SETTINGS = (
+    "corpus", "tokenizer", "vocab_size", "text_field", "record_dtype", "heldout_fraction", "tuning_fraction", "seed",
+)  # fmt: skip
 COUNT = Whole(0, 2**63 - 1)
 SHARD_FORM = Record({"name": str, "split": str, "documents": COUNT, "tokens": COUNT, "bytes": COUNT}, {})
 FORM = Record({"format": str, "settings": dict, "tokenizer": str, "sha256": str, "shards": ListOf(SHARD_FORM)}, {})
@@ -170,9 +172,10 @@ class Store:
             raise ConfigError(f"{str(self.folder)!r} was tokenized with another tokenizer; expected that of the run")
 
     def _check_settings(self, made: dict[str, Any], config: DataConfig) -> None:
-        for name in ("heldout_fraction", "tuning_fraction", "seed", "text_field", "vocab_size"):
+        of_files = "text_field", "record_dtype", "vocab_size"
+        for name in ("heldout_fraction", "tuning_fraction", "seed", *of_files):
             value = getattr(config, name)
-            free = name in ("text_field", "vocab_size") and value == getattr(DataConfig, name)
+            free = name in of_files and value == getattr(DataConfig, name)
             if value != made.get(name) and not free:
                 expected = f"expected {made.get(name)!r}, with which {str(self.folder)!r} was tokenized"
                 raise ConfigError(f"DataConfig.{name} is {value!r}; {expected}")

@@ -1,15 +1,18 @@
 """A corpus in units: the parts of it that are tokenized one by one, on any number of workers.
 
-Small files are grouped; a large plain .jsonl is divided between lines, a large Parquet file between row groups. A unit
-depends on the files alone, so neither the number of workers nor a kill changes what is written.
+Small files are grouped; a large plain .jsonl is divided between lines, a large Parquet file between row groups, an
+ArrayRecord or an index of Megatron's between records. A unit depends on the files alone, so neither the number of
+workers nor a kill changes what is written.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from orogen.data.readers import Part, form_of
+from orogen.data.tokenized import record_count
 
 # A corpus has about UNITS units, if they are of these sizes in bytes: small enough that workers end together and a kill
 # costs minutes at most, large enough that a terabyte is not a million files.
@@ -52,7 +55,7 @@ def plan_units(paths: Sequence[tuple[str, Path]], *, unit_bytes: int) -> list[li
 
 def _parts(path: Path, form: str, unit_bytes: int) -> list[Part]:
     """The parts of a large file; none if it has to be read from beginning to end, or cannot be read."""
-    divide = {".jsonl": _between_lines, ".parquet": _between_groups}.get(form)
+    divide = _DIVIDERS.get(form)
     try:
         return [] if divide is None else list(divide(path, unit_bytes))
     except (OSError, ValueError):  # pyarrow's own errors are ValueErrors and OSErrors
@@ -94,10 +97,27 @@ def _between_groups(path: Path, unit_bytes: int) -> Iterator[Part]:
             start, held = number + 1, 0
 
 
+def _between_records(path: Path, unit_bytes: int) -> Iterator[Part]:
+    """About equal numbers of records, `unit_bytes` on average."""
+    count = record_count(path)
+    parts = min(-(-(stamp(path) or (0, 0))[0] // unit_bytes), count)
+    edges = [count * number // parts for number in range(parts + 1)]
+    yield from (Part(start, stop, start) for start, stop in itertools.pairwise(edges))
+
+
+_DIVIDERS = {
+    ".jsonl": _between_lines,
+    ".parquet": _between_groups,
+    ".array_record": _between_records,
+    ".idx": _between_records,
+}
+
+
 def stamp(path: Path) -> list[int] | None:
-    """The size and the time of the last change of a file, None if it is gone: whether it is the file that was there."""
+    """The size and the time of the last change of a file, an .idx together with its .bin; None if it is gone: whether
+    it is the file that was there."""
     try:
-        found = os.stat(path)
+        found = [os.stat(one) for one in ((path, path.with_suffix(".bin")) if path.suffix == ".idx" else (path,))]
     except FileNotFoundError:
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [sum(one.st_size for one in found), max(one.st_mtime_ns for one in found)]

@@ -97,16 +97,23 @@ def make_arms(
     """
     bound = {arm: load_arm(files, bindings, arm).need("model", "data", "train", "optimizer") for arm in sweep.arms()}
     for arm, config in bound.items():
-        if config.train.phases or config.train.batch_ramp:
-            raise ConfigError(
-                f"arm {arm.name}: TrainConfig.phases or batch_ramp is bound; expected neither: budgets are counted for "
-                "batches of one shape"
-            )
+        _check_phases(sweep, arm, config)
     control = next(config for arm, config in bound.items() if arm.values == sweep.control)
     if sweep.parameters_within:
         counts = parameters([control.model, *(config.model for config in bound.values())])
         _check_parameters(sweep, counts[0], dict(zip(bound, counts[1:], strict=True)))
     return Arms(sweep, {arm: _on_budget(sweep, arm, config, control) for arm, config in bound.items()})
+
+
+def _check_phases(sweep: SweepConfig, arm: Arm, config: RunConfig) -> None:
+    """Phases may change the blend, and the rate if none is searched for."""
+    shapes = {(stretch.batch_size, stretch.sequence_length) for stretch in config.stretches()}
+    if len(shapes) > 1:
+        expected = "expected one, without TrainConfig.batch_ramp and phases of other shapes: budgets are counted for it"
+        raise ConfigError(f"arm {arm.name} has batches of {len(shapes)} shapes; {expected}")
+    if sweep.learning_rates and config.train.rates:
+        expected = "expected none: SweepConfig.learning_rates are peaks of the schedule alone"
+        raise ConfigError(f"arm {arm.name} has PhaseConfig.learning_rate {config.train.rates[0][1]:g}; {expected}")
 
 
 def _check_parameters(sweep: SweepConfig, expected: int, counts: dict[Arm, int]) -> None:
@@ -145,13 +152,14 @@ def _flops_per_token(config: RunConfig) -> float:
 
 
 def _with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The config with so many steps; warm-up and decay keep their shares of them."""
+    """The config with so many steps; warm-up, decay and phases keep their shares of them."""
     scale = functools.partial(_scaled, steps / config.train.steps)
     optimizer = dataclasses.replace(
         config.optimizer, warmup_steps=scale(config.optimizer.warmup_steps),
         decay_steps=scale(config.optimizer.decay_steps),
     )  # fmt: skip
-    train = dataclasses.replace(config.train, steps=steps)
+    phases = tuple(dataclasses.replace(phase, after=scale(phase.after)) for phase in config.train.phases)
+    train = dataclasses.replace(config.train, steps=steps, phases=phases)
     return dataclasses.replace(config, train=train, optimizer=optimizer).check()
 
 
