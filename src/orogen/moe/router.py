@@ -67,7 +67,6 @@ def route(
     scores_ne = jax.nn.sigmoid(logits_ne) if score == "sigmoid" else jax.nn.softmax(logits_ne, -1)
     weighing_ne = logits_ne if score == "softmax_topk" else scores_ne
     choice_ne = lax.stop_gradient(weighing_ne) + (0 if bias_e is None else bias_e)
-    choice_ne = jnp.where(jnp.isneginf(logits_ne), -jnp.inf, choice_ne)  # absent ones, whatever their bias
     own_nk, margin_n = _choose(choice_ne, k, n_group, topk_group, by_pairs=by_pairs)
     chosen_nk: Any = checkpoint_name(own_nk, "routing") if experts_nk is None else experts_nk
     flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(chosen_nk), -1)
@@ -192,13 +191,14 @@ class Router(nnx.Module):
         logits_bte = linear_float32(x_btd, self.gate, plan)
         if self.gate_bias is not None:
             logits_bte = logits_bte + self.gate_bias[...]
-        if plan.nested:
-            absent_e = jnp.all(plan.weight(self.gate) == 0, axis=0)
-            logits_bte = jnp.where(absent_e, -jnp.inf, logits_bte)
+        bias_e = None if self.bias is None else self.bias[...]
+        if plan.nested:  # absent experts have no score, and are not chosen whatever their bias
+            absent_e = jnp.where(jnp.all(plan.weight(self.gate) == 0, axis=0), -jnp.inf, 0)
+            logits_bte, bias_e = logits_bte + absent_e, absent_e + (0 if bias_e is None else bias_e)
         logits_bte = checkpoint_name(logits_bte, "router")
         routing = route(
             logits_bte,
-            None if self.bias is None else self.bias[...],
+            bias_e,
             score=self.score,
             k=self.k,
             n_group=self.n_group,
