@@ -68,12 +68,13 @@ router chooses the sizes, the first units of each kind stay, and the submodel le
   channels whose weight is not 0, and routers leave out experts whose gate is 0. A norm weight of exactly 0 in the
   whole model would count as absent.
 - *A slice equals its mask.* What is left of the masked parameters has the bits of the slice, for every size and letter
-  that pruning knows; absent units add exact zeros. Logits then have the same bits if the two shapes are summed in the
-  same order, and no expert drops tokens. On XLA:CPU in float32 that holds operation by operation for most widths that
-  are multiples of 32 (`tests/compress/test_nested.py`); programs compiled for two shapes may fuse differently, and then
-  differ by about 4e-7 of the logits' range.
+  that pruning knows; absent units add exact zeros. Logits then have the same bits if both shapes are summed in the
+  same order, and no expert drops tokens. On XLA:CPU in float32 that holds operation by operation for hidden_size,
+  heads, MLPs, shared experts, numbers of experts and layers, at multiples of 32 (`tests/compress/test_nested.py`); not
+  for mamba_head_dim and the widths of routed experts and of the latent, where other shapes have other kernels. Programs
+  compiled for two shapes may also fuse differently. The difference is about 4e-7 of the logits' range.
 - *The router* (`elastic.py`) is no part of the model: it is in checkpoints' trainer item, and the run ends by writing
   `budget_SHARE.gin`, the likeliest sizes that keep each budget. Evaluations score every budget.
-- *Not built*: choices that differ between layers, samples that differ between microbatches, pipelines, layer norms
-  with a choice of hidden_size, and sizes for budgets that were not trained.
+- *Not built*: choices that differ between layers, samples that differ between microbatches, pipelines, a choice of
+  hidden_size with norms other than `rms`, and sizes for budgets that were not trained.
 """

@@ -70,8 +70,8 @@ def make_nesting(model: ModelConfig, elastic: ElasticConfig) -> Nesting:
     for field, values in choices.items():
         for size in values[:-1]:
             _check_submodel(nesting, {field: size})
-    expected = "none with layer norms, whose mean would have to leave out absent channels; RMS norms alone are known"
-    require(not elastic.hidden_size or model.norm.startswith("rms"), elastic, "hidden_size", expected)
+    expected = f"none with ModelConfig.norm = {model.norm!r}: norms of the form 'rms' alone leave out absent channels"
+    require(not elastic.hidden_size or model.norm == "rms", elastic, "hidden_size", expected)
     if model.n_group > 1:
         least = 2 * model.n_group
         expected = (
