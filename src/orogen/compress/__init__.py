@@ -69,10 +69,11 @@ router chooses the sizes, the first units of each kind stay, and the submodel le
   whole model would count as absent.
 - *A slice equals its mask.* What is left of the masked parameters has the bits of the slice, for every size and letter
   that pruning knows; absent units add exact zeros. Logits then have the same bits if both shapes are summed in the
-  same order, and no expert drops tokens. On XLA:CPU in float32 that holds operation by operation for hidden_size,
-  heads, MLPs, shared experts, numbers of experts and layers, at multiples of 32 (`tests/compress/test_nested.py`); not
-  for mamba_head_dim and the widths of routed experts and of the latent, where other shapes have other kernels. Programs
-  compiled for two shapes may also fuse differently. The difference is about 4e-7 of the logits' range.
+  same order, and no expert drops tokens. On XLA:CPU in float32 that holds operation by operation in layers M, *, E and
+  - for hidden_size, heads, MLPs, shared experts, numbers of experts and layers, at multiples of 32
+  (`tests/compress/test_nested.py`); not for mamba_head_dim, the widths of routed experts and of the latent, and layers
+  w, + and m, where other shapes have other kernels. Programs compiled for two shapes may also fuse differently. The
+  difference is at most 1e-6 of the logits' range.
 - *The router* (`elastic.py`) is no part of the model: it is in checkpoints' trainer item, and the run ends by writing
   `budget_SHARE.gin`, the likeliest sizes that keep each budget. Evaluations score every budget.
 - *Not built*: choices that differ between layers, samples that differ between microbatches, pipelines, a choice of

@@ -48,7 +48,7 @@ class ElasticConfig:
     later_after: Annotated[int, "steps after which later_weights hold"] = 0
     budget_weight: Annotated[float, "weight of the loss by which a submodel keeps its budget"] = 1.0
     tolerance: Annotated[float, "relative distance from the budget below which that loss is 0"] = 0.05
-    router_learning_rate: Annotated[float, "Adam's, of the router"] = 1e-2
+    router_learning_rate: Annotated[float, "Adam's, of the router"] = 1e-3
     temperature: Annotated[float, "first temperature of the Gumbel-softmax"] = 1.0
     temperature_decay: Annotated[float, "factor of the temperature from step to step"] = 0.9999
     sharpness: Annotated[float, "factor of the router's logits at the end of the run; 1: none"] = 10.0
