@@ -190,13 +190,17 @@ class Elastic:
         return jnp.where(counts, self.elastic.budget_weight * apart, 0)
 
     def sizes(self, chooser: Chooser, budget: int) -> tuple[dict[str, int], float]:
-        """The likeliest submodel that keeps a budget, and its share of the whole model's cost."""
+        """The likeliest submodel that keeps a budget, and its share of the whole model's cost. If there are any within
+        the tolerance below the budget, one of these: an expected cost may be that of a mixture of far smaller ones."""
         if budget == len(self.elastic.budgets) - 1:
             return {field: choices[-1] for field, choices in self.nesting.choices.items()}, 1.0
         total: Any = np.zeros(())
         for logits_c in self.logits(chooser.router, budget, self.config.train.steps).values():
             total = np.add.outer(total, np.asarray(jax.nn.log_softmax(logits_c), np.float64))
-        total[self.costs > self.elastic.budgets[budget]] = -np.inf
+        share = self.elastic.budgets[budget]
+        keeps = self.costs <= share
+        near = keeps & (self.costs >= (1 - self.elastic.tolerance) * share)
+        total[~(near if near.any() else keeps)] = -np.inf
         place = tuple(map(int, np.unravel_index(np.argmax(total), total.shape)))
         sizes = {field: values[i] for (field, values), i in zip(self.nesting.choices.items(), place, strict=True)}
         return sizes, float(self.costs[place])
