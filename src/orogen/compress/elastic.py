@@ -127,7 +127,6 @@ class Elastic:
         self.nesting = make_nesting(config.model, self.elastic)
         self.costs = cost_table(self.nesting, self.elastic)
         self._optimizer = optax.adam(self.elastic.router_learning_rate)
-        self.masked: Callable[[Any, Chosen], Any] = lambda params, chosen: self.nesting.masked(params, chosen.picks)
 
     def initial(self) -> Chooser:
         """A router without a preference. See `task.Submodels`."""
@@ -159,6 +158,10 @@ class Elastic:
             return Chooser(router, moments)
 
         return Chosen(picks), learned
+
+    def masked(self, params: Any, chosen: Chosen) -> Any:
+        """See `task.Submodels`."""
+        return self.nesting.masked(params, chosen.picks)
 
     def loads(self, load: list[Array], chosen: Chosen) -> list[Array]:
         """See `task.Submodels`."""

@@ -32,7 +32,7 @@ WRITE = ("down", "out", "latent_up")
 # By name of an axis, the masks (c, u) of the size that it depends on.
 Masks = dict[str, np.ndarray]
 # By size, which of its choices is taken (c): 1 for one and 0 for the others.
-Picks = Mapping[str, Array]
+Picks = Mapping[str, Any]
 
 
 class Nesting:
