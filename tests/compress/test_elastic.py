@@ -187,6 +187,7 @@ def test_plans_train_the_same_submodel():
 
 
 MORE = """
+OptimizerConfig.schedule = 'constant'
 ModelConfig.mamba_num_heads = 6
 ModelConfig.mamba_head_dim = 4
 ModelConfig.n_groups = 2
