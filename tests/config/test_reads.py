@@ -52,7 +52,11 @@ PARTS_OF: dict[str, dict[str, Any]] = {
            "max_tokens": 4, "template": "plain"},
 }  # fmt: skip
 VISION = {"encoder": "clip", "features": "kept", "images_per_row": 3}
-OF_TASKS = {"preference": {"template": "x"}, "vision": VISION}  # parts that only some tasks have
+OF_TASKS = {
+    "preference": {"template": "x"},
+    "vision": VISION,
+    "elastic": {"budgets": (0.5, 1.0), "hidden_size": (2,)},
+}  # parts that only some tasks have
 
 
 def a_run(pattern: str = "M", **bound: Any) -> RunConfig:
@@ -227,6 +231,7 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
      {"precision__recipe": "nvfp4", "precision__hadamard": 0}, "PrecisionConfig.hadamard is 0"),
     *(("distill__rest", "bucket", reading, {}, "DistillConfig.top_k and .logits are None: no token is left out")
       for reading in ({"distill__top_k": 4}, {"distill__logits": "folder"})),
+    ("elastic__context", 9, {"elastic__cost": "gib"}, {"elastic__cost": "active"}, "ElasticConfig.cost is not 'gib'"),
     ("distill__teacher_plan", PlanConfig(), {}, {"distill__logits": "folder"},
      "DistillConfig.logits is set: the teacher does not run"),
 ]  # fmt: skip

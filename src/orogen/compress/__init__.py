@@ -57,4 +57,28 @@ important go first; with scores of replacing one layer at a time (`scores`), `pu
 `gin_configs/search/` has the budgets that Nemotron Nano 2 and Nemotron-H 47B were carved under;
 `experiments/carving_nano2` shows where the published models stand among the candidates. The best one is written as a
 gin file (`--out`).
+
+**Elastic models** (`orogen distill` with an ElasticConfig): one model that holds smaller ones (arXiv:2511.16664).
+`orogen prune` with the model's own sizes sorts its units by importance. Training then takes one budget per step: a
+router chooses the sizes, the first units of each kind stay, and the submodel learns from the whole, frozen model.
+
+    orogen prune --checkpoint runs/base --gin_file my_text.gin --gin_file own_sizes.gin --out sorted
+    orogen distill --checkpoint runs/base --student sorted --gin_file my_budgets_and_training.gin --run runs/elastic
+    orogen prune --checkpoint runs/elastic --gin_file runs/elastic/budget_0.5.gin --out half
+
+- *Masks multiply parameters* (`nested.py`), before the plan's layout is gathered, so that layers and collectives are
+  those of every run: any plan without stages. Two places ask what is absent (`Plan.nested`): RMS norms count the
+  channels whose weight is not 0, and routers leave out experts whose gate is 0. A norm weight of exactly 0 in the
+  whole model would count as absent.
+- *A slice equals its mask.* What is left of the masked parameters has the bits of the slice, for every size and letter
+  that pruning knows; absent units add exact zeros. Logits then have the same bits if both shapes are summed in the
+  same order, and no expert drops tokens. On XLA:CPU in float32 that holds operation by operation in layers M, *, E and
+  - for hidden_size, heads, MLPs, shared experts, numbers of experts and layers, at multiples of 32
+  (`tests/compress/test_nested.py`); not for mamba_head_dim, the widths of routed experts and of the latent, and layers
+  w, + and m, where other shapes have other kernels. Programs compiled for two shapes may also fuse differently. The
+  difference is at most 1e-6 of the logits' range.
+- *The router* (`elastic.py`) is no part of the model: it is in checkpoints' trainer item, and the run ends by writing
+  `budget_SHARE.gin`, the likeliest sizes that keep each budget. Evaluations score every budget.
+- *Not built*: choices that differ between layers, samples that differ between microbatches, pipelines, a choice of
+  hidden_size with norms other than `rms`, and sizes for budgets that were not trained.
 """

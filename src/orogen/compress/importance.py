@@ -87,6 +87,14 @@ def random_scores(config: ModelConfig, seed: int) -> Scores:
     return Scores(random.random(hidden), units, None)
 
 
+def order_scores(config: ModelConfig) -> Scores:
+    """Scores by which the first units are the most important ones."""
+    falling = lambda shape: 1 / np.prod(np.indices(shape) + 1.0, axis=0)  # noqa: E731
+    hidden, layers = shapes(config)
+    units = [{name: falling(shape) for name, shape in layer.items()} for layer in layers]
+    return Scores(falling((hidden,)), units, None)
+
+
 def check_scores(config: ModelConfig, found: Scores, where: str) -> None:
     """Raises ConfigError unless the scores are finite and have the model's shapes."""
     hidden, layers = shapes(config)

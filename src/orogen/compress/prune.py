@@ -12,7 +12,7 @@ from orogen.checkpoint.open import Opened
 from orogen.compress.calibrate import Calibration, Measured
 from orogen.compress.choose import Kept, choose, pruned_config
 from orogen.compress.depth import Depth, Distance, check_depth, check_layer_scores, choose_layers
-from orogen.compress.importance import Scores, check_scores, random_scores, scores
+from orogen.compress.importance import Scores, check_scores, order_scores, random_scores, scores
 from orogen.compress.slices import MIXERS
 from orogen.config.checks import ConfigError, require
 from orogen.config.data import DataConfig
@@ -23,7 +23,7 @@ from orogen.config.streams import say
 from orogen.data.loader import open_corpus
 from orogen.data.packing import Batch
 
-COSINE, RANDOM = "cosine", "random"
+ACTIVATIONS, COSINE, ORDER, RANDOM = "activations", "cosine", "order", "random"
 CALIBRATION = "the pass over the text"
 
 
@@ -70,16 +70,18 @@ def check_target(model: ModelConfig, prune: PruneConfig, plan: PlanConfig) -> No
 
 def measures(prune: PruneConfig) -> bool:
     """Whether the choice needs passes of the model over text."""
-    return bool(prune.widths and prune.width_scores != RANDOM) or (
+    return bool(prune.widths and prune.width_scores == ACTIVATIONS) or (
         prune.chooses_layers and prune.depth_scores != RANDOM
     )
 
 
 def random_found(model: ModelConfig, prune: PruneConfig) -> Found:
-    """Scores drawn at random; those of units count only if PruneConfig.width_scores asks for such."""
+    """Scores that no text is read for: of layers, drawn at random; of units, by their order or drawn. The latter count
+    only if PruneConfig.width_scores asks for such."""
     of_layers = np.random.default_rng((prune.seed, 1)).random(len(model.layers.main)).tolist()
-    taken = Taken(RANDOM if prune.width_scores == RANDOM else None, prune.expert_scores, prune.seed)
-    return Found(random_scores(model, prune.seed), of_layers, no_distance, taken)
+    unmeasured = prune.width_scores if prune.width_scores != ACTIVATIONS else None
+    of_units = order_scores(model) if unmeasured == ORDER else random_scores(model, prune.seed)
+    return Found(of_units, of_layers, no_distance, Taken(unmeasured, prune.expert_scores, prune.seed))
 
 
 def measured(
@@ -93,13 +95,13 @@ def measured(
     tokens = int(sum(np.count_nonzero(batch.segments_bt) for batch in batches))
     taken = found.taken._replace(widths=prune.width_scores)
     found = found._replace(rows=prune.rows, tokens=tokens, taken=taken)
-    if prune.width_scores != RANDOM or prune.depth_scores == COSINE:
+    if prune.width_scores == ACTIVATIONS or prune.depth_scores == COSINE:
         sums = calibration.measure(batches, progress)
         of_units = scores(opened.config, sums, prune.expert_scores)
         check_scores(opened.config, of_units, CALIBRATION)
         check_layer_scores(opened.config, of_units.changes, CALIBRATION)
         _warn_of_idle(sums, prune)
-        if prune.width_scores == RANDOM:
+        if prune.width_scores != ACTIVATIONS:
             of_units = found.scores._replace(changes=of_units.changes)
         found = found._replace(scores=of_units)
     if not prune.chooses_layers or prune.depth_scores == RANDOM:

@@ -157,6 +157,12 @@ def taken(array: np.ndarray, axes: tuple[str | None, ...], index: Mapping[str, n
     return array
 
 
+def norm_factor(whole: int, left: int) -> float:
+    """What the weight of a norm over `left` of `whole` channels is multiplied by. A float32, so that a mask that has it
+    gives the same bits as a slice."""
+    return float(np.float32((whole / left) ** 0.5))
+
+
 def _is_norm(name: str) -> bool:
     """Whether it is the weight of a norm, on whatever axis."""
     return name.endswith("norm.weight")
@@ -167,5 +173,5 @@ def _scaled(weight_d: np.ndarray, whole: int, config: ModelConfig | None) -> np.
     if len(weight_d) == whole:
         return weight_d
     offset = 1.0 if config is not None and config.norm == "layer_1p" else 0.0
-    factor = (whole / len(weight_d)) ** 0.5
+    factor = norm_factor(whole, len(weight_d))
     return (weight_d.astype(np.float64) + offset) * factor - offset

@@ -14,7 +14,7 @@ WIDTHS = (
     "moe_latent_size",
 )  # fmt: skip
 DEPTHS = ("num_layers", "layers", "pattern", "remove_layers")  # fields that say which layers stay, at most one of them
-WIDTH_SCORES = ("activations", "random")
+WIDTH_SCORES = ("activations", "random", "order")
 DEPTH_SCORES = ("hidden_mse", "logit_mse", "logit_kl", "cosine", "random")
 EXPERT_SCORES = ("output", "count", "weight")
 
@@ -30,6 +30,7 @@ class PruneConfig:
     or to the logits (logit_mse, logit_kl), for each layer a pass; cosine is 1 - the mean cosine of the residual stream
     before and after the layer, and costs no pass of its own. iterative: the layer with the lowest score is removed,
     then the scores of the others are measured again without it.
+    width_scores: order keeps the first units, such as those of a submodel of an elastic model.
     expert_scores: the mean norm of an expert's weighted output over its tokens, or its share of tokens or weights.
     """
 
@@ -49,7 +50,7 @@ class PruneConfig:
     layers: Annotated[dict[str, int], "layers that stay, by letter; of the letters not named all stay"] = ABSENT
     pattern: Annotated[str, "the layers that stay, as a pattern without | and /"] = ABSENT
     remove_layers: Annotated[tuple[int, ...], "numbers of the layers to remove, counted along the pattern from 0"] = ()
-    width_scores: Annotated[str, "activations or random"] = "activations"
+    width_scores: Annotated[str, "activations, random or order"] = "activations"
     depth_scores: Annotated[str, "hidden_mse, logit_mse, logit_kl, cosine or random"] = "hidden_mse"
     iterative: Annotated[bool, "whether layers are removed one at a time, with new scores for each"] = False
     expert_scores: Annotated[str, "output, count or weight"] = "output"

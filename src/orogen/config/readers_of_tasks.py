@@ -29,6 +29,10 @@ def _of_preference(fields: str, holds: Callable[[PreferenceConfig], bool], other
 ALWAYS = {
     "chat": "template too_long without_reasoning truncated",
     "distill": "divergence cross_entropy temperature top_k logits",
+    "elastic": "budgets cost hidden_size intermediate_size num_attention_heads mamba_num_heads mamba_head_dim "
+    "n_routed_experts moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size num_layers removal "
+    "weights later_weights later_after budget_weight tolerance router_learning_rate temperature temperature_decay "
+    "sharpness",
     "preference": "template too_long loss",
     "evaluate": "tasks every texts max_length batch_tokens",
     "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "
@@ -53,6 +57,9 @@ READERS: dict[str, tuple[Reader, ...]] = {
             lambda run: run.distill.logits is None,
             "DistillConfig.logits is set: the teacher does not run",
         ),
+    ),
+    "elastic": (
+        Reader("context", ("elastic",), lambda run: run.elastic.cost == "gib", "ElasticConfig.cost is not 'gib'"),
     ),
     "preference": (
         _of_preference(

@@ -17,6 +17,7 @@ from orogen.config.checks import (
 from orogen.config.data import DataConfig
 from orogen.config.distill import DistillConfig
 from orogen.config.dtype import COMPUTE
+from orogen.config.elastic import ElasticConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.lora import AdaptedModel, LoraConfig, adapted
 from orogen.config.model import ModelConfig
@@ -200,6 +201,7 @@ class RunConfig:
     optimizer: OptimizerConfig = ABSENT
     chat: ChatConfig = ABSENT
     distill: DistillConfig = ABSENT
+    elastic: ElasticConfig = ABSENT
     preference: PreferenceConfig = ABSENT
     evaluate: EvaluateConfig = ABSENT
     rl: RLConfig = ABSENT
@@ -327,6 +329,7 @@ PARTS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "chat": ChatConfig,
     "distill": DistillConfig,
+    "elastic": ElasticConfig,
     "preference": PreferenceConfig,
     "evaluate": EvaluateConfig,
     "rl": RLConfig,

@@ -95,6 +95,11 @@ def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
     return multiply_float32(x_btd, plan.weight(weight))
 
 
+def empty_columns(weight: nnx.Param, plan: Plan) -> Array:
+    """Which outputs of a weight (d, f) have no weight but 0, (f)."""
+    return jnp.all(plan.weight(weight) == 0, axis=0)
+
+
 def grouped(
     x_rd: Array,
     weight: Weight,

@@ -27,6 +27,7 @@ class RMSNorm(nnx.Module):
             self.weight[...],
             group_size=x_btd.shape[-1],
             epsilon=self.epsilon,
+            nested=plan.nested,
             implementation=plan.config.rms_norm,
         )
 
@@ -120,5 +121,6 @@ class GroupRMSNorm(nnx.Module):
             group_size=self.group_size,
             epsilon=self.epsilon,
             reduce_sum=partial(plan.sum, axis="group_peers") if plan.size("group_peers") > 1 else None,
+            nested=plan.nested,
             implementation=plan.config.rms_norm,
         )

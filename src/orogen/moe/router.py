@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.quotient import quotient
-from orogen.layers.linear import linear_float32
+from orogen.layers.linear import empty_columns, linear_float32
 from orogen.layers.parameter import buffer, normal, parameter
 from orogen.parallel.plan import Plan
 
@@ -191,10 +191,14 @@ class Router(nnx.Module):
         logits_bte = linear_float32(x_btd, self.gate, plan)
         if self.gate_bias is not None:
             logits_bte = logits_bte + self.gate_bias[...]
+        bias_e = None if self.bias is None else self.bias[...]
+        if plan.nested:  # absent experts have no score, and are not chosen whatever their bias
+            absent_e = jnp.where(empty_columns(self.gate, plan), -jnp.inf, 0)
+            logits_bte, bias_e = logits_bte + absent_e, absent_e + (0 if bias_e is None else bias_e)
         logits_bte = checkpoint_name(logits_bte, "router")
         routing = route(
             logits_bte,
-            None if self.bias is None else self.bias[...],
+            bias_e,
             score=self.score,
             k=self.k,
             n_group=self.n_group,

@@ -58,7 +58,7 @@ class Plan:
     recipe: the formats of products in the current layer. recipes: those of the layers to come, first the model's, then
     the multi-token-prediction block's; None: all have `recipe`.
     rounding: what roundings of this step read; None where no recipe has any. expert_tokens: see PrecisionConfig.
-    maxima: see `Rounding`.
+    maxima: see `Rounding`. nested: whether channels whose norm has weight 0, and experts whose gate is 0, are absent.
     """
 
     mesh: Mesh | AbstractMesh
@@ -74,6 +74,7 @@ class Plan:
     rounding: Rounding | None = None
     expert_tokens: int | None = None
     maxima: np.ndarray | None = None
+    nested: bool = False
 
     @property
     def rounds(self) -> bool:

@@ -22,6 +22,7 @@ runs with these data and sequence length read them by memory map, in any order o
 given by --checkpoint all the same is read once, for its tokenizer and to refuse another than wrote them.
 Under a PrecisionConfig, which the teacher does not follow, this is quantisation-aware distillation, or with
 cross_entropy alone quantisation-aware training: `gin_configs/posttrain/`. Evaluations also measure the divergence.
+Under an ElasticConfig the student holds smaller models, one of which learns in each step (`compress/__init__.py`).
 
 **Preferences** (`orogen dpo`): pairs of answers to one prompt (`pairs.py` lists the forms of a line), of which the
 chosen one is to become more likely than the rejected one: DPO, IPO, their averages over tokens and an SFT term, as in

@@ -207,11 +207,16 @@ def distill(options: argparse.Namespace) -> int:
             if folder is not None and config.distill.logits is None:
                 plan = teacher_plan(config, config.distill)
                 require_distillation_fits(config.largest(), folder.config, plan, free_memory())
-            return Distillation(folder, config.distill, run_dir=options.run, student=options.student).task()
+            made = Distillation(folder, config.distill, run_dir=options.run, student=options.student).task()
+            if config.elastic is None:
+                return made
+            from orogen.compress.elastic import elastic_task
+
+            return elastic_task(made, config, options.run)
 
         # The run starts from the student; the teacher is the task's.
         of_student = argparse.Namespace(**{**vars(options), "checkpoint": options.student})
-        return run_task(of_student, task, "distill", optional=("chat",))
+        return run_task(of_student, task, "distill", optional=("chat", "elastic"))
 
 
 def _write_logits(options: argparse.Namespace, folder: "Folder | None") -> int:

@@ -35,6 +35,7 @@ ONLY_SOME = {
     "chat": "reads no conversations",
     "preference": "reads no pairs of answers",
     "distill": "has no teacher",
+    "elastic": "trains no submodels",
     "rl": "has no environments",
     "vision": "sees no images",
 }

@@ -1,5 +1,6 @@
 """Held-out loss during and after training. Letters: b batch, t time."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -136,7 +137,8 @@ class Heldout:
 
 def heldout_plan(config: RunConfig) -> Plan:
     """The run's plan for evaluation."""
-    return make_plan(config.plan.evaluating(), config.model)
+    plan = make_plan(config.plan.evaluating(), config.model)
+    return dataclasses.replace(plan, nested=config.elastic is not None)
 
 
 def measure(

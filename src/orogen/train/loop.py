@@ -41,6 +41,7 @@ from orogen.train.state import TrainState, abstract_state, create_state, from_it
 from orogen.train.step import StepMetrics, batch_to_devices
 from orogen.train.stop import Stop, StopTogether
 from orogen.train.stragglers import Pace
+from orogen.train.submodels import with_chooser
 from orogen.train.task import Task
 from orogen.train.trained import narrow_frozen, optimizer_of
 from orogen.train.watch import Watch
@@ -85,7 +86,8 @@ class Loop:
         self.optimizer = optimizer_of(config, built)
         self.frozen = task.frozen and task.frozen(config, plan)
         known = self.frozen and self.frozen.variables
-        self.programs = StepPrograms(built, task.objective, config, plan, self.optimizer, frozen=known)
+        self.submodels, beside = task.submodels, {"frozen": known, "submodels": task.submodels}
+        self.programs = StepPrograms(built, task.objective, config, plan, self.optimizer, **beside)
         self.carried = carry.abstract(train, built)
         self.measures = task.measures
         self.evaluation = task.evaluation(config, built, corpus)
@@ -110,7 +112,7 @@ class Loop:
         if self.first_step:
             state, self.position = self._restored()
         else:
-            state, self.position = self._new(origin), self._beginning
+            state, self.position = with_chooser(self._new(origin), self.submodels, self.plan), self._beginning
         if (position := self.back.position(self.first_step)) is not None:
             self.position = at_step(position, self.first_step)
             if state.carried is not None:  # states of other text than that of the next batch
@@ -135,6 +137,7 @@ class Loop:
         layers, after = self.config.model.layers, self.built.layout
         before = self.checkpoints.layout(Whole(layers.main, layers.mtp))
         target = abstract_state(self.built, self.optimizer, self.carried)
+        target = with_chooser(target, self.submodels, self.plan)
         there = state_shardings(target, self.plan)
         if before == after:
             return self._restore(target, there)

@@ -14,12 +14,12 @@ from orogen.train.formats import in_formats, is_switched
 from orogen.train.lost_numbers import make_measure
 from orogen.train.state import TrainState
 from orogen.train.step import StepMetrics, make_step
-from orogen.train.task import Objective
+from orogen.train.task import Objective, Submodels
 
 
 class StepPrograms:
     """What computes each step. plan: without the formats of the run's precision. frozen: the variables of the task's
-    frozen model, if it has one."""
+    frozen model, if it has one; submodels: the task's."""
 
     def __init__(
         self,
@@ -30,8 +30,9 @@ class StepPrograms:
         optimizer: optax.GradientTransformationExtraArgs,
         *,
         frozen: Any = None,
+        submodels: Submodels | None = None,
     ):
-        self.frozen = frozen
+        self.frozen, self.submodels = frozen, submodels
         self.built, self.objective, self.config, self.plain, self.optimizer = built, objective, config, plan, optimizer
         self._steps: dict[bool, Callable[..., Any]] = {}
         self._compiled: set[tuple[bool, tuple[int, ...]]] = set()
@@ -51,7 +52,9 @@ class StepPrograms:
         switched, _ = key = self._key(number, batch)
         if switched not in self._steps:
             parts = self.built, self.objective, self.config, self._plan(switched), self.optimizer
-            self._steps[switched] = distributed.compiled_together(make_step(*parts, frozen=self.frozen))
+            self._steps[switched] = distributed.compiled_together(
+                make_step(*parts, frozen=self.frozen, submodels=self.submodels)
+            )
         self._compiled.add(key)
         step = self._steps[switched]
         return lambda state, batch: step(state, batch, self.frozen)

@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
 
     step: batches taken; skipped: steps that were skipped and changed nothing; skipped_in_row: those since the last
     update. carried: the layers' states after the last batch, for `TrainConfig.carry_states`; see `train.carry`.
+    chooser: what chooses the submodel of each step; see `train.submodels`.
     """
 
     step: Array
@@ -31,12 +32,13 @@ class TrainState(NamedTuple):
     buffers: nnx.State
     optimizer: optax.OptState
     carried: Any = None
+    chooser: Any = None
 
 
 def items(state: TrainState) -> dict[str, dict[str, Any]]:
     """The state as a checkpoint holds it: what a reader of the model needs, and what only training needs. Files are
     keyed by these names."""
-    trainer = state._asdict()
+    trainer = {name: part for name, part in state._asdict().items() if name != "chooser" or part is not None}
     model = {name: trainer.pop(name) for name in ("params", "buffers")}
     return {MODEL_ITEM: model, "trainer": trainer}
 

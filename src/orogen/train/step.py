@@ -3,6 +3,7 @@
 Letters: m microbatches, b batch, t time, l layers, e experts.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ from orogen.train.loss import Sums, batch_counts
 from orogen.train.optimizer import learning_rate
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
-from orogen.train.task import Computation, Metric, Objective
+from orogen.train.submodels import kept, of_step, with_chooser
+from orogen.train.task import Computation, Metric, Objective, Submodels
 from orogen.train.trained import kept_unless, only_trained, trained_biases, trained_mask
 from orogen.train.whole import WholePass
 
@@ -216,16 +218,18 @@ def make_step(
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     frozen: Any = None,
+    submodels: Submodels | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The jitted training step: (state, batch[, frozen]) -> state, metrics. It donates the state and returns it with
-    the same shardings. frozen: see `gradients`."""
-    function = step_function(built, objective, config, plan, optimizer, frozen=frozen)
+    the same shardings. frozen: see `gradients`. submodels: those that the steps train; None: the whole model."""
+    function = step_function(built, objective, config, plan, optimizer, frozen=frozen, submodels=submodels)
     carried = carry.abstract(config.train, built)
 
     def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, StepMetrics]:
         return function(state, batch, frozen=frozen)[:2]
 
-    shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
+    target = with_chooser(abstract_state(built, optimizer, carried), submodels, plan)
+    shardings = state_shardings(target, plan)
     return jax.jit(
         step, donate_argnums=0, out_shardings=(shardings, plan.sharding()), compiler_options=plan.compiler_options
     )
@@ -241,9 +245,11 @@ def step_function(
     record: bool = False,
     replaying: bool = False,
     frozen: Any = None,
+    submodels: Submodels | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics, Any]]:
     """The training step before jit: (state, batch[, replay, frozen]) -> state, metrics, choices. record, replaying,
-    frozen: see `gradients`."""
+    frozen: see `gradients`; submodels: see `make_step`."""
+    plan = dataclasses.replace(plan, nested=submodels is not None)
     gradient = gradients(
         built, objective, config.model, plan, config.train.compute_dtype, record=record, replaying=replaying,
         carried=carry.abstract(config.train, built), frozen=frozen, seed=config.train.seed,
@@ -255,20 +261,23 @@ def step_function(
     def step(
         state: TrainState, batch: Batch, replay: Any = None, frozen: Any = None
     ) -> tuple[TrainState, StepMetrics, Any]:
-        params = placement.working(working_copy(state.params, config.train.compute_dtype), plan)
+        params, settle = of_step(submodels, state)
+        params = placement.working(working_copy(params, config.train.compute_dtype), plan)
         at = {"step": state.step, "frozen": frozen}
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, **at)
         # XLA then leaves out the work for those that are not trained.
-        grads = only_trained(jax.tree.map(lambda g: g.astype(jnp.float32), grads), trained)
+        grads, load, chooser = settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums.load)
+        grads = only_trained(grads, trained)
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)
         # Assignments that overflow a buffer are missing from loss and gradient: the step counts as not finite.
         finite = finite_leaves.all() & jnp.isfinite(loss) & (sums.overflow == 0)
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
-            state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
+            state, grads, load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
             trained=trained, moving=moving, left=sums.carried,
         )  # fmt: skip
+        new = new._replace(chooser=kept(chooser, state.chooser, finite))
         metrics = StepMetrics(
             loss=loss,
             metrics={name: Metric(total, counts.metrics[name]) for name, total in sums.metrics.items()},

@@ -128,6 +128,28 @@ class FrozenModel(Protocol):
         ...
 
 
+class Submodels(Protocol):
+    """Smaller models that a task trains within its model, one in each step. What chooses them is trained beside the
+    parameters, and is in checkpoints."""
+
+    def initial(self) -> Any:
+        """What chooses, before the first step: a tree of arrays."""
+        ...
+
+    def chosen(self, chooser: Any, step: Array) -> tuple[Any, Callable[[Any], Any]]:
+        """The submodel of this step, as `masked` takes it, and a function of the gradient for it: it returns what
+        chooses after the step."""
+        ...
+
+    def masked(self, params: Any, chosen: Any) -> Any:
+        """The parameters of a submodel, with zeros for absent units (`Plan.nested`)."""
+        ...
+
+    def loads(self, load: list[Array], chosen: Any) -> list[Array]:
+        """Loads of experts, as `loss.Sums` has them, of which absent experts have an even share."""
+        ...
+
+
 class Evaluation(Protocol):
     """Scores a state. `sampled` and `whole` are the names of the scores that `sample` and `full` return.
 
@@ -161,6 +183,7 @@ class Task:
     model will need beside its weights and tokenizer. frozen: opens the model that the objective reads beside the
     trained one, on the devices of the run's plan, once and before `evaluation`. more_rows: whether a new model may have
     more rows than its tokenizer has tokens, because the tokenizer is that of a released model that has.
+    submodels: what each step trains in place of the whole model.
     """
 
     objective: Objective
@@ -171,3 +194,4 @@ class Task:
     keep: Callable[[Corpus, Path], None] = lambda corpus, run_dir: None
     frozen: Callable[[RunConfig, Plan], FrozenModel] | None = None
     more_rows: bool = False
+    submodels: Submodels | None = None

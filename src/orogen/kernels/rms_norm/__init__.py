@@ -28,17 +28,23 @@ def rms_norm(
     group_size: int,
     epsilon: float,
     reduce_sum: Reduce | None = None,
+    nested: bool = False,
     implementation: str,
 ) -> Array:
     """u / sqrt(mean(u²) + ε) · weight, per group of `group_size` channels; (..., c) in x's dtype, float32 inside.
 
     u is x or, with a gate, x · silu(gate). `reduce_sum` sums over the ranks that share a group; the arrays then hold
-    part of one group's channels. None: each group is whole.
+    part of one group's channels. None: each group is whole. nested: channels whose weight is 0 are absent: the mean is
+    over the others of the group.
 
     Raises ValueError if shapes disagree, the name is unknown, or the implementation cannot run here or sum over ranks.
     Sources: arXiv:1910.07467; RMSNormGated of state-spaces/mamba, which gates before it normalises.
     """
     run = chosen(IMPLEMENTATIONS, implementation)
+    if nested:
+        if implementation != "plain":
+            raise ValueError(f"rms_norm={implementation!r} of a model with absent units: expected 'plain'")
+        run = functools.partial(run, nested=True)
     channels = x.shape[-1]
     if weight_c.shape != (channels,):
         raise ValueError(f"weight has shape {weight_c.shape}: expected {(channels,)} to match x {x.shape}")

@@ -4,6 +4,7 @@ Axes: n tokens, g groups, c channels (of one group, beside g).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -16,17 +17,29 @@ Reduce = Callable[[Array], Array]
 
 
 def rms_norm_plain(
-    x_nc: Array, weight_c: Array, gate_nc: Array | None, *, group_size: int, epsilon: float, reduce_sum: Reduce | None
-) -> Array:
+    x_nc: Array, weight_c: Array, gate_nc: Array | None, *, group_size: int, epsilon: float, reduce_sum: Reduce | None,
+    nested: bool = False,
+) -> Array:  # fmt: skip
     """See `rms_norm`. The backward pass starts from the operands and, if ranks share a group, its sum of squares."""
-    if epsilon < LEAST_EPSILON:
-        return _tiny(x_nc, weight_c, gate_nc, group_size=group_size, epsilon=epsilon, reduce_sum=reduce_sum)
-    sizes = {"group_size": group_size, "epsilon": epsilon}
+    sizes: Any = {"group_size": group_size, "epsilon": epsilon}
+    if epsilon < LEAST_EPSILON and not nested:
+        return _tiny(x_nc, weight_c, gate_nc, reduce_sum=reduce_sum, **sizes)
+    count = (_present(weight_c, group_size, reduce_sum),) if nested else ()
     if reduce_sum is None:
-        whole = lambda x, weight, gate: _normed(x, weight, gate, _squares(x, gate, group_size), **sizes)  # noqa: E731
-        return from_inputs(whole)(x_nc, weight_c, gate_nc)
+        whole = lambda x, weight, gate, *count: _normed(  # noqa: E731
+            x, weight, gate, _squares(x, gate, group_size), *count, **sizes
+        )
+        return from_inputs(whole)(x_nc, weight_c, gate_nc, *count)
     squares_ng1 = reduce_sum(from_inputs(lambda x, gate: _squares(x, gate, group_size))(x_nc, gate_nc))
-    return from_inputs(lambda *arrays: _normed(*arrays, **sizes))(x_nc, weight_c, gate_nc, squares_ng1)
+    return from_inputs(lambda *arrays: _normed(*arrays, **sizes))(x_nc, weight_c, gate_nc, squares_ng1, *count)
+
+
+def _present(weight_c: Array, group_size: int, reduce_sum: Reduce | None) -> Array:
+    """The number (g, 1) of channels of each group whose weight is not 0. The others are zeros, which add nothing to a
+    sum of squares: what is left is what a norm over the channels that are there computes."""
+    present_gc = weight_c.reshape(-1, min(group_size, len(weight_c))) != 0
+    count_g1 = jnp.sum(present_gc, -1, keepdims=True, dtype=jnp.float32)
+    return jnp.maximum(count_g1 if reduce_sum is None else reduce_sum(count_g1), 1)
 
 
 def _tiny(
@@ -57,7 +70,9 @@ def _squares(x_nc: Array, gate_nc: Array | None, group_size: int) -> Array:
 
 
 def _normed(
-    x_nc: Array, weight_c: Array, gate_nc: Array | None, squares_ng1: Array, *, group_size: int, epsilon: float | Array
-) -> Array:
-    normed_ngc = _gated(x_nc, gate_nc, group_size) * lax.rsqrt(squares_ng1 / group_size + epsilon)
+    x_nc: Array, weight_c: Array, gate_nc: Array | None, squares_ng1: Array, count_g1: Array | None = None, *,
+    group_size: int, epsilon: float | Array,
+) -> Array:  # fmt: skip
+    mean_ng1 = squares_ng1 / (group_size if count_g1 is None else count_g1)
+    normed_ngc = _gated(x_nc, gate_nc, group_size) * lax.rsqrt(mean_ng1 + epsilon)
     return (normed_ngc.reshape(x_nc.shape) * weight_c).astype(x_nc.dtype)

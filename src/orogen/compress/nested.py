@@ -1,0 +1,155 @@
+"""Submodels of a model whose units are in the order of their importance, as masks of its parameters.
+
+A submodel has the first units of each kind, and the layers that are left when the least important are removed. Its mask
+multiplies the parameters of absent units by 0, and the weights of norms by what a slice multiplies them by
+(`slices.norm_factor`). A plan with `nested` reads such parameters as the submodel's: absent channels are no part of a
+norm's mean, and absent experts are not routed to. Everything else of an absent unit is an exact zero in a sum.
+
+Letters: c choices of a size, u units, l layers.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from orogen.compress.choose import choose
+from orogen.compress.importance import order_scores
+from orogen.compress.rewrite import homes
+from orogen.compress.slices import HIDDEN, MIXERS, REST, SCALED, indices, norm_factor
+from orogen.config.model import ModelConfig
+from orogen.config.prune import PruneConfig
+
+LAYERS, HIDDEN_SIZE = "num_layers", "hidden_size"
+# The last parts of the names of parameters that write what units have computed. A mask's gradient is taken there alone:
+# elsewhere it would count a unit once more for each parameter.
+WRITE = ("down", "out", "latent_up")
+# By name of an axis, the masks (c, u) of the size that it depends on.
+Masks = dict[str, np.ndarray]
+# By size, which of its choices is taken (c): 1 for one and 0 for the others.
+Picks = Mapping[str, Any]
+
+
+class Nesting:
+    """The submodels of a model: of each size the choices, the largest of which is the model's own. removal: the numbers
+    of the layers in the order in which they are removed."""
+
+    def __init__(self, config: ModelConfig, choices: Mapping[str, Sequence[int]], removal: Sequence[int] = ()):
+        self.config, self.choices, self.removal = config, dict(choices), tuple(removal)
+        self._homes = homes(config)
+
+    @functools.cached_property
+    def _of_letter(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+        """By letter, `_masks`. Not made before the choices have been checked."""
+        return {letter: self._masks(letter) for letter in dict.fromkeys(home.letter for home in self._homes)}
+
+    def settings(self, sizes: Mapping[str, int]) -> PruneConfig:
+        """What cuts out the submodel of these sizes, from `orogen prune` too."""
+        widths: Any = {field: size for field, size in sizes.items() if field != LAYERS}
+        widths = widths or {HIDDEN_SIZE: self.config.hidden_size}  # layers alone, all of which may stay
+        return PruneConfig(**widths, remove_layers=self.removed(sizes.get(LAYERS)), width_scores="order")
+
+    def removed(self, layers: int | None) -> tuple[int, ...]:
+        """The numbers of the layers that a submodel with so many does not have."""
+        main = len(self.config.layers.main)
+        return tuple(sorted(self.removal[: main - (main if layers is None else layers)]))
+
+    def picks(self, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """The picks of a submodel with these sizes, which are among the choices; others are the model's own."""
+        chosen = {field: sizes.get(field, max(choices)) for field, choices in self.choices.items()}
+        return {field: (np.array(self.choices[field]) == size).astype(np.float32) for field, size in chosen.items()}
+
+    def masked(self, params: nnx.State, picks: Picks) -> nnx.State:
+        """The parameters of the submodel that the picks say: those of the whole model, times masks."""
+        held = {home.path: home.letter for home in self._homes}
+        depth = sorted({len(path) for path in held})
+
+        def of(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+            keys = tuple(getattr(key, "key", key) for key in path)
+            home = next((keys[:size] for size in depth if keys[:size] in held), None)
+            if home is None:
+                name, letter = ".".join(map(str, keys)), self._homes[0].letter
+                mask = self._mask(name, REST[name], self._of_letter[letter], picks)
+            else:
+                letter, inside = held[home], ".".join(map(str, keys[len(home) :]))
+                name = inside.removeprefix("mixer.")
+                axes = (HIDDEN,) if inside.startswith("norm.") else MIXERS[letter][name]
+                mask = self._mask(inside, axes, self._of_letter[letter], picks)
+                if LAYERS in picks and home[0] == "backbone" and axes[-1] in (HIDDEN, "expert_out"):
+                    mask = self._present(home, len(axes), picks) * mask if not inside.startswith("norm.") else mask
+            return variable.replace(variable.get_value() * mask)
+
+        return jax.tree_util.tree_map_with_path(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def present_experts(self, picks: Picks) -> Array | None:
+        """Which experts the submodel has (e); None if it has all of them."""
+        found = self._of_letter.get("E", {}).get("experts", {})
+        return next((jnp.matmul(picks[field], mask, precision="highest") for field, mask in found.items()), None)
+
+    def _mask(
+        self, name: str, axes: tuple[str | None, ...], masks: Mapping[str, Mapping[str, np.ndarray]], picks: Picks
+    ) -> Array:
+        """What a parameter is multiplied by, broadcast over the axes that have no choice."""
+        writes = name.rpartition(".")[2] in WRITE or name.startswith(("embedding.", "mtp.project"))
+        product: Any = jnp.ones((1,) * len(axes))
+        for place, axis in enumerate(axes):
+            for field, mask_cu in masks.get(axis or "", {}).items():
+                mask_u = jnp.matmul(picks[field], mask_cu, precision="highest")
+                shape = [1] * len(axes)
+                shape[place] = mask_u.size
+                product = product * (mask_u if writes else lax.stop_gradient(mask_u)).reshape(shape)
+        if name.endswith("norm.weight") and axes[0] in SCALED:
+            product = product * self._factor(masks.get(axes[0], {}), picks)
+        return product
+
+    def _factor(self, masks: Mapping[str, np.ndarray], picks: Picks) -> Array:
+        """What the weight of a norm over such channels is multiplied by."""
+        fields = list(masks)
+        shares = [mask_cu.mean(1) for mask_cu in masks.values()]
+        whole = max((mask_cu.shape[1] for mask_cu in masks.values()), default=1)
+        left = functools.reduce(np.multiply.outer, shares, np.ones(()))
+        table = np.vectorize(lambda share: norm_factor(whole, round(share * whole)), otypes=[np.float32])(left)
+        for field in fields:
+            table = jnp.tensordot(lax.stop_gradient(picks[field]), table, axes=1, precision="highest")
+        return jnp.asarray(table)
+
+    def _present(self, home: tuple[Any, ...], axes: int, picks: Picks) -> Array:
+        """Whether the layers of a module are there, with the axes of their repetitions in front of a parameter's."""
+        main = len(self.config.layers.main)
+        numbers = {h.index: number for number, h in enumerate(self._homes[:main]) if h.path == home}
+        present_cl = np.ones((len(self.choices[LAYERS]), main), np.float32)
+        for row, layers in enumerate(self.choices[LAYERS]):
+            present_cl[row, list(self.removed(layers))] = 0
+        index = np.array([numbers[key] for key in sorted(numbers)])
+        stacked = tuple(np.max(list(numbers), axis=0) + 1) if next(iter(numbers)) else ()
+        present_l = jnp.matmul(picks[LAYERS], present_cl, precision="highest")
+        return present_l[index].reshape(*stacked, *(1,) * axes)
+
+    def _masks(self, letter: str) -> dict[str, dict[str, np.ndarray]]:
+        """By axis of the parameters of layers of a letter, and by size, the masks (c, u) of its choices."""
+        number = next(n for n, home in enumerate(self._homes) if home.letter == letter)
+        scores, everything = order_scores(self.config), tuple(range(len(self.config.layers.main)))
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for field, choices in self.choices.items():
+            if field == LAYERS:
+                continue
+            kept = [
+                indices(
+                    self.config, choose(self.config, self.settings({field: size}), scores, everything), number, letter
+                )
+                for size in choices
+            ]
+            for axis in kept[0]:
+                index = [one[axis][0] if one[axis].ndim > 1 else one[axis] for one in kept]
+                mask_cu = np.zeros((len(choices), max(map(len, index))), np.float32)
+                for row, units in enumerate(index):
+                    mask_cu[row, units] = 1
+                found.setdefault(axis, {})[field] = mask_cu
+        if HIDDEN in found:
+            found["two_hidden"] = {field: np.tile(mask_cu, 2) for field, mask_cu in found[HIDDEN].items()}
+        return found

@@ -1,0 +1,47 @@
+"""Steps that train a submodel in place of the whole model; see `task.Submodels`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from orogen.parallel.plan import Plan
+from orogen.train.state import TrainState
+from orogen.train.task import Submodels
+
+# Takes gradients for a step's parameters and the loads of experts. Returns gradients for the whole model's, the loads
+# that its routers are balanced by, and what chooses after the step.
+Settle = Callable[[Any, list[Array]], tuple[Any, list[Array], Any]]
+
+
+def of_step(submodels: Submodels | None, state: TrainState) -> tuple[Any, Settle]:
+    """The parameters that a step computes with, float32 and stored like the state's, and what settles their gradients.
+
+    Masks are taken outside of the plan's `run`: they multiply arrays wherever these are, whatever the plan.
+    """
+    if submodels is None:
+        return state.params, lambda grads, load: (grads, load, None)
+    chosen, learned = submodels.chosen(state.chooser, state.step)
+    params, back = jax.vjp(submodels.masked, state.params, chosen)
+
+    def settle(grads: Any, load: list[Array]) -> tuple[Any, list[Array], Any]:
+        of_params, of_chosen = back(grads)
+        return of_params, submodels.loads(load, chosen), learned(of_chosen)
+
+    return params, settle
+
+
+def with_chooser(state: TrainState, submodels: Submodels | None, plan: Plan) -> TrainState:
+    """The state before the first step, with what chooses submodels. An abstract state gets abstract arrays."""
+    if submodels is None:
+        return state
+    if isinstance(state.step, jax.ShapeDtypeStruct):
+        return state._replace(chooser=jax.eval_shape(submodels.initial))
+    return state._replace(chooser=jax.jit(submodels.initial, out_shardings=plan.sharding())())
+
+
+def kept(new: Any, old: Any, finite: Array) -> Any:
+    """What chooses after the step: as before unless the step was `finite`."""
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
