@@ -228,6 +228,8 @@ class RunConfig:
             for shape in dict.fromkeys((one.batch_size, one.sequence_length) for one in self.stretches()):
                 self._check_shape(*shape)
             self.plan.require_half_precision(self.train.compute_dtype)
+        if self.lora is not None and self.elastic is not None:
+            raise ConfigError("LoraConfig and ElasticConfig both have bindings; expected one: masks know no adapters")
         if self.lora is not None and self.model is not None and self.model.score_head and self.optimizer is not None:
             expected = "'score' among them: a reward model's head has no adapter"
             require("score" in self.optimizer.trained, self.optimizer, "trained", expected)

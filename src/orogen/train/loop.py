@@ -43,7 +43,7 @@ from orogen.train.stop import Stop, StopTogether
 from orogen.train.stragglers import Pace
 from orogen.train.submodels import with_chooser
 from orogen.train.task import Task
-from orogen.train.trained import narrow_frozen, optimizer_of
+from orogen.train.trained import dtype_to_read, narrow_frozen, optimizer_of
 from orogen.train.watch import Watch
 
 
@@ -124,10 +124,7 @@ class Loop:
 
     def _new(self, origin: Folder | None) -> TrainState:
         if origin is not None:
-            # Beside adapters nothing but them is added to, unless parts are trained whole.
-            narrow = self.config.lora is not None and not self.config.optimizer.trained
-            dtype = self.config.train.compute_dtype if narrow else "float32"
-            given = origin.read(self.built, self.plan, dtype)
+            given = origin.read(self.built, self.plan, dtype_to_read(self.config))
             return start_state(*given, self.built, self.optimizer, self.plan, carried=self.carried)
         seed = self.config.train.seed
         return create_state(self.config.model, self.built, self.optimizer, self.plan, seed, carried=self.carried)

@@ -87,6 +87,13 @@ def narrow_frozen(built: Built, config: RunConfig) -> Built:
     )
 
 
+def dtype_to_read(config: RunConfig) -> str:
+    """The dtype in which a run reads the parameters that it starts from: beside adapters nothing is added to them,
+    unless parts are trained whole."""
+    frozen = config.lora is not None and not config.optimizer.trained
+    return config.train.compute_dtype if frozen else "float32"
+
+
 def _has_adapters(built: Built) -> bool:
     return any(is_factor(path) for path, _ in nnx.to_flat_state(built.params))
 
