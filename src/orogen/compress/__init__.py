@@ -6,7 +6,9 @@ model is made from one of the old.
 
 **Pruning** has four steps, each a file:
 
-- `calibrate.py` runs the model over text, on any plan without stages, and adds up what layers report. A layer that is
+- `calibrate.py` runs the model over text, on any plan without stages, and adds up what layers report. Stages are
+  refused: `fsdp` shares the parameters as well, and scores of layers compare final states of passes without each layer,
+  which would leave stages idle. A layer that is
   given a `Probe` (`layers/probe.py`) keeps statistics of its activations, or has its output multiplied by zero, so that
   one program measures the model without any of its layers.
 - `importance.py` and `depth.py` turn the sums into scores of units and of layers (Minitron, arXiv:2407.14679; for Mamba
@@ -54,4 +56,12 @@ important go first; with scores of replacing one layer at a time (`scores`), `pu
 `gin_configs/search/` has the budgets that Nemotron Nano 2 and Nemotron-H 47B were carved under;
 `experiments/carving_nano2` shows where the published models stand among the candidates. The best one is written as a
 gin file (`--out`).
+
+Which of the best is best, training says. Two commands carve a model: `orogen prune` to any size, for the scores, and
+
+    orogen search --gin_file budgets.gin --checkpoint base --scores pruned --training light.gin --run carved
+
+`retrain` then prunes each of the best candidates, distils it as light.gin says (a config of `orogen distill`), ranks
+them by the loss of held-out text, and, with `--winner long.gin`, distils the best one on. Each step is a command of its
+own, and a search that was stopped goes on (`ranking.jsonl` in the folder has what is known).
 """
