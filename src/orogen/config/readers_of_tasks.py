@@ -28,7 +28,7 @@ def _of_preference(fields: str, holds: Callable[[PreferenceConfig], bool], other
 
 ALWAYS = {
     "chat": "template too_long without_reasoning truncated",
-    "distill": "divergence cross_entropy temperature top_k logits",
+    "distill": "divergence cross_entropy temperature top_k logits states",
     "preference": "template too_long loss",
     "evaluate": "tasks every texts max_length batch_tokens",
     "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "
@@ -44,6 +44,12 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("distill",),
             lambda run: run.distill.top_k is not None or run.distill.logits is not None,
             "DistillConfig.top_k and .logits are None: no token is left out",
+        ),
+        Reader(
+            "state_loss state_weight state_channels",
+            ("distill",),
+            lambda run: bool(run.distill.states),
+            "DistillConfig.states is (): no hidden states are compared",
         ),
         Reader(
             "teacher_plan",
