@@ -20,8 +20,9 @@ model is made from one of the old.
 The new folder has `pruning.json`, with what was kept and how it was scored, and `pruning.npz`, with the scores of units
 (`stored_scores.py`). `--scores` prunes the same model to other sizes by them, without reading text or running the
 model, so on a host that cannot hold it. It refuses scores of other weights, and scores taken in another way than
-PruneConfig asks for. If layers were scored one by one, `removal.jsonl` has the scores for `orogen search`. Layers of
-gated cross-attention (x, g) and the heads of reward models have no rules, and are refused.
+PruneConfig asks for. If layers were scored one by one, `removal.jsonl` has the scores for `orogen search`, and with
+PruneConfig.scored_sizes those of narrowing one MLP alone: MiniPuzzle's replace-one scores. Layers of gated
+cross-attention (x, g) and the heads of reward models have no rules, and are refused.
 
 Text comes from `DataConfig`, sizes from `PruneConfig`, such as PruneConfig.mamba_num_heads = 48 in narrow.gin:
 

@@ -74,7 +74,7 @@ def prune(options: argparse.Namespace) -> int:
     """`orogen prune`."""
     from orogen.checkpoint.open import open_folder
     from orogen.compress import pruning
-    from orogen.compress.prune import check_target, decide, no_distance, require_new
+    from orogen.compress.prune import check_target, decide, no_distance, replaced, require_new
     from orogen.compress.rewrite import Source, rewrite
     from orogen.compress.slices import Pruned
     from orogen.compress.stored_scores import ARRAYS, fingerprint
@@ -89,7 +89,8 @@ def prune(options: argparse.Namespace) -> int:
         check_target(folder.config, settings, run.plan)
         found = _found(options, settings, run, folder.config)
         choice = decide(folder.config, settings, found, run.plan)
-        found = found._replace(distance=no_distance)  # lets go of the model
+        narrowed = replaced(folder.config, settings, found)
+        found = found._replace(distance=no_distance, narrowed=no_distance)  # lets go of the model
         fits = _conversion_fits(folder)
         source = Source(folder)
         found = pruning.of_weights(found, fingerprint(source), options.scores)
@@ -100,7 +101,7 @@ def prune(options: argparse.Namespace) -> int:
                   ARRAYS: pruning.arrays(found, choice)}  # fmt: skip
         made = {"fits": fits, "parameters": sizes[1], "beside": beside}
         if choice.depth.scores is not None and settings.depth_scores != "random":
-            beside[pruning.REMOVAL] = pruning.removal_lines(choice)
+            beside[pruning.REMOVAL] = pruning.removal_lines(choice, narrowed)
         rewrite(source, Pruned(source, choice.kept), choice.config, options.checkpoint, options.out, **made)
     lines = [*pruning.table(*shown, sizes), f"written: {options.out}"]
     told = {"target": str(options.out), "parameters": list(sizes), "pattern": choice.config.pattern}
