@@ -107,7 +107,7 @@ class Calibration:
     def _without(self, idle: Idle) -> tuple[Any, Any]:
         """The weights of the model whose MLP has these hidden units multiplied by zero."""
         home, (params, buffers) = homes(self._opened.config)[idle.layer], self._weights
-        flat = leaves_of(params)
+        flat: dict[Any, Any] = {**leaves_of(params)}
         down = flat[path := (*home.path, "mixer", "down")]
         cut = down[...].at[(*home.index, idle.units)].set(0)
         flat[path] = down.replace(jax.device_put(cut, down[...].sharding))
