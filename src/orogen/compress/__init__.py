@@ -28,6 +28,10 @@ Text comes from `DataConfig`, sizes from `PruneConfig`, such as PruneConfig.mamb
 
     orogen prune --checkpoint runs/base --gin_file gin_configs/data/stdlib.gin --gin_file narrow.gin --out pruned
 
+The head size of attention, Mamba's groups and its state size stay. No published model changes them: Nemotron-H 4B and
+47B, Nano 2 9B and Nemotron 3 Nano 4B are their parents with other patterns, hidden sizes, MLPs and numbers of Mamba
+heads. Rotary channels go in pairs that a ranking of channels would split, and heads of a group share B and C.
+
 Multi-token prediction: the block's layers are pruned in width like the others, and are never removed. A pattern loses
 its pipeline segments (`|`) if layers are removed.
 
