@@ -35,7 +35,7 @@ from orogen.train.step import batch_to_devices, make_step
 
 HERE = Path(__file__).parent
 SHAPE = {"batch_size": 1, "sequence_length": 512}
-ROUNDS, WARM_UP = 5, 1
+ROUNDS, WARM_UP = 3, 1
 NARROWER = {
     "dense": {"intermediate_size": 1536, "mamba_num_heads": 12},
     "moe": {"moe_intermediate_size": 384, "moe_shared_expert_intermediate_size": 768, "mamba_num_heads": 12},
