@@ -5,6 +5,7 @@ import json
 import pytest
 from tests.helpers import hybrid
 
+from orogen.cli import make_parser
 from orogen.compress.retrain import Retraining, call_orogen, retrain
 from orogen.compress.search import search_models
 from orogen.compress.speed import Speed
@@ -27,6 +28,7 @@ class Commands:
 
     def __call__(self, words):
         self.words.append(list(words))
+        make_parser().parse_args(list(words))  # ends the test if the command has other options
         value = lambda name: words[words.index(name) + 1]  # noqa: E731
         if words[0] == "prune":
             out = self.folder / value("--out")
@@ -82,8 +84,7 @@ def test_a_candidate_is_pruned_to_its_own_sizes_by_the_scores_given(asked, found
     call = commands(asked, found)
     retrain(found, PARENT, asked, call)
     for one, words in zip(found, call.words[::2], strict=True):
-        bindings = [words[i + 1] for i, word in enumerate(words) if word == "--gin_bindings"]
-        prune, _ = load_prune([], bindings)
+        prune, _ = load_prune([words[words.index("--gin_file") + 1]])
         changed = {"intermediate_size": one.widths["intermediate_size"]}
         assert prune.widths == ({} if one.widths["intermediate_size"] == 40 else changed)
         assert (prune.pattern or PARENT.layers.main) == one.model.layers.main

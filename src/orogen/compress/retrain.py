@@ -49,7 +49,7 @@ def retrain(found: Sequence[Found], parent: ModelConfig, asked: Retraining, call
     for place, one in enumerate(found, 1):
         folder = asked.run / f"candidate_{place}"
         if not (folder / "pruned").exists():
-            told = call([*_pruning(one, parent, asked), "--out", str(folder / "pruned")])
+            told = call(_pruning(one, parent, asked, folder))
             if told["parameters"][1] != one.costs["parameters"]:
                 expected = f"expected {one.costs['parameters']:,.0f}, as the search counts them"
                 raise ConfigError(f"candidate {place} has {told['parameters'][1]:,} parameters when pruned; {expected}")
@@ -83,19 +83,20 @@ def _claim(asked: Retraining, candidates: list[dict[str, Any]]) -> None:
     write_atomically(file, json.dumps(wanted).encode())
 
 
-def _pruning(one: Found, parent: ModelConfig, asked: Retraining) -> list[str]:
-    """The words of the command that prunes the parent to a candidate."""
+def _pruning(one: Found, parent: ModelConfig, asked: Retraining, folder: Path) -> list[str]:
+    """The words of the command that prunes the parent to a candidate; a file in the folder has its sizes."""
     sizes: dict[str, Any] = {field: size for field, size in one.widths.items() if size != getattr(parent, field)}
     if one.model.layers.main != parent.layers.main:
         sizes["pattern"] = one.model.layers.main
     if not sizes:
         raise ConfigError("the model itself is a candidate; expected budgets that it does not keep")
     taken = read_json(asked.scores / PRUNING, Record({"prune": Record(TAKEN)}))["prune"]
-    bindings = sizes | {name: taken[name] for name in TAKEN}
+    settings = sizes | {name: taken[name] for name in TAKEN}
+    lines = [f"PruneConfig.{name} = {value!r}\n" for name, value in settings.items()]
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "prune.gin", "".join(lines).encode())
     words = ["prune", "--checkpoint", str(asked.checkpoint), "--scores", str(asked.scores)]
-    return words + [
-        word for name, value in bindings.items() for word in ("--gin_bindings", f"PruneConfig.{name} = {value!r}")
-    ]
+    return [*words, "--gin_file", str(folder / "prune.gin"), "--out", str(folder / "pruned")]
 
 
 def _distilling(teacher: Path, student: Path, run: Path, files: Sequence[str]) -> list[str]:
