@@ -23,12 +23,26 @@ HERE = pathlib.Path(__file__).parent
 CONFIGS = HERE.parent.parent / "gin_configs"
 # Published, by search: the model, and (name, changes of the search's bindings) under which it is ranked.
 NANO, NEMOTRON_H = "nemotron_nano2", "nemotron_h_47b"
+CHUNK = 16384  # tokens; the default of NVIDIA's own count for elastic models (megatron/elastification)
 PUBLISHED = {NANO: "nemotron_nano_9b_v2", NEMOTRON_H: "nemotron_h_47b"}
 RANKED = {
     NANO: {
         "layers, then parameters; at most 8.9 B": {},
         "parameters; at most 8.9 B": {"order": ("parameters",)},
         "parameters; bytes alone": {"order": ("parameters",), "most_parameters": None},
+        "layers, then parameters; bytes alone": {"most_parameters": None},
+        "parameters; bytes with a prompt's chunk": {
+            "order": ("parameters",),
+            "most_parameters": None,
+            "prefill_chunk": CHUNK,
+        },
+        "layers, then parameters; bytes with a prompt's chunk": {"most_parameters": None, "prefill_chunk": CHUNK},
+        "parameters; bytes with a prompt's chunk, the 9B's layers": {
+            "order": ("parameters",),
+            "most_parameters": None,
+            "prefill_chunk": CHUNK,
+            "layers": ("M:27-27", "*:4-4", "-:25-25"),
+        },
     },
     NEMOTRON_H: {
         "parameters; bytes alone": {},
@@ -54,8 +68,7 @@ def whole_speed(speed: Speed, model: ModelConfig) -> float:
 def main() -> None:
     rows = []
     for name, published in PUBLISHED.items():
-        files = [CONFIGS / "search" / f"{name}.gin", HERE / "a10g.gin"]
-        parent, search, cluster, engine = load_search(files)
+        parent, search, cluster, engine = load_search([CONFIGS / "search" / f"{name}.gin"])
         model = load([CONFIGS / "models" / f"{published}.gin"])[0].model
         for criterion, changes in RANKED[name].items():
             ranked = dataclasses.replace(search, **changes)
@@ -70,12 +83,13 @@ def main() -> None:
                 "parent_gib": costs_of(parent, ranked)["gib"], "largest": float(feasible["parameters"].max()),
                 "seconds": seconds, "best": [one.facts() for one in best.best[:3]],
             })  # fmt: skip
-        if name == NANO:
-            rows.append(
-                {"search": name, "speed": whole_speed(Speed(search, cluster, engine), model), "published": SPEED,
-                 "parent_speed": whole_speed(Speed(search, cluster, engine), parent)}
-            )  # fmt: skip
-            draw(parent, model, search, Speed(search, cluster, engine))
+    parent, search, cluster, engine = load_search(
+        [CONFIGS / "search" / f"{NANO}.gin", HERE / "a10g.gin"], ["SearchConfig.order = ('tokens_per_second',)"]
+    )
+    model, speed = load([CONFIGS / "models" / f"{PUBLISHED[NANO]}.gin"])[0].model, Speed(search, cluster, engine)
+    rates = {"speed": whole_speed(speed, model), "parent_speed": whole_speed(speed, parent)}
+    rows.append({"search": NANO, **rates, "published": SPEED})
+    draw(parent, model, search, speed)
     (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         print(json.dumps({key: value for key, value in row.items() if key != "best"}))

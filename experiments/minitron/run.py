@@ -21,12 +21,12 @@ from orogen import cli
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 RATE, RECOVERY_RATE = 5e-3, 2e-3
-# New sizes of the arms: 444,328 parameters of 602,496 by width, 483,624 by depth, which favours depth.
-WIDTH = {"hidden_size": 80, "intermediate_size": 256, "mamba_num_heads": 10}
-DEPTH = {"layers": {"M": 3, "-": 4}}
+# New sizes of the arms: 213,824 parameters of 290,208 by width, 210,568 by depth.
+WIDTH = {"hidden_size": 56, "intermediate_size": 160, "mamba_num_heads": 6}
+DEPTH = {"layers": {"M": 3, "-": 3}}
 PRUNED = {"width": WIDTH, "depth": DEPTH, "random": WIDTH | {"width_scores": "random"}}
 ARMS = (*PRUNED, "scratch")
-TRAIN_BYTES, HELDOUT_EVERY = 3_000_000, 25
+TRAIN_BYTES, HELDOUT_EVERY = 1_200_000, 25
 
 
 class Size(NamedTuple):
@@ -39,7 +39,7 @@ class Size(NamedTuple):
     depth_rows: int
 
 
-WHOLE, QUICK = Size(3000, 600, 60_000, 128, 32), Size(40, 8, 12_000, 32, 8)
+WHOLE, QUICK = Size(800, 160, 40_000, 128, 32), Size(40, 8, 12_000, 32, 8)
 
 
 def orogen(*words: object) -> dict[str, Any]:

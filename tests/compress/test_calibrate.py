@@ -14,10 +14,13 @@ from flax import nnx
 from tests.helpers import hybrid, several_devices
 
 from orogen.checkpoint.open import Opened
-from orogen.compress.calibrate import Calibration
-from orogen.compress.importance import scores
+from orogen.compress.calibrate import Calibration, Idle
+from orogen.compress.importance import Scores, scores
+from orogen.compress.prune import Found, Taken, calibration_batches, no_distance, replaced
 from orogen.config.checks import ConfigError
+from orogen.config.data import DataConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.prune import PruneConfig
 from orogen.cost.assemble import assemble
 from orogen.data.packing import Batch
 from orogen.layers.documents import Documents
@@ -262,6 +265,45 @@ def separate_model():
     _, built = assemble(MODEL, PlanConfig())
     apart, states = written_out(MODEL, built, *jax.tree.map(jnp.asarray, weights()))
     return nnx.merge(apart.graph, *states)
+
+
+def test_one_mlp_alone_is_narrowed():
+    """Without its least important units the model is that whose second MLP of two repeated ones has rows of zeros;
+    without any, that without the layer."""
+    config = hybrid(pattern="-*-*", mtp_depths=0, intermediate_size=20)
+    plan, built = assemble(config, PlanConfig())
+    params, buffers = jax.tree.map(jnp.asarray, initial_state(config, 4))
+    whole = Calibration(Opened(config, plan, built, params, buffers, None))
+    finals = whole.finals(BATCHES)
+    random = np.random.default_rng(5)
+    units = [{"mlp": random.permutation(20) / 20} if letter == "-" else {} for letter in "-*-*"]
+    prune = PruneConfig(num_layers=3, scored_sizes=(14, 9), depth_scores="logit_mse", depth_rows=8, rows=8)
+    taken = Taken("activations", "output", 0)
+    narrowed = lambda idle: whole.distance("logit_mse", finals, (), idle=idle)  # noqa: E731
+    found = Found(Scores(np.zeros(48), units, None), None, no_distance, taken, narrowed=narrowed)
+    lines = replaced(config, prune, found)
+    assert [line[:2] for line in lines] == [(0, 14), (0, 9), (2, 14), (2, 9)]
+    down = params["backbone"]["children"][0]["children"][0]["mixer"]["down"]
+    gone = np.argsort(units[2]["mlp"])[: 20 - 9]
+    params["backbone"]["children"][0]["children"][0]["mixer"]["down"] = down.replace(down[...].at[1, gone].set(0))
+    cut = Calibration(Opened(config, plan, built, params, buffers, None)).finals(BATCHES)
+    head_dv, distance, size = np.asarray(params["head"]["weight"][...], np.float64), 0.0, 0.0
+    for (one, before), (_, after) in zip(finals, cut, strict=True):
+        logits = [np.asarray(x, np.float64)[np.asarray(one.segments_bt) != 0] @ head_dv for x in (before, after)]
+        distance, size = distance + ((logits[1] - logits[0]) ** 2).sum(), size + (logits[0] ** 2).sum()
+    assert lines[3][2] == pytest.approx(distance / size, rel=1e-3) and lines[3][2] > 1e-6
+    without = whole.distance("logit_mse", finals, (2,))
+    assert narrowed(Idle(2, np.arange(20))) == pytest.approx(without, rel=1e-6)
+
+
+def test_text_that_is_too_short_is_refused_with_the_rows_that_it_has(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 100)
+    data = DataConfig(corpus=str(tmp_path), tokenizer="byte", heldout_fraction=0.0, tuning_fraction=0.0)
+    prune = PruneConfig(hidden_size=4, rows=9, batch_size=2, sequence_length=24, depth_rows=2)
+    tiny = Opened(hybrid(vocab_size=300), *(None,) * 5)  # type: ignore[arg-type]  # only its tokenizer is read
+    with pytest.raises(ConfigError, match=r"PruneConfig.rows is 9; expected at most 5: the training split of"):
+        list(calibration_batches(tiny, prune, data))
+    assert list(calibration_batches(tiny, dataclasses.replace(prune, rows=5), data))
 
 
 @several_devices

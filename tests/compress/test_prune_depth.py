@@ -83,7 +83,7 @@ def test_the_scores_of_removals_order_the_layers_of_a_search(tmp_path):
     """Layer 4 goes first, and not the evenly spread one."""
     settings, scores = PruneConfig(num_layers=5, depth_scores="random"), [5.0, 4.0, 3.0, 2.0, 1.0, 6.0]
     found = random_found(DEPTH, settings)._replace(of_layers=scores)
-    lines = pruning.removal_lines(decide(DEPTH, settings, found, PlanConfig()))
+    lines = pruning.removal_lines(decide(DEPTH, settings, found, PlanConfig()), [])
     (tmp_path / "removal.jsonl").write_bytes(lines)
     file, out = tmp_path / "search.gin", tmp_path / "smaller.gin"
     for binding, pattern in ((f"SearchConfig.removal = {str(tmp_path / 'removal.jsonl')!r}", "*-*--"), ("", "*--*-")):

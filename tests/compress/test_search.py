@@ -40,6 +40,17 @@ def test_costs_of_nano_2_are_those_published():
     states = 27 * (128 * 80 * 128 * 4 + 3 * (128 * 80 + 2 * 8 * 128) * 2) / GIB
     assert found["9b"]["gib"] == pytest.approx(weights + keys + states, rel=1e-12)
     assert [round(x, 2) for x in (weights, keys, states)] == [16.56, 2.0, 0.13]
+    reading = SearchConfig(context=131072, prefill_chunk=16384)
+    more = total_costs(nano["9b"], reading, counts_of(nano["9b"]))["gib"][0] - found["9b"]["gib"][0]
+    assert more == pytest.approx(16384 * 15680 * 2 / GIB, rel=1e-9)
+
+
+@pytest.mark.parametrize(("pattern", "widest"), [("M-", 2 * 36), ("M-E", 2 * (24 + 3 * 20)), ("M*", 0)])
+def test_the_widest_mlp_s_hidden_units_count_while_a_prompt_is_read(pattern, widest):
+    """A gate has as many units again; of experts, those that one token uses and the shared one."""
+    model = hybrid(pattern=pattern, mtp_depths=0, intermediate_size=36, mlp_gated=True)
+    plain, reading = (total_costs(model, SearchConfig(prefill_chunk=n), counts_of(model))["gib"][0] for n in (0, 50))
+    assert (reading - plain) * GIB == pytest.approx(50 * widest * 2, abs=1e-3)
 
 
 def test_costs_of_experts_windows_and_latents_by_hand():

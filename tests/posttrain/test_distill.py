@@ -26,6 +26,7 @@ from orogen.parallel import placement
 from orogen.parallel.plan import single_device_plan
 from orogen.parallel.rounding_state import NUMBER
 from orogen.posttrain.distill import DISTILLATION, DIVERGENCE, Distillation, make_objective
+from orogen.posttrain.states import check_states
 from orogen.posttrain.teacher import HIDDEN, IDS, Teacher, teacher_plan
 from orogen.precision.words import step_key
 from orogen.report.metrics import read_metrics
@@ -39,6 +40,8 @@ from orogen.train.step import batch_to_devices, gradients
 # Odd, so that ranks of tensor pad the vocabulary. The teacher has other widths and another depth.
 STUDENT = hybrid(pattern="M*", vocab_size=97, mtp_depths=0)
 TEACHER = hybrid(pattern="*-M", vocab_size=97, mtp_depths=0, hidden_size=36, intermediate_size=40)
+NARROW = dataclasses.replace(STUDENT, hidden_size=20)
+CHANNELS = [31, 4, 0, 17, 9, 35, 22, 8, 13, 2, 28, 11, 5, 33, 19, 1, 24, 16, 7, 30]  # of the teacher, in NARROW
 FORWARD_ONLY = {"keep": tuple(f"{kind}.{role}:plain" for kind in ("mamba", "attention")
                               for role in ("input_gradient", "weight_gradient"))}  # fmt: skip
 QAD = PrecisionConfig(recipe="fp8_tensorwise", **FORWARD_ONLY)
@@ -74,6 +77,27 @@ def logits(config, state, batch, precision=None):
     return nnx.merge(build(config).graph, *state).logits(jnp.asarray(batch.tokens_bt), docs, plan)
 
 
+def after_layers(config, state, batch):
+    """The residual stream after each layer, applied one by one."""
+    plan, model = single_device_plan(PlanConfig(), config), nnx.merge(build(config).graph, *state)
+    docs = Documents(jnp.asarray(numbered(batch.segments_bt)), jnp.asarray(batch.positions_bt))
+    x_btd, found = model.embedding(jnp.asarray(batch.tokens_bt), docs, plan), []
+    for number, layer in enumerate(model.backbone.children):
+        x_btd, _ = layer(x_btd, docs, plan.of_layers(number, number + 1).of_layer())
+        found.append(x_btd)
+    return found
+
+
+def apart(distill, students, teachers):
+    """(b, t): the mean comparison of the pairs of layers."""
+    found = []
+    for one, other in distill.state_pairs:
+        s_btd, t_btd = students[one], teachers[other][..., np.array(CHANNELS)]
+        inner = jnp.sum(s_btd * t_btd, -1) / jnp.linalg.norm(s_btd, axis=-1) / jnp.linalg.norm(t_btd, axis=-1)
+        found.append(1 - inner if distill.state_loss == "cosine" else jnp.mean((s_btd - t_btd) ** 2, -1))
+    return sum(found) / len(found)
+
+
 def expected(config: RunConfig, batch):
     """Loss and gradients of the whole student, from both models' logits."""
     student, distill, t = initial_state(config.model, config.train.seed), config.distill, config.distill.temperature
@@ -81,6 +105,7 @@ def expected(config: RunConfig, batch):
     weights_bt = np.where((np.roll(segments_bt, -1, 1) == segments_bt) & (segments_bt > 0), weights_bt, 0)
     weights_bt[:, -1] = 0
     known_btv = logits(TEACHER, InMemory(TEACHER).state(), batch)
+    teachers = after_layers(TEACHER, InMemory(TEACHER).state(), batch)
     precision = config.precision if config.precision.rounds else None
 
     def loss(params):
@@ -90,10 +115,11 @@ def expected(config: RunConfig, batch):
             _, ids = jax.lax.top_k(p_btv, distill.top_k)
             z_btv, p_btv = (jnp.take_along_axis(x, ids, 2) for x in (z_btv, p_btv))
         p_btv, q_btv = (jax.nn.log_softmax(x / t) for x in (p_btv, z_btv))
-        apart_bt = jnp.sum(jnp.exp(p_btv) * (p_btv - q_btv), -1)
-        return (
-            jnp.sum(weights_bt * (distill.divergence * apart_bt + distill.cross_entropy * nats_bt)) / weights_bt.sum()
-        )
+        loss_bt = distill.divergence * jnp.sum(jnp.exp(p_btv) * (p_btv - q_btv), -1) + distill.cross_entropy * nats_bt
+        if distill.states:
+            students = after_layers(config.model, (params, student[1]), batch)
+            loss_bt += distill.state_weight * apart(distill, students, teachers)
+        return jnp.sum(weights_bt * loss_bt) / weights_bt.sum()
 
     return jax.jit(jax.value_and_grad(loss))(student[0])
 
@@ -109,6 +135,22 @@ CASES = {
         {"divergence": 0.5, "cross_entropy": 0.25, "temperature": 2.0, "top_k": 7},
         {},
     ),
+    "hidden states by cosine under sequence parallelism": (
+        {"tensor": 2, "context": 2, "microbatches": 2},
+        {
+            "divergence": 1.0,
+            "states": ("0:0", "1:2"),
+            "state_weight": 3.0,
+            "top_k": 7,
+            "teacher_plan": PlanConfig(data=2, tensor=2),
+        },
+        {},
+    ),
+    "hidden states by squares": (
+        {"data": 2},
+        {"divergence": 1.0, "states": ("1:1",), "state_loss": "mse", "state_weight": 0.5},
+        {},
+    ),
     "data, under rounding": (
         {"data": 2, "fsdp": "parameters"},
         {"divergence": 1.0, "teacher_plan": PlanConfig(data=2, microbatches=2)},
@@ -119,9 +161,12 @@ CASES = {
 
 @several_devices
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradient_are_those_of_all_logits(name):
+def test_loss_and_gradient_are_those_of_all_logits(name, tmp_path):
     plan, distill, more = CASES[name]
     config = run_config(STUDENT, plan=plan)
+    if "states" in distill:
+        (tmp_path / "pruning.json").write_text(json.dumps({"kept": {"hidden": CHANNELS}}))
+        config, distill = dataclasses.replace(config, model=NARROW), {**distill, "state_channels": str(tmp_path)}
     config = dataclasses.replace(config, distill=DistillConfig(**distill), **more).check()
     (batch,) = packed_batches(config, 1)
     laid, built = assemble(config.model, config.plan, length=config.train.sequence_length)
@@ -129,7 +174,8 @@ def test_loss_and_gradient_are_those_of_all_logits(name):
     teacher = Teacher(InMemory(TEACHER), config, laid, top_k=config.distill.top_k)
     placed = batch_to_devices(batch, laid)
     placed = placed._replace(extras=teacher.extras(batch))
-    assert set(placed.extras) == ({HIDDEN} if config.distill.top_k is None else {IDS, "teacher_log"})
+    streams = {f"teacher_stream_{number}" for number in range(len(config.distill.states))}
+    assert set(placed.extras) == streams | ({HIDDEN} if config.distill.top_k is None else {IDS, "teacher_log"})
     objective, student = make_objective(config.distill), initial_state(config.model, config.train.seed)
     function = gradients(built, objective, config.model, laid, "float32", frozen=teacher.variables)
     start = jax.device_put(
@@ -144,7 +190,8 @@ def test_loss_and_gradient_are_those_of_all_logits(name):
         loss, grads, counts, sums = jax.device_get(jax.jit(step)(*start, placed, teacher.variables))
         wanted, wanted_grads = jax.device_get(expected(config, batch))
     assert loss == pytest.approx(wanted, rel=2e-6) and wanted > 0.1
-    assert sums[DISTILLATION] / counts[DISTILLATION] == pytest.approx(loss, rel=1e-6)
+    of_states = config.distill.state_weight * sums.get("states", 0) / counts[DISTILLATION]
+    assert sums[DISTILLATION] / counts[DISTILLATION] + of_states == pytest.approx(loss, rel=1e-6)
     assert (sums[DIVERGENCE] == sums[DISTILLATION]) == (config.distill.cross_entropy == 0)
     for (path, got), want in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(wanted_grads), strict=True):
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -181,11 +228,37 @@ def test_a_teacher_that_does_not_fit_is_refused():
         ({"divergence": 1.0, "rest": "drop"}, "rest is 'drop'; expected one of renormalize, bucket"),
         ({"divergence": 1.0, "rest": "bucket", "temperature": 2.0}, "rest is 'bucket'; expected renormalize"),
         ({"divergence": 1.0, "logits": ""}, "logits is ''; expected a folder"),
+        ({"divergence": 1.0, "states": ("1-2",)}, r"states is \('1-2',\); expected different pairs STUDENT:TEACHER"),
+        ({"divergence": 1.0, "states": ("1:2", "1:2")}, "states is .* expected different pairs"),
+        ({"divergence": 1.0, "states": ("1:2",), "logits": "x"}, r"states is .* expected \(\): stored logits have no"),
+        ({"divergence": 1.0, "state_loss": "l1"}, "state_loss is 'l1'; expected one of cosine, mse"),
+        ({"divergence": 1.0, "state_weight": 0.0}, "state_weight is 0.0; expected a number above 0"),
     ],
 )
 def test_fields_are_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         DistillConfig(**fields)
+
+
+def test_states_that_cannot_be_compared_are_refused(tmp_path):
+    def check(model=NARROW, plan=None, **distill):
+        config = run_config(model, plan=plan)
+        distill = {"divergence": 1.0, "states": ("1:2",), "state_channels": str(tmp_path), **distill}
+        check_states(dataclasses.replace(config, distill=DistillConfig(**distill)), TEACHER)
+
+    (tmp_path / "pruning.json").write_text(json.dumps({"kept": {"hidden": CHANNELS}}))
+    check()
+    for pairs, who, layers in ((("2:2",), "student", 2), (("0:3",), "teacher", 3)):
+        with pytest.raises(ValueError, match=f"states is .* expected numbers below {layers}, the layers of the {who}"):
+            check(states=pairs)
+    with pytest.raises(ValueError, match=r"PlanConfig.stage is 2; expected 1 with DistillConfig.states"):
+        check(plan={"stage": 2, "microbatches": 2})
+    with pytest.raises(ValueError, match=r"hidden_size is 48; expected 36, the teacher's, or DistillConfig.state_chan"):
+        check(STUDENT, state_channels=None)
+    with pytest.raises(ValueError, match=r"keeps 20 channels of the residual stream; expected 48 different ones"):
+        check(STUDENT)
+    (tmp_path / "pruning.json").write_text(json.dumps({"kept": {"hidden": None}}))
+    check(hybrid(pattern="M*", vocab_size=97, mtp_depths=0, hidden_size=36))  # no channel was pruned
 
 
 RECIPE = (

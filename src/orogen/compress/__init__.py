@@ -6,7 +6,9 @@ model is made from one of the old.
 
 **Pruning** has four steps, each a file:
 
-- `calibrate.py` runs the model over text, on any plan without stages, and adds up what layers report. A layer that is
+- `calibrate.py` runs the model over text, on any plan without stages, and adds up what layers report. Stages are
+  refused: `fsdp` shares the parameters as well, and scores of layers compare final states of passes without each layer,
+  which would leave stages idle. A layer that is
   given a `Probe` (`layers/probe.py`) keeps statistics of its activations, or has its output multiplied by zero, so that
   one program measures the model without any of its layers.
 - `importance.py` and `depth.py` turn the sums into scores of units and of layers (Minitron, arXiv:2407.14679; for Mamba
@@ -18,12 +20,17 @@ model is made from one of the old.
 The new folder has `pruning.json`, with what was kept and how it was scored, and `pruning.npz`, with the scores of units
 (`stored_scores.py`). `--scores` prunes the same model to other sizes by them, without reading text or running the
 model, so on a host that cannot hold it. It refuses scores of other weights, and scores taken in another way than
-PruneConfig asks for. If layers were scored one by one, `removal.jsonl` has the scores for `orogen search`. Layers of
-gated cross-attention (x, g) and the heads of reward models have no rules, and are refused.
+PruneConfig asks for. If layers were scored one by one, `removal.jsonl` has the scores for `orogen search`, and with
+PruneConfig.scored_sizes those of narrowing one MLP alone: MiniPuzzle's replace-one scores. Layers of gated
+cross-attention (x, g) and the heads of reward models have no rules, and are refused.
 
 Text comes from `DataConfig`, sizes from `PruneConfig`, such as PruneConfig.mamba_num_heads = 48 in narrow.gin:
 
     orogen prune --checkpoint runs/base --gin_file gin_configs/data/stdlib.gin --gin_file narrow.gin --out pruned
+
+The head size of attention, Mamba's groups and its state size stay. No published model changes them: Nemotron-H 4B and
+47B, Nano 2 9B and Nemotron 3 Nano 4B are their parents with other patterns, hidden sizes, MLPs and numbers of Mamba
+heads. Rotary channels go in pairs that a ranking of channels would split, and heads of a group share B and C.
 
 Multi-token prediction: the block's layers are pruned in width like the others, and are never removed. A pattern loses
 its pipeline segments (`|`) if layers are removed.
@@ -57,6 +64,14 @@ important go first; with scores of replacing one layer at a time (`scores`), `pu
 `gin_configs/search/` has the budgets that Nemotron Nano 2 and Nemotron-H 47B were carved under;
 `experiments/carving_nano2` shows where the published models stand among the candidates. The best one is written as a
 gin file (`--out`).
+
+Which of the best is best, training says. Two commands carve a model: `orogen prune` to any size, for the scores, and
+
+    orogen search --gin_file budgets.gin --checkpoint base --scores pruned --training light.gin --run carved
+
+`retrain` then prunes each of the best candidates, distils it as light.gin says (a config of `orogen distill`), ranks
+them by the loss of held-out text, and, with `--winner long.gin`, distils the best one on. Each step is a command of its
+own, and a search that was stopped goes on (`ranking.jsonl` in the folder has what is known).
 
 **Elastic models** (`orogen distill` with an ElasticConfig): one model that holds smaller ones (arXiv:2511.16664).
 `orogen prune` with the model's own sizes sorts its units by importance. Training then takes one budget per step: a

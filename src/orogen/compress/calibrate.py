@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from orogen.checkpoint.leaves import leaves_of
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
@@ -39,6 +40,13 @@ class Measured(NamedTuple):
     layers: LayerSums
     final_d: np.ndarray
     changes: np.ndarray
+
+
+class Idle(NamedTuple):
+    """Hidden units, by number, of the dense MLP that is the layer `layer` of the pattern."""
+
+    layer: int
+    units: np.ndarray
 
 
 class Calibration:
@@ -75,15 +83,19 @@ class Calibration:
         laid = (self._laid(batch) for batch in batches)
         return [(batch, _on_host(self._final(*self._weights, batch, whole))) for batch in laid]
 
-    def distance(self, kind: str, finals: Sequence[tuple[Batch, Any]], removed: Sequence[int]) -> float:
+    def distance(
+        self, kind: str, finals: Sequence[tuple[Batch, Any]], removed: Sequence[int], *, idle: Idle | None = None
+    ) -> float:
         """How far the model without the layers `removed` is from the whole one, by DEPTH_SCORES: the sum over tokens of
         the squared difference of final hidden states, or of logits, divided by that of the whole model's square; or the
-        mean KL divergence, in nats per token. Raises ConfigError unless both sums are finite and the second above 0."""
+        mean KL divergence, in nats per token. idle: hidden units that it also lacks. Raises ConfigError unless both
+        sums are finite and the second above 0."""
+        weights = self._weights if idle is None else self._without(idle)
         gain_l = np.ones(self.layers, np.float32)
         gain_l[list(removed)] = 0
         total = np.zeros(2)
         for batch, final in finals:
-            without = self._final(*self._weights, batch, gain_l)
+            without = self._final(*weights, batch, gain_l)
             whole = jax.device_put(final, without.sharding)
             total += self._fetched(self._compared(kind)(*self._weights, batch, whole, without))
         if not (np.isfinite(total).all() and total[1] > 0):
@@ -91,6 +103,15 @@ class Calibration:
             found = f"{kind} without layers {gone} is {total[0]:g} / {total[1]:g}"
             raise ConfigError(f"{found}; expected finite sums, the second above 0")
         return float(total[0] / total[1])
+
+    def _without(self, idle: Idle) -> tuple[Any, Any]:
+        """The weights of the model whose MLP has these hidden units multiplied by zero."""
+        home, (params, buffers) = homes(self._opened.config)[idle.layer], self._weights
+        flat: dict[Any, Any] = {**leaves_of(params)}
+        down = flat[path := (*home.path, "mixer", "down")]
+        cut = down[...].at[(*home.index, idle.units)].set(0)
+        flat[path] = down.replace(jax.device_put(cut, down[...].sharding))
+        return nnx.from_flat_state(flat), buffers
 
     def _laid(self, batch: Batch) -> Batch:
         return batch_to_devices(batch._replace(extras={}), self._opened.plan)

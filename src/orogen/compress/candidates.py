@@ -20,7 +20,7 @@ from orogen.cost.weights import Weight, weights
 GIB = 2**30
 # Widths take a third of a millisecond each, numbers of layers hardly any.
 MOST_CANDIDATES, MOST_WIDTHS = 10**7, 10**5
-WINDOW_BITS = 16  # of the inputs that a convolution keeps
+ACTIVATION_BITS = 16  # of the inputs that a convolution keeps, and of hidden units
 
 
 class Costs(NamedTuple):
@@ -105,12 +105,23 @@ def costs(model: ModelConfig, search: SearchConfig) -> tuple[Costs, dict[str, Co
     shared = _costs(others, model, search, kept=0.0)
     # A token of the text does not use the block that predicts the tokens after the next one.
     deeper = _costs(mtp, model, search, kept=sum(request_bits(letter, model, search) for letter in model.layers.mtp))
-    other = Costs(shared.parameters + deeper.parameters, shared.active, shared.gib + deeper.gib)
+    read = search.prefill_chunk * widest_mlp(model) * ACTIVATION_BITS / 8 / GIB
+    other = Costs(shared.parameters + deeper.parameters, shared.active, shared.gib + deeper.gib + read)
     kinds = dict.fromkeys(model.layers.main)
     return other, {
         letter: _costs(found.layers[letter], model, search, kept=request_bits(letter, model, search))
         for letter in kinds
     }
+
+
+def widest_mlp(model: ModelConfig) -> int:
+    """The most hidden units that a token has at once in an MLP, or in its experts and the shared one; those of a gate
+    count too. Source: Megatron-LM, megatron/elastification/router/flex_budget_utils.py, `get_max_buffer_size`."""
+    kinds, routed = model.layers.main, 0
+    if "E" in kinds:
+        shared = model.moe_shared_expert_intermediate_size or 0
+        routed = shared + model.num_experts_per_tok * model.moe_intermediate_size
+    return max(model.intermediate_size if "-" in kinds else 0, routed) * (2 if model.mlp_gated else 1)
 
 
 def request_bits(letter: str, model: ModelConfig, search: SearchConfig) -> float:
@@ -121,7 +132,7 @@ def request_bits(letter: str, model: ModelConfig, search: SearchConfig) -> float
         return 2 * model.num_key_value_heads * model.head_dim * seen * cache
     if letter == "+":
         return (model.kv_lora_rank + model.qk_rope_head_dim) * length * cache
-    window = (model.conv_kernel - 1) * WINDOW_BITS if letter in "Mm" else 0
+    window = (model.conv_kernel - 1) * ACTIVATION_BITS if letter in "Mm" else 0
     if letter == "M":
         inner = model.mamba_num_heads * model.mamba_head_dim
         return inner * model.ssm_state_size * state + (inner + 2 * model.n_groups * model.ssm_state_size) * window

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory, told_progress
 from orogen.config.checks import ConfigError
@@ -16,6 +16,7 @@ from orogen.config.streams import say
 if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
     from orogen.compress.prune import Found
+    from orogen.compress.retrain import Retraining
     from orogen.compress.search import Ranking
     from orogen.config.model import ModelConfig
     from orogen.config.prune import PruneConfig
@@ -73,7 +74,7 @@ def prune(options: argparse.Namespace) -> int:
     """`orogen prune`."""
     from orogen.checkpoint.open import open_folder
     from orogen.compress import pruning
-    from orogen.compress.prune import check_target, decide, no_distance, require_new
+    from orogen.compress.prune import check_target, decide, no_distance, replaced, require_new
     from orogen.compress.rewrite import Source, rewrite
     from orogen.compress.slices import Pruned
     from orogen.compress.stored_scores import ARRAYS, fingerprint
@@ -88,7 +89,8 @@ def prune(options: argparse.Namespace) -> int:
         check_target(folder.config, settings, run.plan)
         found = _found(options, settings, run, folder.config)
         choice = decide(folder.config, settings, found, run.plan)
-        found = found._replace(distance=no_distance)  # lets go of the model
+        narrowed = replaced(folder.config, settings, found)
+        found = found._replace(distance=no_distance, narrowed=no_distance)  # lets go of the model
         fits = _conversion_fits(folder)
         source = Source(folder)
         found = pruning.of_weights(found, fingerprint(source), options.scores)
@@ -99,7 +101,7 @@ def prune(options: argparse.Namespace) -> int:
                   ARRAYS: pruning.arrays(found, choice)}  # fmt: skip
         made = {"fits": fits, "parameters": sizes[1], "beside": beside}
         if choice.depth.scores is not None and settings.depth_scores != "random":
-            beside[pruning.REMOVAL] = pruning.removal_lines(choice)
+            beside[pruning.REMOVAL] = pruning.removal_lines(choice, narrowed)
         rewrite(source, Pruned(source, choice.kept), choice.config, options.checkpoint, options.out, **made)
     lines = [*pruning.table(*shown, sizes), f"written: {options.out}"]
     told = {"target": str(options.out), "parameters": list(sizes), "pattern": choice.config.pattern}
@@ -230,19 +232,29 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--out", type=Path, metavar="F", help="write the best model as a gin file")
+    add = parser.add_argument_group("prune and distil the best candidates, and rank them by that").add_argument
+    add("--checkpoint", type=Path, metavar="DIR", help=f"the model to make smaller, the teacher too: {CHECKPOINT}")
+    add("--scores", type=Path, metavar="DIR", help="the folder of a pruning of it, by whose scores all are pruned")
+    add("--training", action="append", default=[], metavar="F",
+        help="how each candidate is distilled: a gin file of `orogen distill`; repeatable")  # fmt: skip
+    add("--winner", action="append", default=[], metavar="F", help="how the best one is distilled on; repeatable")
+    add("--run", type=Path, metavar="DIR", help="a folder for all of it; a search that was stopped goes on there")
 
 
 def search(options: argparse.Namespace) -> int:
     """`orogen search`."""
     from orogen.compress.puzzle import read_scores, removal_order, solve
+    from orogen.compress.retrain import call_orogen, retrain
     from orogen.compress.search import search_models
     from orogen.compress.speed import Speed
     from orogen.config.files import write_atomically
     from orogen.config.load import load_search
     from orogen.config.text import model_text
 
-    began = time.monotonic()
+    began, asked = time.monotonic(), _retraining(options)
     model, settings, cluster, engine = load_search(options.gin_file, options.gin_bindings)
+    if asked:
+        model = _parent(model, asked.checkpoint)
     if model is None:
         raise ConfigError("the gin files have no bindings of ModelConfig; expected the model to make smaller")
     if settings.scores is None:
@@ -250,15 +262,53 @@ def search(options: argparse.Namespace) -> int:
         found = search_models(model, settings, Speed(settings, cluster, engine), removal=removal_order(scored))
     else:
         found = solve(model, settings, read_scores(Path(settings.scores), model))
+    ranked = retrain(found.best, model, asked, call_orogen) if asked else []
+    best = found.best[ranked[0]["place"] - 1 if ranked else 0]
     if options.out is not None:
-        write_atomically(options.out, model_text(found.best[0].model).encode())
+        write_atomically(options.out, model_text(best.model).encode())
     facts = {
         "candidates": found.candidates, "feasible": found.feasible, "predicted": found.predicted,
         "seconds": time.monotonic() - began,
         "hardware": cluster.hardware if settings.simulates else None, "best": [one.facts() for one in found.best],
     }  # fmt: skip
-    answer(options, facts, _search_lines(found))
+    lines = [*_search_lines(found), *_ranking_lines(ranked), f"best pattern: {best.model.pattern}"]
+    answer(options, facts | ({"retrained": ranked} if ranked else {}), lines)
     return 0
+
+
+def _retraining(options: argparse.Namespace) -> "Retraining | None":
+    """What is asked of the candidates beside a list of them. Raises ConfigError if a part of it is missing."""
+    from orogen.compress.retrain import Retraining
+
+    given = {name: getattr(options, name) for name in ("checkpoint", "scores", "training", "run")}
+    if not any([*given.values(), options.winner]):
+        return None
+    if missing := [f"--{name}" for name, value in given.items() if not value]:
+        raise ConfigError(f"{' and '.join(missing)} missing; expected --checkpoint, --scores, --training and --run")
+    return Retraining(**given, winner=options.winner)
+
+
+def _parent(model: "ModelConfig | None", checkpoint: Path) -> "ModelConfig":
+    """The checkpoint's model. Raises ConfigError if the gin files have another one."""
+    from orogen.checkpoint.open import open_folder
+    from orogen.convert.config import difference
+
+    with open_folder(checkpoint) as folder:
+        found = folder.config
+    if model is not None and (field := difference(model, found)) is not None:
+        here, there = getattr(model, field), getattr(found, field)
+        raise ConfigError(f"ModelConfig.{field} is {here!r}; expected {there!r}, as {str(checkpoint)!r} has it")
+    return found
+
+
+def _ranking_lines(ranked: "list[dict[str, Any]]") -> list[str]:
+    found = [
+        f"{one['place']:>3}  held-out nats per token after distillation {one['heldout_loss']:.4f}" for one in ranked
+    ]
+    more = [
+        f"the first of them, distilled on: {one['winner']['heldout_loss']:.4f}" for one in ranked if "winner" in one
+    ]
+    return [*found, *more]
 
 
 def _search_lines(found: "Ranking") -> list[str]:
@@ -272,7 +322,7 @@ def _search_lines(found: "Ranking") -> list[str]:
         parts += [f"score {one.score:.6g}"] if one.score is not None else []
         parts += [f"{one.speed['tokens_per_second']:,.1f} tokens/s"] if one.speed else []
         lines.append(f"{place:>3}  {', '.join(parts)}")
-    return [*lines, f"best pattern: {found.best[0].model.pattern}"]
+    return lines
 
 
 SEARCH = Command(
@@ -282,6 +332,8 @@ SEARCH = Command(
         "orogen search --gin_file gin_configs/search/nemotron_nano2.gin",
         "orogen search --gin_file gin_configs/search/nemotron_h_47b.gin --json --out smaller.gin",
         "orogen search --gin_file gin_configs/search/nemotron_nano2.gin --gin_bindings 'SearchConfig.most_gib = 18.0'",
+        "orogen search --gin_file my_budgets.gin --checkpoint runs/base --scores pruned --training my_distillation.gin "
+        "--run runs/carved",
     ),
     add_arguments=_add_search_arguments,
     run=search,

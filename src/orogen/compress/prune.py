@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orogen.checkpoint.open import Opened
-from orogen.compress.calibrate import Calibration, Measured
-from orogen.compress.choose import Kept, choose, pruned_config
+from orogen.compress.calibrate import Calibration, Idle, Measured
+from orogen.compress.choose import Kept, best, choose, pruned_config
 from orogen.compress.depth import Depth, Distance, check_depth, check_layer_scores, choose_layers
 from orogen.compress.importance import Scores, check_scores, order_scores, random_scores, scores
 from orogen.compress.slices import MIXERS
@@ -27,6 +27,11 @@ ACTIVATIONS, COSINE, ORDER, RANDOM = "activations", "cosine", "order", "random"
 CALIBRATION = "the pass over the text"
 
 
+def no_distance(removed: Any) -> float:
+    """The distance where there is no model to measure it. Raises ConfigError."""
+    raise ConfigError("layers cannot be scored again without a model; expected PruneConfig.iterative = False")
+
+
 class Taken(NamedTuple):
     """How the scores of units were taken. widths: by WIDTH_SCORES, None if they are placeholders that no size is chosen
     by; experts: by EXPERT_SCORES; seed: of random ones; weights: the model's fingerprint, "" before it is known."""
@@ -39,7 +44,7 @@ class Taken(NamedTuple):
 
 class Found(NamedTuple):
     """The scores that a choice is made by. of_layers: by layer, None without them; distance: scores layers while others
-    are removed. rows, tokens: of the text that was read."""
+    are removed; narrowed: scores a model that lacks hidden units. rows, tokens: of the text that was read."""
 
     scores: Scores
     of_layers: list[float] | None
@@ -47,6 +52,7 @@ class Found(NamedTuple):
     taken: Taken
     rows: int = 0
     tokens: int = 0
+    narrowed: Callable[[Idle], float] = no_distance
 
 
 class Choice(NamedTuple):
@@ -63,6 +69,9 @@ def check_target(model: ModelConfig, prune: PruneConfig, plan: PlanConfig) -> No
     if foreign:
         known = ", ".join(f"{letter} ({LAYERS[letter]})" for letter in MIXERS)
         raise ConfigError(f"ModelConfig.pattern has layers {' '.join(foreign)}; expected only {known}, to be pruned")
+    most = model.intermediate_size if "-" in model.layers.main else 0
+    expected = f"sizes below {most}, ModelConfig.intermediate_size" if most else "(): the model has no dense MLP"
+    require(all(size < (most or 0) for size in prune.scored_sizes), prune, "scored_sizes", expected)
     require(not model.score_head, model, "score_head", "False: a model with one cannot be pruned")
     check_depth(model, prune)
     pruned_config(model, prune, tuple(range(len(model.layers.main))), plan)
@@ -115,7 +124,23 @@ def measured(
         progress()
         return calibration.distance(prune.depth_scores, finals, removed)
 
-    return found._replace(of_layers=None, distance=distance)
+    def narrowed(idle: Idle) -> float:
+        progress()
+        return calibration.distance(prune.depth_scores, finals, (), idle=idle)
+
+    return found._replace(of_layers=None, distance=distance, narrowed=narrowed)
+
+
+def replaced(model: ModelConfig, prune: PruneConfig, found: Found) -> list[tuple[int, int, float]]:
+    """(layer, size, score) of each dense MLP that alone is narrowed to a size of `PruneConfig.scored_sizes`: its units
+    with the lowest scores go. The score is that of DEPTH_SCORES, as for the removal of a layer."""
+    lines = []
+    for number, letter in enumerate(model.layers.main):
+        for size in prune.scored_sizes if letter == "-" else ():
+            scores_f = found.scores.layers[number]["mlp"]
+            gone = np.setdiff1d(np.arange(len(scores_f)), best(scores_f, size))
+            lines.append((number, size, found.narrowed(Idle(number, gone))))
+    return lines
 
 
 def decide(model: ModelConfig, prune: PruneConfig, found: Found, plan: PlanConfig) -> Choice:
@@ -181,11 +206,6 @@ def _first(batch: Batch, rows: int) -> Batch:
     """The batch, whose rows from `rows` on are empty."""
     inside_b1 = (np.arange(len(batch.tokens_bt)) < rows)[:, None]
     return batch._replace(segments_bt=np.where(inside_b1, batch.segments_bt, 0))
-
-
-def no_distance(removed: Sequence[int]) -> float:
-    """The distance where there is no model to measure it. Raises ConfigError."""
-    raise ConfigError("layers cannot be scored again without a model; expected PruneConfig.iterative = False")
 
 
 def changed_sizes(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:

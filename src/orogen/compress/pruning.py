@@ -14,7 +14,7 @@ from orogen.compress.depth import check_layer_scores
 from orogen.compress.importance import Scores, Units, check_scores, random_scores
 from orogen.compress.prune import RANDOM, Choice, Found, Taken, changed_sizes, no_distance
 from orogen.compress.stored_scores import ARRAYS, encoded_arrays, read_arrays
-from orogen.config.checks import ConfigError
+from orogen.config.checks import ConfigError, require
 from orogen.config.json_file import ListOf, MapOf, Number, Record, Whole, read_json
 from orogen.config.model import ModelConfig
 from orogen.config.prune import PruneConfig
@@ -89,15 +89,19 @@ def encoded(facts: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def removal_lines(choice: Choice) -> bytes:
-    """The scores of leaving out one layer alone, as `SearchConfig.scores` and `removal` read them."""
+def removal_lines(choice: Choice, narrowed: Sequence[tuple[int, int, float]]) -> bytes:
+    """The scores of leaving out one layer alone, and of narrowing one (layer, size, score), as `SearchConfig.scores`
+    and `removal` read them."""
     scores = enumerate(_rounded(choice.depth.scores or []))
-    return "".join(json.dumps({"layer": n, "removed": True, "score": one}) + "\n" for n, one in scores).encode()
+    lines: list[dict[str, Any]] = [{"layer": n, "removed": True, "score": one} for n, one in scores]
+    lines += [{"layer": n, "intermediate_size": size, "score": _rounded([score])[0]} for n, size, score in narrowed]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def read_scores(file: Path, model: ModelConfig, prune: PruneConfig) -> Found:
     """The scores of an earlier pruning of the same model. Raises ConfigError if they are of another one, or if they
     lack the scores of layers that are asked for."""
+    require(not prune.scored_sizes, prune, "scored_sizes", "() with --scores: no model runs")
     file = file / FILE if file.is_dir() else file
     facts = read_json(file, FORM)
     found, of_layers = facts["scores"], facts["scores"]["of_layers"]

@@ -30,6 +30,8 @@ class PruneConfig:
     or to the logits (logit_mse, logit_kl), for each layer a pass; cosine is 1 - the mean cosine of the residual stream
     before and after the layer, and costs no pass of its own. iterative: the layer with the lowest score is removed,
     then the scores of the others are measured again without it.
+    scored_sizes: each dense MLP with fewer hidden units is scored as the model without a layer is (replace-one scores
+    of MiniPuzzle, arXiv:2504.03624).
     width_scores: order keeps the first units, such as those of a submodel of an elastic model.
     expert_scores: the mean norm of an expert's weighted output over its tokens, or its share of tokens or weights.
     """
@@ -54,6 +56,9 @@ class PruneConfig:
     depth_scores: Annotated[str, "hidden_mse, logit_mse, logit_kl, cosine or random"] = "hidden_mse"
     iterative: Annotated[bool, "whether layers are removed one at a time, with new scores for each"] = False
     expert_scores: Annotated[str, "output, count or weight"] = "output"
+    scored_sizes: Annotated[
+        tuple[int, ...], "sizes of intermediate_size to which each dense MLP alone is narrowed, for SearchConfig.scores"
+    ] = ()
     rows: Annotated[int, "rows of text that units are scored on"] = 1024
     depth_rows: Annotated[int, "rows of text that layers are scored on"] = 128
     batch_size: Annotated[int, "rows per pass"] = 8
@@ -63,7 +68,8 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        object.__setattr__(self, "remove_layers", tuple(self.remove_layers))
+        for field in ("remove_layers", "scored_sizes"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         require_positive(self, *WIDTHS, "num_layers", "rows", "depth_rows", "batch_size", "sequence_length")
         require(self.sequence_length > 1, self, "sequence_length", "at least 2")
         require_choice(self, "width_scores", WIDTH_SCORES)
@@ -97,6 +103,10 @@ class PruneConfig:
             different and all(n >= 0 for n in self.remove_layers), self, "remove_layers", "different numbers from 0"
         )
         repeats = self.chooses_layers and self.depth_scores not in ("cosine", "random")
+        sizes = self.scored_sizes
+        valid = all(size > 0 for size in sizes) and len(set(sizes)) == len(sizes)
+        require(valid, self, "scored_sizes", "different sizes above 0")
+        require(repeats or not sizes, self, "scored_sizes", "(): no layers are scored by passes without them")
         within = self.depth_rows <= self.rows or not repeats
         require(within, self, "depth_rows", f"at most rows = {self.rows}: they are the first of these")
         expected = "False: only scores of passes without a layer, which choose layers, change with what is removed"

@@ -28,7 +28,7 @@ def _of_preference(fields: str, holds: Callable[[PreferenceConfig], bool], other
 
 ALWAYS = {
     "chat": "template too_long without_reasoning truncated",
-    "distill": "divergence cross_entropy temperature top_k logits",
+    "distill": "divergence cross_entropy temperature top_k logits states",
     "elastic": "budgets cost hidden_size intermediate_size num_attention_heads mamba_num_heads mamba_head_dim "
     "n_routed_experts moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size num_layers removal "
     "weights later_weights later_after budget_weight tolerance router_learning_rate temperature temperature_decay "
@@ -50,6 +50,12 @@ READERS: dict[str, tuple[Reader, ...]] = {
             ("distill",),
             lambda run: run.distill.top_k is not None or run.distill.logits is not None,
             "DistillConfig.top_k and .logits are None: no token is left out",
+        ),
+        Reader(
+            "state_loss state_weight state_channels",
+            ("distill",),
+            lambda run: bool(run.distill.states),
+            "DistillConfig.states is (): no hidden states are compared",
         ),
         Reader(
             "teacher_plan",

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Annotated
 
-from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_positive
+from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_not_negative, require_positive
 from orogen.config.model import LAYERS, ModelConfig
 
 # Fields of ModelConfig whose values may vary, with the letters of the layers that read them; hidden_size: all do.
@@ -32,7 +32,9 @@ class SearchConfig:
     Every combination of the layers' numbers and of the widths is a candidate; a width without values stays. order: the
     candidates that keep the budgets are sorted by these, the most first (bytes: the least), the first one deciding.
     most_gib: of the weights of all parameters, with `weight_bits`, and of `requests` texts of `context` tokens: keys
-    and values with `cache_bits`, Mamba's states with `state_bits`, and its windows with 16. least_tokens_per_second,
+    and values with `cache_bits`, Mamba's states with `state_bits`, and its windows with 16; and of what reading
+    `prefill_chunk` tokens of a prompt takes, the hidden units of the widest MLP, with 16, as Megatron-LM's elastic
+    models count it. least_tokens_per_second,
     fits: as `orogen simulate --inference` predicts them for EngineConfig's slots on ClusterConfig's hardware, with
     prompts and answers of prompt_tokens and new_tokens.
     scores: lines {"layer": 3, "removed": true, "score": 0.1} and {"layer": 3, "intermediate_size": 15360, "score":
@@ -71,6 +73,9 @@ class SearchConfig:
     weight_bits: Annotated[float, "bits per parameter"] = 16.0
     cache_bits: Annotated[float, "bits per key and value"] = 16.0
     state_bits: Annotated[float, "bits per number of Mamba's states"] = 32.0
+    prefill_chunk: Annotated[
+        int, "tokens of a prompt that are read at once, whose hidden units in the widest MLP count too; 0: none"
+    ] = 0
     # what is simulated
     prompt_tokens: Annotated[int, "tokens of each simulated prompt"] = 1024
     new_tokens: Annotated[int, "tokens of each simulated answer"] = 1024
@@ -90,6 +95,7 @@ class SearchConfig:
         require_positive(self, "most_parameters", "most_active", "most_gib", "least_tokens_per_second", "context")
         require_positive(self, "requests", "weight_bits", "cache_bits", "state_bits", "best")
         require_positive(self, "prompt_tokens", "new_tokens")
+        require_not_negative(self, "prefill_chunk")
         for name in WIDTHS:
             values = getattr(self, name)
             require(

@@ -1,4 +1,5 @@
-"""What a layer is given to report its activations' sizes, from which pruning tells what matters; or to be left out.
+"""What a layer is given to report its activations' sizes, from which pruning tells what matters; to be left out; or to
+keep the residual stream after it.
 
 A layer takes a `Probe` by `given`, in place of a cache, and its statistics leave by `kept`: a dict of float32 arrays,
 whole and equal on every device, so that a pass needs no further reduction. They are sums over batches once a caller
@@ -9,7 +10,7 @@ Letters: b batch, t time, d model, c channels.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,22 @@ from orogen.parallel.plan import Plan
 ENTERED, DEALT = ("batch", "context"), ("token_rows", "token_time")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("gain",), meta_fields=("measures",))
+@partial(jax.tree_util.register_dataclass, data_fields=("gain",), meta_fields=("measures", "streams"))
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """measures: whether the layer keeps statistics. gain: () factor of the layer's output, 0 to leave the layer out;
-    None: 1."""
+    None: 1. streams: whether it keeps a `Seen` in place of what it keeps without a probe."""
 
     gain: Array | None = None
     measures: bool = False
+    streams: bool = False
+
+
+class Seen(NamedTuple):
+    """What a layer keeps without a probe, and the residual stream (b, t, d) after it."""
+
+    kept: Any
+    after_btd: Array
 
 
 def probe_of(given: Any) -> tuple[Probe | None, Any]:

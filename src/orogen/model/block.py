@@ -21,7 +21,7 @@ from orogen.layers.adapter import adapt
 from orogen.layers.documents import Documents
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
-from orogen.layers.probe import change, probe_of, stream_squares
+from orogen.layers.probe import Seen, change, probe_of, stream_squares
 from orogen.model.attention import Attention, LatentAttention
 from orogen.model.cross_attention import GatedCrossAttention, GatedMLP
 from orogen.model.mamba1 import Mamba1
@@ -140,7 +140,7 @@ class Layer(nnx.Module):
             return x_btd + y_btd, kept
         after_btd = x_btd + (y_btd if probe.gain is None else y_btd * probe.gain.astype(y_btd.dtype))
         if not probe.measures:
-            return after_btd, None
+            return after_btd, Seen(kept, after_btd) if probe.streams else None
         of_stream = {"hidden": stream_squares(h_btd, docs, plan), "change": change(x_btd, after_btd, docs, plan)}
         return after_btd, {**of_stream, **kept}
 

@@ -20,6 +20,10 @@ dtype: tokens per data and context rank x the teacher's width.
 `--write_logits` stores the teacher's top_k log-probabilities beside the data (`stored_logits.py`), 6 bytes each; later
 runs with these data and sequence length read them by memory map, in any order of documents, and need no teacher; one
 given by --checkpoint all the same is read once, for its tokenizer and to refuse another than wrote them.
+`DistillConfig.states` also compares hidden states, after pairs of layers (`states.py`). The student then has no
+pipeline stages: only the last one computes losses. The teacher never has any. Under a plan with stages its parameters
+are shared among the stages' devices (FSDP), which takes as little memory, and no device waits for another stage's
+microbatch; a pipeline would save the gathering of weights, and would need a schedule of forward passes alone.
 Under a PrecisionConfig, which the teacher does not follow, this is quantisation-aware distillation, or with
 cross_entropy alone quantisation-aware training: `gin_configs/posttrain/`. Evaluations also measure the divergence.
 Under an ElasticConfig the student holds smaller models, one of which learns in each step (`compress/__init__.py`).

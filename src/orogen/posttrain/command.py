@@ -234,9 +234,10 @@ def _write_logits(options: argparse.Namespace, folder: "Folder | None") -> int:
     config, _ = load(options.gin_file, [*options.gin_bindings, *model_bindings(folder.config)])
     config.need("data", "train", "distill")
     require_read(config, ("chat", "distill"))
-    if config.distill.top_k is None or config.distill.logits is not None or config.plan.stage > 1:
+    more = config.distill.logits is not None or config.distill.states
+    if config.distill.top_k is None or more or config.plan.stage > 1:
         raise ConfigError(
-            "--write_logits: expected DistillConfig.top_k, no DistillConfig.logits and a plan of one stage"
+            "--write_logits: expected DistillConfig.top_k, no DistillConfig.logits or .states and a plan of one stage"
         )
     if distributed.count() > 1:
         raise ConfigError(f"--write_logits runs on {distributed.count()} processes; expected one")

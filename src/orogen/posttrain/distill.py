@@ -26,6 +26,7 @@ from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan
 from orogen.posttrain.chats import ChatCorpus
 from orogen.posttrain.sft import make_sft
+from orogen.posttrain.states import check_states, compared
 from orogen.posttrain.stored_logits import StoredLogits
 from orogen.posttrain.teacher import Teacher, fingerprint_of, knowledge, require_same_vocabulary, teacher_plan
 from orogen.train.formats import in_formats, is_switched
@@ -36,40 +37,45 @@ from orogen.train.state import TrainState
 from orogen.train.step import batch_to_devices
 from orogen.train.task import ByName, Evaluation, Metric, Objective, Task
 
-# Metrics: the mix that is minimised; nats of the divergence. LOSS is measured too.
-DISTILLATION, DIVERGENCE = "distillation", "divergence"
+# Metrics: the mix that is minimised; nats of the divergence; the comparison of hidden states. LOSS is measured too.
+DISTILLATION, DIVERGENCE, STATES = "distillation", "divergence", "states"
 SCORE = "heldout_divergence"
 
 
 def make_objective(distill: DistillConfig) -> Objective:
-    """divergence x KL(teacher || student) + cross_entropy x the nats of the next token, both per target.
+    """divergence x KL(teacher || student) + cross_entropy x the nats of the next token, both per target, and
+    state_weight x the comparison of hidden states, if there is one.
 
     A multi-token-prediction block, which a teacher's next-token distribution says nothing of, learns the text as in
     pretraining. Sources: arXiv:1503.02531; arXiv:2601.20088, eq. 1.
     """
     mix = Mix(distill.divergence, distill.cross_entropy, distill.temperature, distill.rest)
 
-    def sums(model: LanguageModel, hidden: list[Array], batch: Batch, plan: Plan, frozen: Any = None) -> ByName:
+    def sums(
+        model: LanguageModel, hidden: list[Array], batch: Batch, plan: Plan, *, frozen: Any = None, streams: Any = ()
+    ) -> ByName:
         target = targets(batch, 0, plan), target_weights(batch, 0, plan)
         found = distilled(hidden[0], model, knowledge(batch, frozen, plan), *target, mix=mix, plan=plan)
         named = {DISTILLATION: found.total, DIVERGENCE: found.divergence, LOSS: found.cross_entropy}
+        if streams:
+            named[STATES] = compared(streams, batch, target[1], distill.state_loss, plan)
         deeper = [
             token_nats(h_btd, model, targets(batch, depth, plan), target_weights(batch, depth, plan), plan)
             for depth, h_btd in enumerate(hidden[1:], 1)
         ]
         return named | ({MTP_LOSS: jnp.stack(deeper)} if deeper else {})
 
-    return Objective(counts=_counts, sums=sums, shares=_shares)
+    def counts(batch: Batch, depths: int, plan: Plan) -> ByName:
+        counted = [jnp.abs(target_weights(batch, depth, plan)).sum() for depth in range(depths + 1)]
+        named = dict.fromkeys((DISTILLATION, DIVERGENCE, LOSS, *([STATES] if distill.states else [])), counted[0])
+        return named | ({MTP_LOSS: jnp.stack(counted[1:])} if depths else {})
 
+    def shares(config: ModelConfig, depths: int) -> Mapping[str, float]:
+        found = {DISTILLATION: 1.0} | ({STATES: distill.state_weight} if distill.states else {})
+        return found | ({MTP_LOSS: config.mtp_loss_scale / depths} if depths else {})
 
-def _counts(batch: Batch, depths: int, plan: Plan) -> ByName:
-    counted = [jnp.abs(target_weights(batch, depth, plan)).sum() for depth in range(depths + 1)]
-    named = dict.fromkeys((DISTILLATION, DIVERGENCE, LOSS), counted[0])
-    return named | ({MTP_LOSS: jnp.stack(counted[1:])} if depths else {})
-
-
-def _shares(config: ModelConfig, depths: int) -> Mapping[str, float]:
-    return {DISTILLATION: 1.0} | ({MTP_LOSS: config.mtp_loss_scale / depths} if depths else {})
+    watched = tuple(student for student, _ in distill.state_pairs)
+    return Objective(counts=counts, sums=sums, shares=shares, watched=watched)
 
 
 class TaughtBatches:
@@ -171,6 +177,7 @@ class Distillation:
         require(self._distill.top_k is None or self._distill.top_k <= tokens, self._distill, "top_k", expected)
         if self._folder is not None:
             require_same_vocabulary(self._folder.config, config.model)
+            check_states(config, self._folder.config)
             RunConfig(model=self._folder.config, plan=teacher_plan(config, self._distill), train=config.train).check()
             of_teacher = self._folder.tokenizer()
         if tokenizer is None and of_teacher is not None:

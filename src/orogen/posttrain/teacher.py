@@ -30,11 +30,13 @@ from orogen.kernels.divergence import Hidden, Likely
 from orogen.layers.documents import Documents
 from orogen.layers.linear import head_matrix
 from orogen.model.heads import most_likely
+from orogen.model.streams import streams, watching
 from orogen.model.vocabulary import resized
 from orogen.parallel import distributed, placement
 from orogen.parallel.axes import STREAM
 from orogen.parallel.context import zigzag
 from orogen.parallel.plan import Plan
+from orogen.posttrain import states
 from orogen.train.step import BATCH_AXES, batch_to_devices
 
 # Names in `Batch.extras`: (b, t, e) in the compute dtype; (b, t, k) int32 and float32.
@@ -81,6 +83,8 @@ class Teacher:
         require_same_vocabulary(folder.config, config.model)
         opened = _opened(folder, config, distill)
         self._student_plan, self._teacher_plan, self._top_k = plan, opened.plan, top_k
+        self._watched = tuple(number for _, number in distill.state_pairs)
+        self._channels = states.channels_of(distill, folder.config, config.model) if distill.states else None
         place = jax.jit(placement.working, static_argnums=1)
         self._state = place(opened.params, opened.plan), opened.buffers
         self.fingerprint = _fingerprint(opened)
@@ -94,13 +98,19 @@ class Teacher:
 
     def _program(self, opened: Opened) -> Callable[..., dict[str, Array]]:
         plan, parts = self._teacher_plan, self._teacher_plan.config.microbatches
-        axes = STREAM if self._top_k is None else BATCH_AXES
+        main, watched = opened.config.layers.main, self._watched
+        axes = {states.name(number): STREAM for number in range(len(watched))} | {HIDDEN: STREAM}
+        if self._top_k is not None:
+            axes = {**axes, IDS: BATCH_AXES, LOG: BATCH_AXES}
+            del axes[HIDDEN]
 
         def of_part(model: Any, part: Batch) -> dict[str, Array]:
-            h_bte, _ = model.hidden(part.tokens_bt, Documents(part.segments_bt, part.positions_bt), plan)
+            docs = Documents(part.segments_bt, part.positions_bt)
+            h_bte, kept = model.hidden(part.tokens_bt, docs, plan, watching(main, watched))
+            found = {states.name(n): self._seen(x_bte) for n, x_bte in enumerate(streams(main, kept, watched))}
             if self._top_k is None:
-                return {HIDDEN: h_bte}
-            return dict(zip((IDS, LOG), most_likely(h_bte, model, self._top_k, plan), strict=True))
+                return found | {HIDDEN: h_bte}
+            return found | dict(zip((IDS, LOG), most_likely(h_bte, model, self._top_k, plan), strict=True))
 
         def on_device(params: Any, buffers: Any, batch: Batch) -> dict[str, Array]:
             model = nnx.merge(opened.built.graph, params, buffers)
@@ -111,13 +121,17 @@ class Teacher:
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
         specs = plan.specs(opened.built.params), plan.specs(opened.built.buffers), plan.spec(*BATCH_AXES)
-        on_devices = plan.run(on_device, inputs=specs, outputs=plan.spec(*axes))
+        on_devices = plan.run(on_device, inputs=specs, outputs={name: plan.spec(*axes[name]) for name in axes})
 
         def run(params: Any, buffers: Any, batch: Batch) -> dict[str, Array]:
             found = on_devices(params, buffers, batch)
             return {name: _reordered(x, plan, self._student_plan) for name, x in found.items()}
 
         return jax.jit(run, out_shardings=plan.sharding(*BATCH_AXES), compiler_options=plan.compiler_options)
+
+    def _seen(self, x_bte: Array) -> Array:
+        """The channels of a stream that the student's is compared with."""
+        return x_bte if self._channels is None else jnp.take(x_bte, self._channels, axis=-1)
 
 
 def fingerprint_of(folder: Folder, config: RunConfig) -> str:

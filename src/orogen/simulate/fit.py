@@ -84,6 +84,9 @@ def require_distillation_fits(config: RunConfig, teacher: ModelConfig, plan: Pla
     beside = [_parameters("the teacher's parameters", teacher, _stored(teacher, plan) * itemsize)]
     if config.distill.top_k is None:
         beside.append(Need("the teacher's hidden states", tokens * teacher.hidden_size * itemsize, wide))
+    if pairs := len(config.distill.states):
+        streams = {**_batch_settings(train), "DistillConfig.states": pairs}
+        beside.append(Need("its streams", tokens * pairs * config.model.hidden_size * itemsize, streams))
     _require("distillation", [_batch(train)], [*_training(config), *beside], config.plan.devices, memory)
 
 

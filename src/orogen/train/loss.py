@@ -4,7 +4,7 @@ router losses.
 Letters: b batch, t time, d model, e experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from orogen.model.cache import both, caches, map_layers, without_caches
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import shifted_segments
 from orogen.model.stages import MOE
+from orogen.model.streams import streams, unwatched, watching
 from orogen.moe.layer import MoEStats
 from orogen.moe.router import Balance, global_balance
 from orogen.parallel.plan import Plan
@@ -86,13 +87,14 @@ class Passed(NamedTuple):
     """The results of some of the layers on a batch. x_btd: the residual stream after them or, after the head, the final
     hidden states; loss: this batch's share of the global loss; metrics: the objective's sums, 0 before the head (both
     summed over the devices of a stage); stats: of each stack of layers, in the order in which they ran; carried: see
-    Sums."""
+    Sums; streams: the residual streams after the layers that are watched."""
 
     x_btd: Array
     loss: Array
     metrics: ByName
     stats: tuple[Any, ...]
     carried: Any = None
+    streams: Sequence[Array] = ()
 
 
 def loss_share(
@@ -117,7 +119,7 @@ def loss_share(
     common: Any = {"config": config, "plan": plan}
     passed = run_backbone(
         model, x_btd, batch, counts, replay=replay and replay[:1], assigned=assigned and assigned[:1],
-        carried=carried, **common,
+        carried=carried, watched=objective.watched, **common,
     )  # fmt: skip
     passed = run_head(
         model, passed, batch, counts, objective=objective, replay=replay and replay[1:],
@@ -158,15 +160,18 @@ def run_backbone(
     replay: Any,
     assigned: Assigned | None = None,
     carried: Any = None,
+    watched: Sequence[int] = (),
 ) -> Passed:
     """The results of the backbone's layers, with the losses of their routers."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
     given = both(both(replay and replay[0], _resumed(carried, batch)), model.given_images(batch.extras, plan))
-    x_btd, kept = model.backbone(x_btd, docs, plan, given)
+    x_btd, kept = model.backbone(x_btd, docs, plan, both(given, watching(config.layers.main, watched)))
+    found = streams(config.layers.main, kept, watched)
+    kept = unwatched(kept) if watched else kept
     stats, left = without_caches(kept), carried and caches(kept)
     known = None if assigned is None else assigned[0]
     loss = _router_loss(moe_stats(stats), counts, plan, depth=0, applications=1, config=config, assigned=known)
-    return Passed(x_btd, loss, jax.tree.map(jnp.zeros_like, counts.metrics), (stats,), left)
+    return Passed(x_btd, loss, jax.tree.map(jnp.zeros_like, counts.metrics), (stats,), left, found)
 
 
 def _resumed(carried: Any, batch: Batch) -> Any:
@@ -196,7 +201,8 @@ def run_head(
     with jax.named_scope("final_norm"):
         h_btd = model.norm(passed.x_btd, plan)
     deeper = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay) if objective.deeper else []
-    metrics = _total(objective.sums(model, [h_btd, *(h for h, _ in deeper)], batch, plan), plan)
+    watched = {"streams": passed.streams} if objective.watched else {}
+    metrics = _total(objective.sums(model, [h_btd, *(h for h, _ in deeper)], batch, plan, **watched), plan)
     made, counted = (jax.tree.map(jnp.shape, values) for values in (metrics, counts.metrics))
     if made != counted:
         raise ValueError(f"an objective's sums are {made}; expected the names and shapes of its counts, {counted}")

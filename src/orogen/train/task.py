@@ -59,6 +59,8 @@ class Objective:
     gradient.
     deeper: whether the MTP block runs. Without it, `depths` is 0, its parameters have a gradient of zero (weight decay
     still shrinks them), and its routers keep their biases.
+    watched: the backbone's layers, by number, after which `sums` also takes the residual streams (b, t, d), as
+    `streams`, a list. Only for models without stages, cross-attention and replayed routing.
     In a task with a `FrozenModel`, `sums` also takes this device's part of its `variables`, as `frozen`.
     """
 
@@ -66,6 +68,7 @@ class Objective:
     sums: Callable[..., ByName]
     shares: Callable[[ModelConfig, int], Mapping[str, float]]
     deeper: bool = True
+    watched: tuple[int, ...] = ()
 
     def depths(self, config: ModelConfig) -> int:
         """The number of tokens predicted after the next one."""
