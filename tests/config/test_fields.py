@@ -10,7 +10,9 @@ from tests.config.test_refusals import GOOD as OF_RUNS
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.curate import CURATION, ClassifyConfig, CurateConfig, DecontaminateConfig
+from orogen.config.elastic import ElasticConfig
 from orogen.config.fields import KINDS
+from orogen.config.lora import LoraConfig
 from orogen.config.prune import PruneConfig
 
 GOOD = {kind: {} for kind in CURATION} | {
@@ -18,6 +20,8 @@ GOOD = {kind: {} for kind in CURATION} | {
     ClassifyConfig: {"good": ("a",), "bad": ("b",)},
     DecontaminateConfig: {"evaluation": ("a",)},
     PruneConfig: {"remove_layers": (1,)},
+    LoraConfig: {"rank": 2},
+    ElasticConfig: {"budgets": (0.5, 1.0), "hidden_size": (8,)},
     **OF_RUNS,
 }
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
