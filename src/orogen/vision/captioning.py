@@ -32,7 +32,7 @@ def make_captioning() -> Task:
             )
         if data.tokenizer == "bpe" and tokenizer is None:
             raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the language model's own")
-        encoder = open_encoder(Path(vision.encoder))
+        encoder = open_encoder(vision.encoder)
         check_model(config, encoder)
         tokenizer = tokenizer or make_tokenizer(data, ())
         encode = lambda: encode_corpus(data.corpus, encoder, Path(vision.features), log=say)  # noqa: E731

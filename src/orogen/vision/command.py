@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from orogen.vision.encoder import Encoder
 
 PAIRS = "images with captions: .jsonl, .parquet or WebDataset .tar, a file or a folder (orogen.data.interleaved)"
-ENCODER = "the Hugging Face folder of a CLIP or SigLIP model"
+ENCODER = "the Hugging Face folder of a CLIP or SigLIP model, or efficientnet_lite0[/PIXELS]"
 
 
 def _add_caption_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def _add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
     parser.add_argument("--input", type=Path, metavar="CORPUS", help=f"{PAIRS}, whose captions are scored against")
     parser.add_argument("--database", type=Path, metavar="DIR", help="what `orogen database` has built")
-    parser.add_argument("--encoder", type=Path, metavar="DIR", help=f"{ENCODER}; by default the one of the run")
+    parser.add_argument("--encoder", metavar="E", help=f"{ENCODER}; by default the one of the run")
     parser.add_argument("--retrieved", type=_count, metavar="K", help="captions to retrieve; by default as in the run")
     parser.add_argument("--guard", type=_cosine, metavar="COSINE", help="leave out entries of at least this similarity")
     parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="most tokens of a caption")
@@ -47,7 +47,7 @@ def _add_database_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("build", "add", "remove", "show"), help="what to do with the database")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the database's folder")
     parser.add_argument("--input", type=Path, metavar="CORPUS", help=f"for build and add: {PAIRS}")
-    parser.add_argument("--encoder", type=Path, metavar="DIR", help=f"for build and add: {ENCODER}")
+    parser.add_argument("--encoder", metavar="E", help=f"for build and add: {ENCODER}")
     parser.add_argument("--index", choices=("flat", "ivf", "hnsw"), default="flat",
                         help="for build: flat searches exactly; ivf and hnsw are faster, by faiss")  # fmt: skip
     parser.add_argument("--ids", type=_ids, metavar="1,2", help="for remove: the entries' ids")
@@ -78,7 +78,7 @@ def caption(options: argparse.Namespace) -> int:
     if k and options.database is None:
         raise ConfigError(f"the model was trained with {k} retrieved captions; expected --database, or --retrieved 0")
     settings = Settings(
-        options.checkpoint, options.encoder or Path(seen.encoder), options.database, k, options.guard, options.tokens
+        options.checkpoint, options.encoder or seen.encoder, options.database, k, options.guard, options.tokens
     )
     found = caption_images(settings, seen, options.image, options.input)
     if options.page is not None:

@@ -147,7 +147,7 @@ def open_images(
     token = image_token(tokenizer, vision.image_token)
     told = Told(len(documents), len(encoded.features_npv), len(encoded.broken), sum(s is None for s in fitted.values()))
     seen = {
-        "encoder": str(Path(vision.encoder).resolve()), "fingerprint": encoder.fingerprint, "image_token": token,
+        "encoder": encoder.source, "fingerprint": encoder.fingerprint, "image_token": token,
         "retrieved": vision.retrieved, "shots": vision.shots,
     }  # fmt: skip
     sight = Sight(encoded.features_npv, token, vision.images_per_row)

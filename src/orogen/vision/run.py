@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     """How images are captioned. retrieved: captions per image; guard: see `retrieve`."""
 
     checkpoint: Path
-    encoder: Path
+    encoder: str
     database: Path | None
     retrieved: int
     guard: float | None
@@ -107,7 +107,7 @@ def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpu
     encoder = open_encoder(settings.encoder)
     if encoder.fingerprint != seen.fingerprint:
         raise ConfigError(
-            f"encoder {str(settings.encoder)!r} is {encoder.fingerprint[:12]}; expected {seen.fingerprint[:12]}, with "
+            f"encoder {settings.encoder!r} is {encoder.fingerprint[:12]}; expected {seen.fingerprint[:12]}, with "
             "which the model was trained"
         )
     database = None if settings.database is None else Database(settings.database, encoder)
