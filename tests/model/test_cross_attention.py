@@ -181,8 +181,8 @@ def test_a_resampled_image_does_not_depend_on_its_neighbours():
 def test_rows_without_room_and_patterns_that_cannot_see_are_refused():
     graph, params, buffers = parameters()
     model = nnx.merge(graph, params, buffers)
-    extras = {FEATURES: jnp.zeros((1, 2, 3, 5)), IMAGE: jnp.zeros((1, 2), jnp.int32)}
-    with pytest.raises(ValueError, match="6 vectors per row; expected 7 or more"):
+    extras = {FEATURES: jnp.zeros((1, 2, 15)), IMAGE: jnp.zeros((1, 2), jnp.int32)}
+    with pytest.raises(ValueError, match="30 numbers per row; expected 35 or more"):
         model.given_images(extras, PLAN)
     with pytest.raises(ValueError, match="row 0 has 4 images; expected at most 3"):
         a_batch([[1] * 9], [[Placed(n, image(1)) for n in range(4)]])

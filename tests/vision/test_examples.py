@@ -56,10 +56,12 @@ def test_rows_never_hold_more_images_than_they_have_room_for():
     assert 0 < (batch.tokens_bt >= FIRST).sum(1).max() <= 3
     sight = Sight(np.arange(5 * 2 * 3, dtype=np.float32).reshape(5, 2, 3), token=1, room=3)
     seen = sight.see(batch)
-    assert seen.tokens_bt.max() < FIRST and seen.extras["image_features"].shape == (len(batch.tokens_bt), 31, 1, 3)
+    assert seen.tokens_bt.max() < FIRST and seen.extras["image_features"].shape == (len(batch.tokens_bt), 31, 1)
     row = int(np.argmax((batch.tokens_bt >= FIRST).any(1)))
     number = batch.tokens_bt[row][batch.tokens_bt[row] >= FIRST][0] - FIRST
-    np.testing.assert_array_equal(seen.extras["image_features"][row].reshape(-1, 3)[:2], sight.features_npv[number])
+    np.testing.assert_array_equal(
+        seen.extras["image_features"][row].reshape(-1)[:6].reshape(2, 3), sight.features_npv[number]
+    )
 
 
 def test_what_does_not_fit_is_left_out():

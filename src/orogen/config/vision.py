@@ -5,9 +5,9 @@ from typing import Annotated
 
 from orogen.config.checks import check_types, require, require_not_negative, require_positive
 
-# Extras of batches with images. FEATURES (b, t, m, v) float32: the feature vectors of a row's images, one image after
-# another, m of them at each position, so that the batch is split over devices as its tokens are. IMAGE (b, t) int32:
-# the image of the row, 1, 2, …, that each token sees, 0 for none.
+# Extras of batches with images. FEATURES (b, t, w) float32: the numbers of a row's images, one image after another, w
+# of them at each position, so that the batch is split over devices as its tokens are. IMAGE (b, t) int32: the image of
+# the row, 1, 2, …, that each token sees, 0 for none.
 FEATURES, IMAGE = "image_features", "image"
 PAD = "pad"
 

@@ -1,7 +1,6 @@
 """Images in packed rows: where each stands, which one each token sees, and how their features lie in a batch.
 
-Pure numpy. Letters: b batch, t time, i images of a row, m slots of a token, p feature vectors of an image, v their
-width.
+Pure numpy. Letters: b batch, t time, p feature vectors of an image, v their width, n numbers of a row's images.
 """
 
 import math
@@ -37,19 +36,18 @@ def with_images(batch: Batch, rows: Sequence[Sequence[Placed]], *, room: int, sh
     """The batch with the extras FEATURES and IMAGE of these images, given row by row in the order of their positions.
 
     room: the most images of a row, equal for all batches of a run, so that they have one shape; shape: (p, v). The
-    vectors of room images are rounded up to whole slots of all t tokens, and the resampler runs on all images that the
-    slots have room for, ⌊t · m / p⌋ per row, those of zeros too: this costs many times the work of `room` images if a
-    row is much longer than room · p. Raises ValueError if a row has more images than `room`.
+    numbers of a row's images lie one after another in w per token, w = ⌈room · p · v / t⌉, so that a batch has hardly
+    more room than it needs; the resampler runs on ⌊t · w / (p · v)⌋ images, which is `room` unless a row has more
+    tokens than an image has numbers. Raises ValueError if a row has more images than `room`.
     """
     (vectors, width), (count, length) = shape, batch.tokens_bt.shape
-    slots = math.ceil(room * vectors / length)
-    features_bnv = np.zeros((count, length * slots, width), np.float32)
+    numbers = vectors * width
+    features_bn = np.zeros((count, length * math.ceil(room * numbers / length)), np.float32)
     image_bt = np.zeros((count, length), np.int32)
     for number, placed in enumerate(rows):
         if len(placed) > room:
             raise ValueError(f"row {number} has {len(placed)} images; expected at most {room}")
         image_bt[number] = images_seen(batch.segments_bt[number], [image.position for image in placed])
         for index, image in enumerate(placed):
-            features_bnv[number, index * vectors : (index + 1) * vectors] = image.features_pv
-    features_btmv = features_bnv.reshape(count, length, slots, width)
-    return batch._replace(extras={**batch.extras, FEATURES: features_btmv, IMAGE: image_bt})
+            features_bn[number, index * numbers : (index + 1) * numbers] = image.features_pv.reshape(-1)
+    return batch._replace(extras={**batch.extras, FEATURES: features_bn.reshape(count, length, -1), IMAGE: image_bt})

@@ -1,7 +1,7 @@
 """The perceiver resampler: an image's feature vectors, however many, as a few vectors of the model's width.
 
-Letters: b batch, t time of this rank, i images of a row, m slots of a token, p feature vectors of an image, v their
-width, l latents, d model, n images of all rows, k head size.
+Letters: b batch, s time, w numbers of a token, f numbers of a row, p feature vectors of an image, v their width, l
+latents, d model, n images of all rows, k head size.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Resampler(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, std = config.hidden_size, config.init_std
-        self.vectors = config.image_features
+        self.vectors, self.width = config.image_features, config.image_feature_size
         self.project = normal(rngs, (config.image_feature_size, size), (None, "embed"), std=std)
         self.latents = normal(rngs, (config.resampler_latents, size), ("positions", "norm"), std=1.0)
         self.layers = nnx.List([ResamplerLayer(config, rngs) for _ in range(config.resampler_layers)])
@@ -54,13 +54,13 @@ class Resampler(nnx.Module):
         image."""
         if FEATURES not in extras:
             return None
-        features_bsmv = whole(extras[FEATURES], plan)
-        rows, *_, width = features_bsmv.shape
-        features_bnv = features_bsmv.reshape(rows, -1, width)
-        count = features_bnv.shape[1] // self.vectors
+        features_bsw = whole(extras[FEATURES], plan)
+        rows, size = len(features_bsw), self.vectors * self.width
+        features_bf = features_bsw.reshape(rows, -1)
+        count = features_bf.shape[1] // size
         if not count:
-            raise ValueError(f"{FEATURES} has {features_bnv.shape[1]} vectors per row; expected {self.vectors} or more")
-        features_npv = features_bnv[:, : count * self.vectors].reshape(rows * count, self.vectors, width)
+            raise ValueError(f"{FEATURES} has {features_bf.shape[1]} numbers per row; expected {size} or more")
+        features_npv = features_bf[:, : count * size].reshape(rows * count, self.vectors, self.width)
         resampled_nld = self(features_npv, plan)
         latents, size = resampled_nld.shape[1:]
         image_n = 1 + jnp.arange(count * latents, dtype=jnp.int32) // latents

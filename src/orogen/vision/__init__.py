@@ -30,10 +30,10 @@ most similar last. `orogen caption` refuses such a model: a database has embeddi
 examples need.
 
 **Batches** (`corpus.py`, `data/images.py`): in a token stream an image is one token; packing therefore knows nothing of
-images. Packed batches get extras (`config/vision.py`) whose vectors lie along the time axis, several at each position,
-so that every plan splits them as it splits tokens. A document is padded so far that no row can have more than
-`images_per_row` images. The resampler runs on a row's whole room, ⌊t · m / p⌋ images for t tokens with m vectors each
-and p vectors per image, at least `images_per_row`; costs and predictions leave its work out. `orogen verify` puts
+images. Packed batches get extras (`config/vision.py`) whose numbers lie along the time axis, so that every plan splits
+them as it splits tokens. A document is padded so far that no row can have more than
+`images_per_row` images. The resampler runs on a row's whole room, of `images_per_row` images unless a row has more
+tokens than an image has numbers (`data/images.py`); costs and predictions leave its work out. `orogen verify` puts
 random images into its batches if the pattern has `x`, and opens the gates, which let no gradient through while they are
 closed.
 
