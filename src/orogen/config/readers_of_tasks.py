@@ -34,7 +34,7 @@ ALWAYS = {
     "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "
     "importance sequence_error baseline normalise advantage_clip overlong resample kl length_control concise_bonus "
     "curriculum updates exact slots workers table_rows",
-    "vision": "encoder features images_per_row image_token database retrieved shots",
+    "vision": "encoder features images_per_row image_token database retrieved retrieval shots",
 }
 READERS: dict[str, tuple[Reader, ...]] = {
     "chat": (),

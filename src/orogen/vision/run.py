@@ -112,6 +112,9 @@ def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpu
         )
     database = None if settings.database is None else Database(settings.database, encoder)
     model = Captioner(open_model(settings.checkpoint), seen.image_token, tokens=settings.tokens)
+    most = model.opened.config.retrieved_captions
+    if most is not None and settings.retrieved > most:
+        raise ConfigError(f"retrieved is {settings.retrieved}; expected at most {most}, which the model encodes")
     broken: dict[str, str] = {}
     named = ((str(file), file.read_bytes(), None) for file in images) if corpus is None else _pairs(corpus, broken)
     items: list[Captioned] = []
