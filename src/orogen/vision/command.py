@@ -23,6 +23,11 @@ def _add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", metavar="E", help=f"{ENCODER}; by default the one of the run")
     parser.add_argument("--retrieved", type=_count, metavar="K", help="captions to retrieve; by default as in the run")
     parser.add_argument("--guard", type=_cosine, metavar="COSINE", help="leave out entries of at least this similarity")
+    parser.add_argument(
+        "--shots", type=_count, metavar="N", help="similar pairs before an image; by default as in the run"
+    )
+    parser.add_argument("--examples", type=Path, metavar="CORPUS", help="where the pairs of --shots come from")
+    parser.add_argument("--features", type=Path, metavar="DIR", help="keeps the features of --examples for later calls")
     parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="most tokens of a caption")
     parser.add_argument("--page", type=Path, metavar="F.html", help="write images, captions and what was retrieved")
 
@@ -77,9 +82,13 @@ def caption(options: argparse.Namespace) -> int:
     k = seen.retrieved if options.retrieved is None else options.retrieved
     if k and options.database is None:
         raise ConfigError(f"the model was trained with {k} retrieved captions; expected --database, or --retrieved 0")
+    shots = seen.shots if options.shots is None else options.shots
+    if shots and options.examples is None:
+        raise ConfigError(f"the captions have {shots} examples each; expected --examples, or --shots 0")
     settings = Settings(
-        options.checkpoint, options.encoder or seen.encoder, options.database, k, options.guard, options.tokens
-    )
+        options.checkpoint, options.encoder or seen.encoder, options.database, k, options.guard, options.tokens,
+        shots, options.examples, options.features,
+    )  # fmt: skip
     found = caption_images(settings, seen, options.image, options.input)
     if options.page is not None:
         from orogen.vision.page import write_page
