@@ -70,9 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/revilm_search"), help="a new folder")
     parser.add_argument("--dimension", type=int, default=512, help="of the embeddings; CLIP's are 512 to 768")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of indices, separated by commas")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
-    for kind in KINDS:
+    for kind in options.kinds.split(","):
         line = json.dumps(measure(kind, options.out, options.dimension))
         print(line, flush=True)
         with (HERE / "search.jsonl").open("a") as file:

@@ -53,8 +53,9 @@ def _add_database_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="the database's folder")
     parser.add_argument("--input", type=Path, metavar="CORPUS", help=f"for build and add: {PAIRS}")
     parser.add_argument("--encoder", metavar="E", help=f"for build and add: {ENCODER}")
-    parser.add_argument("--index", choices=("flat", "ivf", "hnsw"), default="flat",
-                        help="for build: flat searches exactly; ivf and hnsw are faster, by faiss")  # fmt: skip
+    parser.add_argument("--index", choices=("flat", "ivf", "hnsw"),
+                        help="for build: flat searches exactly; ivf and hnsw are faster, by faiss; by default flat, or "
+                             "ivf for more entries than an exact search finds within 5 ms")  # fmt: skip
     parser.add_argument("--ids", type=_ids, metavar="1,2", help="for remove: the entries' ids")
 
 
@@ -133,10 +134,11 @@ def _changed(options: argparse.Namespace) -> "tuple[Encoder, dict[str, str], Any
     if options.action == "add":
         databases.Database(options.folder, encoder)  # refused before hours of encoding
     else:
-        databases.check_new(options.folder, options.index)
+        databases.check_new(options.folder, options.index or databases.IVF)  # whose library it may need
     entries, embedding_ne, told = read_entries(options.input, encoder)
     if options.action == "build":
-        return encoder, told, databases.create(options.folder, encoder, embedding_ne, entries, index=options.index)
+        index = options.index or databases.default_index(len(entries))
+        return encoder, told, databases.create(options.folder, encoder, embedding_ne, entries, index=index)
     return encoder, told, databases.add(options.folder, encoder, embedding_ne, entries)
 
 
