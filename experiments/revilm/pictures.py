@@ -40,6 +40,26 @@ class Symbol(NamedTuple):
     name: str
 
 
+def texts(unknown: Sequence[Symbol], count: int, seed: int) -> Iterator[str]:
+    """Documents as a captioner's text is: two captions, and a third whose name is one of theirs, mostly the first's.
+
+    Names are words of Unicode's names of all characters, put together at random, without the words of `unknown`.
+    """
+    rng = random.Random(f"texts {seed}")
+    left_out = {word for symbol in unknown for word in symbol.name.split()}
+    every = {word for code in range(0x20000) for word in unicodedata.name(chr(code), "").lower().split()}
+    words = sorted(word for word in every - left_out if word.isalpha() and 2 < len(word) <= 8)
+
+    def name() -> str:
+        return " ".join(rng.sample(words, rng.choice((1, 1, 2))))[:LONGEST].strip()
+
+    for _ in range(count):
+        first, other = name(), name()
+        right = first if rng.random() < 0.9 else other
+        names = first, first if rng.random() < 0.7 else other, right
+        yield "\n".join(NAMED.format(name=one, colour=rng.choice(sorted(COLOURS))) for one in names)
+
+
 class Picture(NamedTuple):
     """A drawn symbol: PNG bytes and what is said of it."""
 
