@@ -54,7 +54,7 @@ ARMS = {
     "large": Arm(LARGE, 32),
     "no_guard": Arm(WITH | {"VisionConfig.guard": None}, 80),
     "encoded": Arm(WITH | {"VisionConfig.retrieval": "encoded"} | CHUNKS, 32),
-    "shots": Arm({"VisionConfig.shots": 2}, 80, 3),
+    "shots": Arm({"VisionConfig.shots": 2}, 84, 3),
 }
 
 
