@@ -88,6 +88,8 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *(("model__num_attention_heads", 2, {"pattern": p}, {"pattern": "ME-"}, ATTENTION + SEEING) for p in "*x"),
     *((f"model__{f}", 4, {"pattern": "x"}, {"pattern": "g*"}, CROSS) for f in (
         "image_feature_size", "image_features", "resampler_latents", "resampler_layers")),
+    *((f"model__{f}", 4, {"pattern": "x", f"model__{g}": 2}, {"pattern": "g*", f"model__{g}": 2}, CROSS) for f, g in (
+        ("retrieved_captions", "caption_tokens"), ("caption_tokens", "retrieved_captions"))),
     *((f"model__{f}", v, {"pattern": "*"}, {"pattern": "+M"}, HEADS + SEEING)
       for f, v in (("num_key_value_heads", 3), ("head_dim", 2))),
     *((f"model__{f}", True, {"pattern": "w"}, {"pattern": "M"}, HEADS) for f in ("qk_norm", "attention_sinks")),

@@ -95,6 +95,11 @@ OPTIONS = [
     {"pattern": "E", "mlp_bias": True, "moe_bias": "shared", "moe_latent_size": 6, "moe_shared_expert_gate": True},
     {"pattern": "-", "tie_word_embeddings": True, "learned_positions": 9, "score_head": True},
     *(
+        {"pattern": "xg", "image_feature_size": 7, "image_features": 3, "resampler_latents": 5, "resampler_layers": 2,
+         **captions}
+        for captions in ({}, {"retrieved_captions": 2, "caption_tokens": 11})
+    ),
+    *(
         {"pattern": "+", "attention_bias": bias, "q_lora_rank": rank, "kv_lora_rank": 7, "qk_nope_head_dim": 5,
          "qk_rope_head_dim": 4, "v_head_dim": 3, "rope_theta": 1e4}
         for bias, rank in (("none", None), ("all", None), ("all", 11))

@@ -22,6 +22,7 @@ from orogen.layers.documents import Documents, documents
 from orogen.model.block import Layer
 from orogen.model.cross_attention import GatedCrossAttention, Images
 from orogen.model.lm import LanguageModel
+from orogen.model.resampler import CaptionEncoder
 from orogen.parallel.plan import make_plan
 from orogen.train.sides import GATE, with_open_gates
 from orogen.train.verify import verify
@@ -31,7 +32,7 @@ SIZES = {
     "resampler_latents": 3, "resampler_layers": 2, "mtp_depths": 0,
 }  # fmt: skip
 MODEL = hybrid(pattern="Mxg-xg-", **SIZES)
-PLANNED = hybrid(pattern="xg", **SIZES | {"resampler_layers": 1})
+PLANNED = hybrid(pattern="xg", **SIZES | {"resampler_layers": 1, "retrieved_captions": 2, "caption_tokens": 3})
 PLAIN = hybrid(pattern="M--", **{**SIZES, "mtp_depths": 0})
 SHAPE = (MODEL.image_features, MODEL.image_feature_size)
 PLAN = make_plan(PlanConfig(), MODEL)
@@ -178,11 +179,41 @@ def test_a_resampled_image_does_not_depend_on_its_neighbours():
     assert np.abs(together[0] - together[1]).max() > 0.01
 
 
+def test_captions_are_encoded_by_the_definition():
+    """Against numpy in float64: two images, each with two captions of three tokens."""
+    encoder = CaptionEncoder(PLANNED, nnx.Rngs(5))
+    rng = np.random.default_rng(6)
+    for leaf in jax.tree.leaves(nnx.state(encoder), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        leaf.set_value(jnp.asarray(rng.normal(size=leaf.get_value().shape) / 4, jnp.float32))
+    token_ns = np.array([[5, 9, 1, 7, 7, 2], [9, 5, 1, 0, 3, 2]], np.int32)
+    found = np.asarray(jax.jit(lambda t: encoder(t, PLAN))(token_ns))
+    value = lambda leaf: np.asarray(leaf[...], np.float64)  # noqa: E731
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + PLANNED.layer_norm_epsilon) * value(scale.weight)
+
+    (layer,) = encoder.layers
+    for image_tokens, image_found in zip(token_ns, found, strict=True):
+        for caption, vectors in zip(image_tokens.reshape(2, 3), image_found.reshape(2, 3, 48), strict=True):
+            x_cd = value(encoder.tokens)[caption] + value(encoder.positions)
+            h_cd = norm(x_cd, layer.latent_norm)
+            q_chk = (h_cd @ value(layer.query)).reshape(3, 6, 4)
+            k_cgk, v_cgk = ((h_cd @ value(w)).reshape(3, 2, 4) for w in (layer.key, layer.value))
+            y_chk = np.zeros((3, 6, 4))
+            for h in range(6):
+                p_cs = np.exp(q_chk[:, h] @ k_cgk[:, h // 3].T / 2)
+                y_chk[:, h] = p_cs @ v_cgk[:, h // 3] / p_cs.sum(1, keepdims=True)
+            x_cd = x_cd + y_chk.reshape(3, 24) @ value(layer.out)
+            up_cf = np.maximum(norm(x_cd, layer.mlp_norm) @ value(layer.mlp.up), 0) ** 2
+            x_cd = x_cd + up_cf @ value(layer.mlp.down)
+            np.testing.assert_allclose(vectors, norm(x_cd, encoder.norm), rtol=2e-5, atol=2e-6)
+
+
 def test_rows_without_room_and_patterns_that_cannot_see_are_refused():
     graph, params, buffers = parameters()
     model = nnx.merge(graph, params, buffers)
-    extras = {FEATURES: jnp.zeros((1, 2, 3, 5)), IMAGE: jnp.zeros((1, 2), jnp.int32)}
-    with pytest.raises(ValueError, match="6 vectors per row; expected 7 or more"):
+    extras = {FEATURES: jnp.zeros((1, 2, 15)), IMAGE: jnp.zeros((1, 2), jnp.int32)}
+    with pytest.raises(ValueError, match="30 numbers per row; expected 35 or more"):
         model.given_images(extras, PLAN)
     with pytest.raises(ValueError, match="row 0 has 4 images; expected at most 3"):
         a_batch([[1] * 9], [[Placed(n, image(1)) for n in range(4)]])

@@ -19,8 +19,12 @@ from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.rewrite import Source
 from orogen.config.text import model_text
+from orogen.data.vocabulary import byte_tokenizer
 from orogen.vision import features
 from orogen.vision import run as vision_run
+from orogen.vision.database import unit
+from orogen.vision.encoder import open_encoder
+from orogen.vision.examples import FIRST
 from orogen.vision.tower import Encoded
 
 ENCODER = Path(__file__).parent.parent / "fixtures" / "vision" / "clip"
@@ -180,11 +184,30 @@ def test_a_guard_is_a_cosine(guard, capsys):
     assert f"{guard!r}; expected a cosine, from -1 to 1" in capsys.readouterr().err
 
 
-def test_a_model_trained_with_examples_is_refused(folder, run, tmp_path, capsys):
+def test_examples_come_before_an_image(folder, run, tmp_path, capsys, monkeypatch):
+    prompts = []
+    monkeypatch.setattr("orogen.vision.describe.Captioner.captions", lambda _, asked: prompts.extend(asked) or ["it"])
+    words = ["--image", folder / "4.png", "--shots", 2, "--examples", folder / "pairs.jsonl", "--features", tmp_path]
+    (one,) = captioned(capsys, run, *words, "--guard", "0.99997", "--page", tmp_path / "page.html")["captions"]
+    assert one["examples"] == ["a green square"] * 2
+    assert "example: a green square" in (tmp_path / "page.html").read_text()
+    (asked,) = prompts
+    text = byte_tokenizer().encode_inside("a green square\n").tolist()
+    assert asked.ids[1:] == [FIRST + 1, *text, FIRST + 2, *text, FIRST] and sorted(asked.features) == [0, 1, 2]
+    encoder = open_encoder(ENCODER)
+    near = [encoder.encode([picture("green", n)]) for n in range(1, 24, 3)]
+    cosines = [float((unit(one.embedding_be) @ unit(near[1].embedding_be).T)[0, 0]) for one in near]
+    second, first = sorted((n for n, cosine in enumerate(cosines) if cosine < 0.99997), key=cosines.__getitem__)[-2:]
+    np.testing.assert_allclose(asked.features[1], near[second].features_bpd[0], atol=1e-4)
+    np.testing.assert_allclose(asked.features[2], near[first].features_bpd[0], atol=1e-4)  # next to the image
+    assert list(tmp_path.glob("*/features.npy"))
+
+
+def test_a_model_trained_with_examples_needs_some(folder, run, tmp_path, capsys):
     facts = json.loads((run / "vision.json").read_text())
     (tmp_path / "vision.json").write_text(json.dumps({**facts, "shots": 2}))
     assert main(["caption", "--checkpoint", str(tmp_path), "--image", str(folder / "0.png")]) == 2
-    assert "trained with VisionConfig.shots = 2; expected 0" in capsys.readouterr().err
+    assert "the captions have 2 examples each; expected --examples, or --shots 0" in capsys.readouterr().err
 
 
 def test_a_database_is_refused_before_images_are_encoded(folder, tmp_path, capsys, monkeypatch):
@@ -225,7 +248,14 @@ def test_a_grafted_model_computes_what_it_did(tmp_path, capsys):
         old = folder.config
     pattern = old.pattern.replace("-", "xg-", 1)
     new = dataclasses.replace(
-        old, pattern=pattern, image_feature_size=5, image_features=3, resampler_latents=2, resampler_layers=1
+        old,
+        pattern=pattern,
+        image_feature_size=5,
+        image_features=3,
+        resampler_latents=2,
+        resampler_layers=1,
+        retrieved_captions=2,
+        caption_tokens=4,
     )
     (tmp_path / "new.gin").write_text(model_text(new))
     shutil.copytree(source, tmp_path / "old")

@@ -25,7 +25,7 @@ from orogen.vision.examples import FIRST
 TOKENIZER = byte_tokenizer()
 MODEL = hybrid(
     pattern="Mx*g-", mtp_depths=0, vocab_size=TOKENIZER.vocab_size, image_feature_size=5, image_features=7,
-    resampler_latents=3, resampler_layers=1,
+    resampler_latents=3, resampler_layers=1, retrieved_captions=2, caption_tokens=4,
 )  # fmt: skip
 TOKENS = 6
 
@@ -41,13 +41,20 @@ def image(seed):
     return np.random.default_rng(seed).normal(size=(MODEL.image_features, MODEL.image_feature_size)).astype(np.float32)
 
 
-def a_prompt(*ids):
-    return Prompt(ids, {one - FIRST: image(one - FIRST) for one in ids if one >= FIRST})
+def a_prompt(*ids, captions=()):
+    """Its first image has these captions; others have none."""
+    numbers = [one - FIRST for one in ids if one >= FIRST]
+    return Prompt(ids, {number: image(number) for number in numbers}, {numbers[0]: captions})
 
 
+EOS, PAD = TOKENIZER.eos_id, TOKENIZER.pad_id
+NONE = [PAD] * 4
+AB, CDEF, XY = (TOKENIZER.encode_inside(text).tolist() for text in ("ab", "cdef", "xy"))
+CHUNKS = {(): [NONE, NONE], ("ab", "cdefg"): [[*AB, EOS, PAD], CDEF], ("xy",): [[*XY, EOS, PAD], NONE]}
 PROMPTS = [
     a_prompt(TOKENIZER.bos_id, FIRST, 65, 66, 67, 10, FIRST + 1, *range(70, 84)),
-    a_prompt(TOKENIZER.bos_id, FIRST + 2),
+    a_prompt(TOKENIZER.bos_id, FIRST + 2, captions=("ab", "cdefg")),
+    a_prompt(TOKENIZER.bos_id, FIRST + 2, captions=("xy",)),
     a_prompt(TOKENIZER.bos_id, 80, FIRST + 3, 97, 10),
 ]
 
@@ -61,11 +68,14 @@ def test_captions_of_unequal_prompts_are_the_greedy_ones_of_whole_rows(opened):
     for row, (prompt, found_t) in enumerate(zip(PROMPTS, found_bt, strict=True)):
         ids = np.array([*prompt.ids, *found_t])
         stands_t = np.flatnonzero(ids >= FIRST)
-        placed.append([Placed(int(t), prompt.features[int(ids[t]) - FIRST]) for t in stands_t])
+        numbers = [int(ids[t]) - FIRST for t in stands_t]
+        chunks = [np.array(CHUNKS[prompt.captions.get(number, ())], np.int32) for number in numbers]
+        features = [prompt.features[number] for number in numbers]
+        placed.append([Placed(*one) for one in zip(stands_t.tolist(), features, chunks, strict=True)])
         batch.tokens_bt[row, : len(ids)] = np.where(ids >= FIRST, TOKENIZER.pad_id, ids)
         batch.segments_bt[row, : len(ids)] = 1
         batch.positions_bt[row, : len(ids)] = np.arange(len(ids))
-    batch = with_images(batch, placed, room=2, shape=(MODEL.image_features, MODEL.image_feature_size))
+    batch = with_images(batch, placed, room=2, shape=(MODEL.image_features, MODEL.image_feature_size), caption_tokens=8)
 
     @jax.jit
     def logits(params, buffers, batch):

@@ -10,7 +10,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.config.vision import VisionConfig
 from orogen.data.loader import ONLY
-from orogen.data.packing import in_pieces, pack
+from orogen.data.packing import Batch, in_pieces, pack
 from orogen.data.vocabulary import byte_tokenizer
 from orogen.vision import corpus
 from orogen.vision.corpus import Sight
@@ -56,10 +56,12 @@ def test_rows_never_hold_more_images_than_they_have_room_for():
     assert 0 < (batch.tokens_bt >= FIRST).sum(1).max() <= 3
     sight = Sight(np.arange(5 * 2 * 3, dtype=np.float32).reshape(5, 2, 3), token=1, room=3)
     seen = sight.see(batch)
-    assert seen.tokens_bt.max() < FIRST and seen.extras["image_features"].shape == (len(batch.tokens_bt), 31, 1, 3)
+    assert seen.tokens_bt.max() < FIRST and seen.extras["image_features"].shape == (len(batch.tokens_bt), 31, 1)
     row = int(np.argmax((batch.tokens_bt >= FIRST).any(1)))
     number = batch.tokens_bt[row][batch.tokens_bt[row] >= FIRST][0] - FIRST
-    np.testing.assert_array_equal(seen.extras["image_features"][row].reshape(-1, 3)[:2], sight.features_npv[number])
+    np.testing.assert_array_equal(
+        seen.extras["image_features"][row].reshape(-1)[:6].reshape(2, 3), sight.features_npv[number]
+    )
 
 
 def test_what_does_not_fit_is_left_out():
@@ -86,7 +88,7 @@ def test_shots_are_the_most_similar_pairs_that_give_nothing_away():
 def test_the_copy_guard_is_for_examples_that_are_learned(tmp_path, guard, retrieved, shots):
     captions = ["cat", "one", " Cat.", "cat"]
     embedding_ne = np.array([[1, 0], [0.99, 0.05], [0.6, 0.6], [0.6, 0.61]], np.float32)
-    encoder = types.SimpleNamespace(name="tiny", fingerprint="abc", dimension=2)
+    encoder = types.SimpleNamespace(name="tiny", source="tiny", fingerprint="abc", dimension=2)
     known = ["cat", "one", "cat", "far"]
     create(tmp_path / "db", encoder, np.array([[1, 0], [0.99, 0.05], [0.6, 0.6], [0, 1]]),
            [Entry(one, "") for one in known], index="flat")  # fmt: skip
@@ -102,9 +104,32 @@ def test_the_copy_guard_is_for_examples_that_are_learned(tmp_path, guard, retrie
         assert found[str(number)].tokens_t.tolist() == expected.tokens_t.tolist(), number
 
 
+def test_encoded_captions_stand_beside_their_image_and_not_in_the_text(tmp_path):
+    encoder = types.SimpleNamespace(name="tiny", source="tiny", fingerprint="abc", dimension=2)
+    embedding_ne = np.array([[1, 0], [0, 1], [0.7, 0.7]], np.float32)
+    create(tmp_path / "db", encoder, embedding_ne[:2], [Entry("one", ""), Entry("longer", "")], index="flat")
+    documents = [Document("a", (0, "one")), Document("b", ("alone", 2)), Document("c", (1, "two"))]
+    encoded = Encoded(documents, np.ones((3, 1, 2), np.float32), embedding_ne, {}, "content")
+    vision = config(database=str(tmp_path / "db"), retrieved=2, retrieval="encoded")
+    data = DataConfig(corpus="c", tokenizer="byte", heldout_fraction=0.0, tuning_fraction=0.0)
+    opened = corpus.open_images(data, vision, encoded, encoder, TOKENIZER, length=24, caption_tokens=5)
+    none = [PAD] * 5
+    expected = [[ids("longe"), none], [[*ids("one"), EOS, PAD], none], [none, none]]  # the guard leaves their own out
+    assert opened.sight.caption_nkc.tolist() == expected
+    streams = corpus._streams(encoded, {"a": "train", "b": "train", "c": "train"}, vision=vision,
+                              database=Database(tmp_path / "db"), tokenizer=TOKENIZER)  # fmt: skip
+    assert streams["a"].tokens_t.tolist() == example(Pair(0, "one"), [], [], TOKENIZER).tokens_t.tolist()
+    tokens_bt = np.array([[BOS, FIRST + 1, 65, BOS, FIRST, 66]])
+    batch = Batch(tokens_bt, np.array([[1, 1, 1, 2, 2, 2]]), np.zeros((1, 6)), np.ones((1, 6)))
+    seen = opened.sight.see(batch).extras
+    assert seen["captions"].shape == (1, 6, 5) and seen["captions"].reshape(-1)[:20].tolist() == sum(
+        sum((expected[n] for n in (1, 0)), []), []
+    )
+
+
 def test_a_corpus_is_another_one_with_another_database(tmp_path):
     """Though both are in their first version, in one folder."""
-    encoder = types.SimpleNamespace(name="tiny", fingerprint="abc", dimension=2)
+    encoder = types.SimpleNamespace(name="tiny", source="tiny", fingerprint="abc", dimension=2)
     embedding_ne = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
     documents = [Document(str(n), (n, "a cat")) for n in range(30)]
     encoded = Encoded(documents, np.zeros((30, 1, 1), np.float32), embedding_ne, {}, "content")
@@ -129,6 +154,8 @@ def test_the_token_of_an_image():
     "fields, expected",
     [
         ({"retrieved": 2}, "retrieved is 2; expected a number above 0 beside a database, else 0"),
+        ({"retrieval": "asked"}, "retrieval is 'asked'; expected one of prepended, encoded"),
+        ({"retrieval": "encoded"}, "retrieved is 0; expected a number above 0, since retrieval is encoded"),
         ({"shots": 3}, "shots is 3; expected below images_per_row = 3"),
         ({"guard": 1.5}, "guard is 1.5; expected a cosine"),
         ({"encoder": ""}, "encoder is ''"),

@@ -135,7 +135,9 @@ class ModelConfig:
     image_feature_size: Annotated[int, "width of the vision encoder's feature vectors"] = ABSENT
     image_features: Annotated[int, "feature vectors of an image"] = ABSENT
     resampler_latents: Annotated[int, "vectors that the perceiver resampler makes of an image"] = ABSENT
-    resampler_layers: Annotated[int, "layers of the perceiver resampler"] = ABSENT
+    resampler_layers: Annotated[int, "layers of the perceiver resampler, and of the encoder of captions"] = ABSENT
+    retrieved_captions: Annotated[int, "captions of an image that are encoded and attended to; None: none"] = ABSENT
+    caption_tokens: Annotated[int, "tokens of an encoded caption, cut off or padded; None: captions are not"] = ABSENT
     # multi-token prediction
     mtp_depths: Annotated[int, "how many times the one block after `/` is applied"] = 0
     mtp_loss_scale: Annotated[float, "weight of the mean MTP loss"] = 0.3
@@ -259,11 +261,25 @@ class ModelConfig:
             for field in ("qk_norm", "attention_sinks"):
                 require(not getattr(self, field), self, field, "False: the pattern has + layers, which have none")
 
+    @property
+    def image_vectors(self) -> int:
+        """What a cross-attention layer sees of an image: its latents, and the tokens of its captions."""
+        return (self.resampler_latents or 0) + (self.encoded_tokens or 0)
+
+    @property
+    def encoded_tokens(self) -> int | None:
+        """Tokens of all captions of an image that are encoded; None if captions are not."""
+        if self.retrieved_captions is None or self.caption_tokens is None:
+            return None
+        return self.retrieved_captions * self.caption_tokens
+
     def _check_cross_attention(self, pattern: Pattern) -> None:
         require("x" not in pattern.mtp, self, "pattern", "no x after /: an MTP block sees no images")
         self._need("x", "num_attention_heads", "num_key_value_heads", "head_dim")
         self._divides("num_key_value_heads", "num_attention_heads")
         self._need("x", "image_feature_size", "image_features", "resampler_latents", "resampler_layers")
+        both = (self.retrieved_captions is None) == (self.caption_tokens is None)
+        require(both, self, "caption_tokens", f"None or a size, as retrieved_captions = {self.retrieved_captions}")
 
     def _check_rotary(self, size: str) -> None:
         if self.rope_theta is None:

@@ -48,7 +48,7 @@ MODEL_LETTERS = {
     "-g": "intermediate_size",
     "-Eg": "mlp_bias",
     "-Egx": "mlp_hidden_act mlp_gated swiglu_limit",
-    "x": "image_feature_size image_features resampler_latents resampler_layers",
+    "x": "image_feature_size image_features resampler_latents resampler_layers retrieved_captions caption_tokens",
     "M": "mamba_num_heads mamba_head_dim n_groups chunk_size mamba_norm_groups time_step_min time_step_max",
     "m": "mamba_intermediate_size time_step_rank",
     "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",

@@ -39,7 +39,7 @@ ALWAYS = {
     "importance sequence_error baseline normalise advantage_clip overlong resample kl length_control concise_bonus "
     "curriculum updates exact slots workers table_rows",
     "lora": "rank alpha weights",
-    "vision": "encoder features images_per_row image_token database retrieved shots",
+    "vision": "encoder features images_per_row image_token database retrieved retrieval shots",
 }
 READERS: dict[str, tuple[Reader, ...]] = {
     "chat": (),

@@ -67,7 +67,7 @@ def _attention_flops(config: ModelConfig, length: int, window: int | None = None
 def _cross_attention_flops(config: ModelConfig, _: int) -> float:
     """Of a token that sees an image; the image's own keys and values, and its resampling, are not a token's work."""
     queries = config.num_attention_heads * config.head_dim
-    return 4 * config.hidden_size * queries + 4 * queries * config.resampler_latents
+    return 4 * config.hidden_size * queries + 4 * queries * config.image_vectors
 
 
 def _expert_flops(config: ModelConfig, _: int) -> float:

@@ -130,7 +130,7 @@ def _cross_attention(here: Local) -> dict[str, float]:
     """With one image per sequence; more add to `core`. What the resampler keeps is left out."""
     heads, size = here.split(here.model.num_attention_heads), here.itemsize
     queries = here.tokens * heads * here.model.head_dim * size
-    core = heads * here.tokens * here.model.resampler_latents * size
+    core = heads * here.tokens * here.model.image_vectors * size
     return {"query": queries, "core": core, "attention": queries, **_branch(here)}
 
 

@@ -98,7 +98,12 @@ def _resampler(model: ModelConfig) -> list[Weight]:
     layer = [*_projections(model), *mlp, *(3 * _norm(model))]
     first = [Weight((model.image_feature_size, size), (None, "embed"))]
     first.append(Weight((model.resampler_latents, size), ("positions", "norm")))
-    return [*first, *(layer * model.resampler_layers), *_norm(model)]
+    found = [*first, *(layer * model.resampler_layers), *_norm(model)]
+    if model.retrieved_captions is None:
+        return found
+    tables = [Weight((length, size), (None, "embed")) for length in (model.vocab_size, model.caption_tokens)]
+    layer = [*_projections(model), *mlp, *(2 * _norm(model))]
+    return [*found, *tables, *(layer * model.resampler_layers), *_norm(model)]
 
 
 def _latent_attention(model: ModelConfig) -> list[Weight]:

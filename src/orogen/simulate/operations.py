@@ -106,7 +106,7 @@ def _attention(here: Local, window: int | None = None) -> list[Operation]:
 def _cross_attention(here: Local) -> list[Operation]:
     """Of tokens that all see an image; what images cost by themselves is left out."""
     model, n, size = here.model, here.tokens, here.itemsize
-    heads, seen = here.split(model.num_attention_heads), model.resampler_latents
+    heads, seen = here.split(model.num_attention_heads), model.image_vectors
     queries, scores = heads * model.head_dim, n * heads * seen * size
     moved, flops = 2 * n * queries * size, 4 * n * queries * seen
     forward, backward = (moved + passes * scores for passes in SCORE_PASSES)

@@ -129,13 +129,17 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
 
 def _with_random_images(batch: Batch, model: ModelConfig, rng: np.random.Generator) -> Batch:
     """Up to ROOM images in each row, anywhere but on padding: some documents have none, some several."""
-    shape, rows = (model.image_features, model.image_feature_size), []
+    shape, tokens, rows = (model.image_features, model.image_feature_size), model.encoded_tokens, []
     for segments_t in batch.segments_bt:
         places = np.flatnonzero(segments_t)
         count = rng.integers(1, min(ROOM, len(places)) + 1)
         positions = np.sort(rng.choice(places, count, replace=False)).tolist()
-        rows.append([Placed(p, rng.normal(size=shape).astype(np.float32)) for p in positions])
-    return with_images(batch, rows, room=ROOM, shape=shape)
+        images = [Placed(p, rng.normal(size=shape).astype(np.float32)) for p in positions]
+        if tokens is not None:
+            captions = rng.integers(0, model.vocab_size, (count, tokens), dtype=np.int32)
+            images = [one._replace(caption_kc=caption) for one, caption in zip(images, captions, strict=True)]
+        rows.append(images)
+    return with_images(batch, rows, room=ROOM, shape=shape, caption_tokens=tokens)
 
 
 def packed_batches(config: RunConfig, count: int) -> list[Batch]:

@@ -1,9 +1,10 @@
 """Re-ViLM: captions of images by a language model whose knowledge lies in a database (arXiv:2302.04858).
 
-A frozen vision model (`encoder.py`: CLIP's or SigLIP's) turns an image into feature vectors and one embedding. A
-perceiver resampler (`model/resampler.py`) makes a few vectors of the features, and layers `x` of the pattern
-(`model/cross_attention.py`) attend to them: each token to the latest image before it in its document. `x` and `g`, a
-tanh-gated MLP, begin as the identity, so they can be inserted into a trained language model and trained alone:
+A frozen vision model (`encoder.py`: CLIP's or SigLIP's from a folder, or EfficientNet-Lite0 from a wheel:
+`efficientnet_lite0`) turns an image into feature vectors and one embedding. A perceiver resampler
+(`model/resampler.py`) makes a few vectors of the features, and layers `x` of the pattern (`model/cross_attention.py`)
+attend to them: each token to the latest image before it in its document. `x` and `g`, a tanh-gated MLP, begin as the
+identity, so they can be inserted into a trained language model and trained alone:
 
     orogen graft --checkpoint runs/text --gin_file captioner.gin --out grafted      # ModelConfig with x and g inserted
     orogen database build captions --input pairs.tar --encoder CLIP_FOLDER
@@ -20,20 +21,22 @@ where captioning.gin has a run's usual parts and
     VisionConfig.retrieved = 2
 
 **Retrieval** (`database.py`, `retrieval.py`): entries are found by the cosine of the images' embeddings, exactly or by
-faiss. The captions found come before the caption to be written, as text. Adding or removing an entry changes answers
-at once. For examples of the train split the copy guard leaves out near-copies of the image and captions equal to the
-example's own: otherwise the model learns to copy. A database records its encoder and refuses another. A change writes
-the whole database anew; an index is rebuilt with it. One process changes a database at a time.
+faiss. With `VisionConfig.retrieval = 'prepended'` the captions found come before the caption to be written, as text;
+with `'encoded'`, `ModelConfig.retrieved_captions` and `caption_tokens`, a small encoder (`model/resampler.py`) makes
+vectors of each, as RETRO does of chunks, and layers `x` attend to them beside the image's. Adding or removing an entry
+changes answers at once. For examples of the train split the copy guard leaves out near-copies of the image and captions
+equal to the example's own: otherwise the model learns to copy. A database records its encoder and refuses another. A
+change writes the whole database anew; an index is rebuilt with it. One process changes a database at a time.
 
 **Few-shot examples** (`VisionConfig.shots`): the most similar pairs of the train split stand before an example, the
-most similar last. `orogen caption` refuses such a model: a database has embeddings, but not the features of images that
-examples need.
+most similar last. For captions they come from a corpus, `orogen caption --examples CORPUS`: a database has embeddings,
+but not the features of images that examples need.
 
 **Batches** (`corpus.py`, `data/images.py`): in a token stream an image is one token; packing therefore knows nothing of
-images. Packed batches get extras (`config/vision.py`) whose vectors lie along the time axis, several at each position,
-so that every plan splits them as it splits tokens. A document is padded so far that no row can have more than
-`images_per_row` images. The resampler runs on a row's whole room, ⌊t · m / p⌋ images for t tokens with m vectors each
-and p vectors per image, at least `images_per_row`; costs and predictions leave its work out. `orogen verify` puts
+images. Packed batches get extras (`config/vision.py`) whose numbers lie along the time axis, so that every plan splits
+them as it splits tokens. A document is padded so far that no row can have more than
+`images_per_row` images. The resampler runs on a row's whole room, of `images_per_row` images unless a row has more
+tokens than an image has numbers (`data/images.py`); costs and predictions leave its work out. `orogen verify` puts
 random images into its batches if the pattern has `x`, and opens the gates, which let no gradient through while they are
 closed.
 

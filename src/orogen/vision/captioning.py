@@ -7,6 +7,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
 from orogen.config.streams import say
+from orogen.config.vision import ENCODED
 from orogen.data.loader import Corpus
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.vocabulary import make_tokenizer
@@ -32,12 +33,13 @@ def make_captioning() -> Task:
             )
         if data.tokenizer == "bpe" and tokenizer is None:
             raise ConfigError("DataConfig.tokenizer is 'bpe'; expected one that exists: the language model's own")
-        encoder = open_encoder(Path(vision.encoder))
+        encoder = open_encoder(vision.encoder)
         check_model(config, encoder)
         tokenizer = tokenizer or make_tokenizer(data, ())
         encode = lambda: encode_corpus(data.corpus, encoder, Path(vision.features), log=say)  # noqa: E731
         distributed.from_first(lambda: encode() and None)  # the others then find what the first has written
-        return open_images(data, vision, encode(), encoder, tokenizer, length=config.train.sequence_length)
+        sizes = {"length": config.train.sequence_length, "caption_tokens": config.model.caption_tokens}
+        return open_images(data, vision, encode(), encoder, tokenizer, **sizes)
 
     return Task(
         objective=PRETRAINING.objective, open=open_, source=PRETRAINING.source, evaluation=PRETRAINING.evaluation,
@@ -46,16 +48,20 @@ def make_captioning() -> Task:
 
 
 def check_model(config: RunConfig, encoder: Encoder) -> None:
-    """Raises ConfigError unless the model takes the encoder's features."""
+    """Raises ConfigError unless the model takes the encoder's features, and captions as they are retrieved."""
     model = config.model
     if "x" not in model.layers.main:
         raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}; expected layers of gated cross-attention (x)")
-    vectors, width = encoder.shape
-    for field, expected in (("image_features", vectors), ("image_feature_size", width)):
+    (vectors, width), vision = encoder.shape, config.need("vision").vision
+    has = f"as encoder {encoder.name!r} has"
+    encoded = vision.retrieved if vision.retrieval == ENCODED else None
+    for field, expected, why in (
+        ("image_features", vectors, has),
+        ("image_feature_size", width, has),
+        ("retrieved_captions", encoded, f"as VisionConfig.retrieval = {vision.retrieval!r} gives"),
+    ):
         if getattr(model, field) != expected:
-            raise ConfigError(
-                f"ModelConfig.{field} is {getattr(model, field)}; expected {expected}, as encoder {encoder.name!r} has"
-            )
+            raise ConfigError(f"ModelConfig.{field} is {getattr(model, field)}; expected {expected}, {why}")
 
 
 def _keep(corpus: Corpus, run_dir: Path) -> None:

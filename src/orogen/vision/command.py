@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from orogen.vision.encoder import Encoder
 
 PAIRS = "images with captions: .jsonl, .parquet or WebDataset .tar, a file or a folder (orogen.data.interleaved)"
-ENCODER = "the Hugging Face folder of a CLIP or SigLIP model"
+ENCODER = "the Hugging Face folder of a CLIP or SigLIP model, or efficientnet_lite0[/PIXELS]"
 
 
 def _add_caption_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,14 @@ def _add_caption_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
     parser.add_argument("--input", type=Path, metavar="CORPUS", help=f"{PAIRS}, whose captions are scored against")
     parser.add_argument("--database", type=Path, metavar="DIR", help="what `orogen database` has built")
-    parser.add_argument("--encoder", type=Path, metavar="DIR", help=f"{ENCODER}; by default the one of the run")
+    parser.add_argument("--encoder", metavar="E", help=f"{ENCODER}; by default the one of the run")
     parser.add_argument("--retrieved", type=_count, metavar="K", help="captions to retrieve; by default as in the run")
     parser.add_argument("--guard", type=_cosine, metavar="COSINE", help="leave out entries of at least this similarity")
+    parser.add_argument(
+        "--shots", type=_count, metavar="N", help="similar pairs before an image; by default as in the run"
+    )
+    parser.add_argument("--examples", type=Path, metavar="CORPUS", help="where the pairs of --shots come from")
+    parser.add_argument("--features", type=Path, metavar="DIR", help="keeps the features of --examples for later calls")
     parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="most tokens of a caption")
     parser.add_argument("--page", type=Path, metavar="F.html", help="write images, captions and what was retrieved")
 
@@ -47,9 +52,10 @@ def _add_database_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("build", "add", "remove", "show"), help="what to do with the database")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the database's folder")
     parser.add_argument("--input", type=Path, metavar="CORPUS", help=f"for build and add: {PAIRS}")
-    parser.add_argument("--encoder", type=Path, metavar="DIR", help=f"for build and add: {ENCODER}")
-    parser.add_argument("--index", choices=("flat", "ivf", "hnsw"), default="flat",
-                        help="for build: flat searches exactly; ivf and hnsw are faster, by faiss")  # fmt: skip
+    parser.add_argument("--encoder", metavar="E", help=f"for build and add: {ENCODER}")
+    parser.add_argument("--index", choices=("flat", "ivf", "hnsw"),
+                        help="for build: flat searches exactly; ivf and hnsw are faster, by faiss; by default flat, or "
+                             "ivf for more entries than an exact search finds within 5 ms")  # fmt: skip
     parser.add_argument("--ids", type=_ids, metavar="1,2", help="for remove: the entries' ids")
 
 
@@ -77,9 +83,13 @@ def caption(options: argparse.Namespace) -> int:
     k = seen.retrieved if options.retrieved is None else options.retrieved
     if k and options.database is None:
         raise ConfigError(f"the model was trained with {k} retrieved captions; expected --database, or --retrieved 0")
+    shots = seen.shots if options.shots is None else options.shots
+    if shots and options.examples is None:
+        raise ConfigError(f"the captions have {shots} examples each; expected --examples, or --shots 0")
     settings = Settings(
-        options.checkpoint, options.encoder or Path(seen.encoder), options.database, k, options.guard, options.tokens
-    )
+        options.checkpoint, options.encoder or seen.encoder, options.database, k, options.guard, options.tokens,
+        shots, options.examples, options.features,
+    )  # fmt: skip
     found = caption_images(settings, seen, options.image, options.input)
     if options.page is not None:
         from orogen.vision.page import write_page
@@ -124,10 +134,11 @@ def _changed(options: argparse.Namespace) -> "tuple[Encoder, dict[str, str], Any
     if options.action == "add":
         databases.Database(options.folder, encoder)  # refused before hours of encoding
     else:
-        databases.check_new(options.folder, options.index)
+        databases.check_new(options.folder, options.index or databases.IVF)  # whose library it may need
     entries, embedding_ne, told = read_entries(options.input, encoder)
     if options.action == "build":
-        return encoder, told, databases.create(options.folder, encoder, embedding_ne, entries, index=options.index)
+        index = options.index or databases.default_index(len(entries))
+        return encoder, told, databases.create(options.folder, encoder, embedding_ne, entries, index=index)
     return encoder, told, databases.add(options.folder, encoder, embedding_ne, entries)
 
 

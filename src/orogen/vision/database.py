@@ -38,7 +38,8 @@ LOCK = "database.lock"
 BLOCK = 65536  # embeddings that an exact search multiplies at a time
 QUERIES = 256  # that are searched for at a time: their scores of a block take 64 MiB
 NEIGHBOURS, EF_BUILD, EF_SEARCH = 32, 200, 128  # of HNSW (arXiv:1603.09320)
-PROBED = 16  # IVF lists that a query visits at least; of the most that √n lists allow, 1 in 8
+PROBED = 16  # IVF lists that a query visits at least; of more than 256 lists, 1 in 16
+EXACT_ENTRIES = 50_000  # that a core compares with a query in less than 5 ms (experiments/revilm/search.jsonl)
 
 
 class Entry(NamedTuple):
@@ -175,6 +176,11 @@ def create(folder: Path, encoder: Encoder, embedding_ne: np.ndarray, entries: Se
         check_new(folder, index)
         facts = Facts(0, encoder.fingerprint, encoder.name, index, encoder.dimension, 0, len(entries), "")
         return _write(folder, facts, np.arange(len(entries)), unit(embedding_ne), entries)
+
+
+def default_index(entries: int) -> str:
+    """The kind of index that searches so many entries within 5 ms."""
+    return FLAT if entries <= EXACT_ENTRIES else IVF
 
 
 def check_new(folder: Path, index: str) -> None:
@@ -336,5 +342,5 @@ def _read_index(file: Path, facts: Facts) -> Any:
     if facts.index == HNSW:
         index.hnsw.efSearch = EF_SEARCH
     else:
-        index.nprobe = max(PROBED, index.nlist // 8)
+        index.nprobe = max(PROBED, index.nlist // 16)
     return index

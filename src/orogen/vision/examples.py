@@ -53,6 +53,16 @@ def example(pair: Pair, similar: Sequence[str], shots: Sequence[Pair], tokenizer
     return Stream(np.array([*before, *learned], np.int32), weights_t)
 
 
+def chunks(captions: Sequence[str], shape: tuple[int, int], tokenizer: Tokenizer) -> np.ndarray:
+    """(k, c) int32: retrieved captions as an encoder of captions takes them: tokens and the end of the text, cut off or
+    padded to c; where there are fewer than k captions, padding."""
+    found_kc = np.full(shape, tokenizer.pad_id, np.int32)
+    for row_c, caption in zip(found_kc, captions[: shape[0]], strict=False):
+        ids = [*tokenizer.encode_inside(caption).tolist(), tokenizer.eos_id][: shape[1]]
+        row_c[: len(ids)] = ids
+    return found_kc
+
+
 def interleaved(parts: Sequence[str | int], tokenizer: Tokenizer) -> Stream:
     """A longer document as a stream that learns all its text."""
     ids, weights = [tokenizer.bos_id], [0.0]

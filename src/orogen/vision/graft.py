@@ -39,8 +39,10 @@ def check_graft(old: ModelConfig, new: ModelConfig) -> None:
 
 def _seeing(old: ModelConfig) -> Iterator[str]:
     """The fields that the new layers add, unless the old model has them."""
-    added = ("image_feature_size", "image_features", "resampler_latents", "resampler_layers", "intermediate_size",
-             "num_attention_heads", "num_key_value_heads", "head_dim")  # fmt: skip
+    added = (
+        "image_feature_size", "image_features", "resampler_latents", "resampler_layers", "retrieved_captions",
+        "caption_tokens", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    )  # fmt: skip
     return (name for name in added if getattr(old, name) is None)
 
 
@@ -55,7 +57,8 @@ class Grafted:
         self._source, letters = source, [home.letter for home in homes(config)]
         inserted = "".join(letter for letter in letters if letter in INSERTED)
         # Of the new layers alone: the old model may not fit into memory.
-        alone = dataclasses.replace(config, pattern=inserted, vocab_size=1, learned_positions=None, mtp_depths=0)
+        tokens = 1 if config.caption_tokens is None else config.vocab_size  # an encoder of captions has a table of them
+        alone = dataclasses.replace(config, pattern=inserted, vocab_size=tokens, learned_positions=None, mtp_depths=0)
         params, buffers = jax.jit(initial_state, static_argnums=0)(alone, seed)
         self._shrink = np.float32(config.output_init_std / alone.output_init_std)
         self._fresh = {path: np.asarray(leaf.get_value()) for path, leaf in leaves_of(params, buffers).items()}

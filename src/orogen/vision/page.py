@@ -30,7 +30,8 @@ def _item(one: Captioned) -> str:
     hits = "".join(f"<li>{hit.score:.3f} {html.escape(hit.caption)}</li>" for hit in one.hits)
     known = "" if one.known is None else f"<p>reference: {html.escape(one.known)}</p>"
     picture = f'<img alt="{html.escape(one.name)}" src="data:image/png;base64,{_picture(one.image)}">'
-    text = f"<b>{html.escape(one.caption)}</b>{known}<ol>{hits}</ol>"
+    shots = "".join(f"<p>example: {html.escape(shot)}</p>" for shot in one.shots)
+    text = f"<b>{html.escape(one.caption)}</b>{known}<ol>{hits}</ol>{shots}"
     return f'<div class="captioned">{picture}<div><p>{html.escape(one.name)}</p>{text}</div></div>'
 
 

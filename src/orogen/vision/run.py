@@ -1,5 +1,7 @@
 """What `orogen caption` and `orogen database` do."""
 
+import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +11,17 @@ import numpy as np
 from orogen.checkpoint.open import open_model
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import Record, Whole, read_json
+from orogen.config.streams import say
 from orogen.data.interleaved import read_interleaved
 from orogen.vision.captioning import SEEN
 from orogen.vision.database import Database, Entry, Hit
 from orogen.vision.describe import Captioner, Prompt
 from orogen.vision.encoder import BATCH, Encoder, open_encoder
-from orogen.vision.examples import prompt
+from orogen.vision.examples import Pair, prompt
+from orogen.vision.features import encode_corpus
 from orogen.vision.retrieval import retrieve
 from orogen.vision.scores import caption_scores
+from orogen.vision.similar import Examples, Shot
 from orogen.vision.tower import Encoded
 from orogen.vision.transforms import ImageError, decode
 
@@ -36,24 +41,30 @@ class Seen(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How images are captioned. retrieved: captions per image; guard: see `retrieve`."""
+    """How images are captioned. retrieved: captions per image; guard: see `retrieve`; shots: similar pairs of the
+    corpus `examples` before each image, whose features are kept in the folder `features`, if there is one."""
 
     checkpoint: Path
-    encoder: Path
+    encoder: str
     database: Path | None
     retrieved: int
     guard: float | None
     tokens: int
+    shots: int
+    examples: Path | None
+    features: Path | None
 
 
 class Captioned(NamedTuple):
-    """An image with its caption. image: its file's bytes; known: a reference caption, None without one."""
+    """An image with its caption. image: its file's bytes; known: a reference caption, None without one; shots: the
+    captions of the examples before it."""
 
     name: str
     image: bytes
     caption: str
     hits: list[Hit]
     known: str | None
+    shots: list[str]
 
 
 class Outcome(NamedTuple):
@@ -70,6 +81,7 @@ class Outcome(NamedTuple):
                 "image": one.name,
                 "caption": one.caption,
                 "retrieved": [hit._asdict() for hit in one.hits],
+                **({"examples": one.shots} if one.shots else {}),
                 **({} if one.known is None else {"reference": one.known}),
             }
             for one in self.items
@@ -100,23 +112,23 @@ def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpu
     A document of a corpus that is no pair, or whose image cannot be decoded, is left out and counted; a file named by
     itself is refused. Raises ConfigError.
     """
-    if seen.shots:
-        raise ConfigError(
-            f"the model was trained with VisionConfig.shots = {seen.shots}; expected 0: captions have none"
-        )
     encoder = open_encoder(settings.encoder)
     if encoder.fingerprint != seen.fingerprint:
         raise ConfigError(
-            f"encoder {str(settings.encoder)!r} is {encoder.fingerprint[:12]}; expected {seen.fingerprint[:12]}, with "
+            f"encoder {settings.encoder!r} is {encoder.fingerprint[:12]}; expected {seen.fingerprint[:12]}, with "
             "which the model was trained"
         )
     database = None if settings.database is None else Database(settings.database, encoder)
+    examples = _examples(settings, encoder)
     model = Captioner(open_model(settings.checkpoint), seen.image_token, tokens=settings.tokens)
+    most = model.opened.config.retrieved_captions
+    if most is not None and settings.retrieved > most:
+        raise ConfigError(f"retrieved is {settings.retrieved}; expected at most {most}, which the model encodes")
     broken: dict[str, str] = {}
     named = ((str(file), file.read_bytes(), None) for file in images) if corpus is None else _pairs(corpus, broken)
     items: list[Captioned] = []
     for part in _parts(named, encoder, broken):
-        items += _captioned(part, model, database, settings)
+        items += _captioned(part, model, database, examples, settings)
     if broken and corpus is None:
         name, why = next(iter(broken.items()))
         raise ConfigError(f"image {name!r}: {why}; expected an image")
@@ -132,16 +144,40 @@ class _Part(NamedTuple):
     encoded: Encoded
 
 
-def _captioned(part: _Part, model: Captioner, database: Database | None, settings: Settings) -> list[Captioned]:
+def _examples(settings: Settings, encoder: Encoder) -> Examples | None:
+    """The pairs that may stand before an image, encoded; None if none shall."""
+    if not settings.shots or settings.examples is None:
+        return None
+    with contextlib.ExitStack() as stack:
+        folder = settings.features or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return Examples(encode_corpus(str(settings.examples), encoder, folder, log=say))
+
+
+def _captioned(
+    part: _Part, model: Captioner, database: Database | None, examples: Examples | None, settings: Settings
+) -> list[Captioned]:
+    embedding_be = part.encoded.embedding_be
     hits: list[list[Hit]] = [[] for _ in part.names]
+    shots: list[list[Shot]] = [[] for _ in part.names]
     if database is not None and settings.retrieved:
-        hits = retrieve(database, part.encoded.embedding_be, settings.retrieved, guard=settings.guard)
-    prompts = [
-        Prompt(prompt(0, [hit.caption for hit in found], (), model.tokenizer), {0: features_pv})
-        for found, features_pv in zip(hits, part.encoded.features_bpd, strict=True)
-    ]
-    captions = model.captions(prompts)
-    return [Captioned(*one) for one in zip(part.names, part.images, captions, hits, part.known, strict=True)]
+        hits = retrieve(database, embedding_be, settings.retrieved, guard=settings.guard)
+    if examples is not None:
+        shots = examples.similar(embedding_be, settings.shots, guard=settings.guard)
+    made = zip(hits, shots, part.encoded.features_bpd, strict=True)
+    prompts = [_prompt(found, before, features_pv, model) for found, before, features_pv in made]
+    captions, told = model.captions(prompts), [[shot.caption for shot in before] for before in shots]
+    columns = part.names, part.images, captions, hits, part.known, told
+    return [Captioned(*one) for one in zip(*columns, strict=True)]
+
+
+def _prompt(hits: Sequence[Hit], shots: Sequence[Shot], features_pv: np.ndarray, model: Captioner) -> Prompt:
+    """Image 0 is the one to be captioned; those of the shots follow."""
+    pairs = [Pair(number, shot.caption) for number, shot in enumerate(shots, 1)]
+    features = {0: features_pv, **{number: shot.features_pv for number, shot in enumerate(shots, 1)}}
+    captions = [hit.caption for hit in hits]
+    if model.opened.config.retrieved_captions is not None:
+        return Prompt(prompt(0, (), pairs, model.tokenizer), features, {0: captions})
+    return Prompt(prompt(0, captions, pairs, model.tokenizer), features)
 
 
 def _pairs(corpus: Path, broken: dict[str, str]) -> Iterator[tuple[str, bytes, str | None]]:
