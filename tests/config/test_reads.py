@@ -234,6 +234,9 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *(("distill__rest", "bucket", reading, {}, "DistillConfig.top_k and .logits are None: no token is left out")
       for reading in ({"distill__top_k": 4}, {"distill__logits": "folder"})),
     ("elastic__context", 9, {"elastic__cost": "gib"}, {"elastic__cost": "active"}, "ElasticConfig.cost is not 'gib'"),
+    *((f"distill__{f}", v, {"distill__states": ("1:2",)}, {},
+       "DistillConfig.states is (): no hidden states are compared")
+      for f, v in (("state_loss", "mse"), ("state_weight", 0.5), ("state_channels", "folder"))),
     ("distill__teacher_plan", PlanConfig(), {}, {"distill__logits": "folder"},
      "DistillConfig.logits is set: the teacher does not run"),
 ]  # fmt: skip

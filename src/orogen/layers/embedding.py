@@ -53,6 +53,11 @@ class ScoreHead(nnx.Module):
         self.weight = normal(rngs, (config.hidden_size,), ("norm",), std=(config.hidden_size + 1) ** -0.5)
 
 
+def table(rows: nnx.Param, plan: Plan) -> Array:
+    """A table of vectors (rows, d) that is whole on every rank, to look rows up in."""
+    return plan.weight(rows)
+
+
 def scores(x_btd: Array, head: ScoreHead, plan: Plan) -> Array:
     """x · head, (b, t) in float32."""
     return jnp.sum(x_btd.astype(jnp.float32) * plan.weight(head.weight), axis=-1)

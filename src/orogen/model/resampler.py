@@ -17,6 +17,7 @@ from jax import Array
 from orogen.config.model import ModelConfig
 from orogen.config.recipe import PLAIN, RECIPES
 from orogen.config.vision import CAPTIONS, FEATURES, IMAGE
+from orogen.layers.embedding import table
 from orogen.layers.linear import linear_plain
 from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
@@ -103,7 +104,7 @@ class CaptionEncoder(nnx.Module):
     def __call__(self, token_ns: Array, plan: Plan) -> Array:
         """(n, s, d) of the tokens (n, s) of all captions of each image."""
         plan = _plain(plan)
-        x_mcd = plan.weight(self.tokens)[token_ns.reshape(-1, self.length)] + plan.weight(self.positions)
+        x_mcd = table(self.tokens, plan)[token_ns.reshape(-1, self.length)] + table(self.positions, plan)
         for layer in self.layers:
             x_mcd = layer(x_mcd, None, plan)
         return self.norm(x_mcd, plan).reshape(*token_ns.shape, -1)
