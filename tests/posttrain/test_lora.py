@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 from tests.convert.test_peer import without_clamp
 from tests.helpers import bound, hybrid, run_config, several_devices, write_recipe
+from tests.posttrain.test_rl import RECIPE
+from tests.posttrain.test_rl import run as rollouts
 
 from orogen.checkpoint import adapters, folders
 from orogen.checkpoint.folders import RunFolder
@@ -21,8 +23,10 @@ from orogen.config.lora import LoraConfig, adapted
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.cost.assemble import assemble
-from orogen.layers.adapter import is_factor, merged
+from orogen.layers import adapter
+from orogen.layers.adapter import apart, is_factor, merged
 from orogen.layers.documents import Documents
+from orogen.layers.parameter import parameter
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import single_device_plan
 from orogen.precision.policy import DTYPES
@@ -84,7 +88,7 @@ def test_every_weight_of_the_kinds_has_factors_of_its_own(whole):
 
 def test_adapters_compute_what_the_weights_with_their_products_compute(whole):
     model, params, buffers = whole
-    added = merged(params, model.lora.scale)
+    added = merged(*apart(params), model.lora.scale)
     have, base = leaves_of(params), leaves_of(added)
     assert base.keys() == leaves_of(build(MODEL).params).keys()
     for path, leaf in base.items():
@@ -101,7 +105,7 @@ def test_adapters_compute_what_the_weights_with_their_products_compute(whole):
     unadapted = jax.tree_util.tree_map_with_path(
         lambda path, x: 0 * x if any(getattr(key, "key", "") == "lora_b" for key in path) else x, params
     )
-    plain = logits(MODEL, merged(unadapted, model.lora.scale), buffers)
+    plain = logits(MODEL, merged(*apart(unadapted), model.lora.scale), buffers)
     np.testing.assert_allclose(logits(model, unadapted, buffers), plain, atol=2e-6 * abs(plain).max())
     assert abs(plain - inside).max() > 1e-2
 
@@ -182,9 +186,60 @@ def test_a_run_with_adapters_opens_as_the_model_that_they_make(runs, capsys):
         a, b = (np.asarray(have[*path, name].get_value(), np.float64) for name in ("lora_a", "lora_b"))
         np.testing.assert_allclose(value, weight + 2.5 * a @ b, atol=1e-5)
         assert abs(value - weight).max() > 1e-3
-    assert main([*command, "--resume"]) == 0  # it is done
-    others = bound("TrainConfig.steps=3", "LoraConfig.weights=('dense',)")
-    assert main([*command, "--resume", *others]) == 2 and "lora" in capsys.readouterr().err
+    assert main(["params", "--gin_file", str(run / "config.gin")]) == 0
+
+
+def test_a_run_with_adapters_goes_on_to_the_bit(runs, tmp_path, capsys):
+    """In bfloat16, and without the model that it started from."""
+    _, _, command = runs
+    base, given = command[4], command[7:]
+
+    def arguments(folder, steps, *, adapters=given, start=("--checkpoint", base)):
+        more = (
+            f"TrainConfig.steps={steps}",
+            "TrainConfig.compute_dtype='bfloat16'",
+            "OptimizerConfig.schedule='constant'",
+        )
+        return [*command[:3], *start, "--run", str(tmp_path / folder), *adapters, *bound(*more)]
+
+    assert main(arguments("whole", 4)) == 0 and main(arguments("parts", 2)) == 0
+    assert main([*arguments("parts", 4, start=()), "--resume"]) == 0
+
+    def params(name):
+        with RunFolder(tmp_path / name) as folder:
+            own = folder.read_trained(build(folder.run.model), open_model(tmp_path / name).plan, "float32")[0]
+        return leaves_of(own)
+
+    whole, parts = params("whole"), params("parts")
+    for path, leaf in whole.items():
+        np.testing.assert_array_equal(leaf.get_value(), parts[path].get_value(), err_msg=str(path))
+    capsys.readouterr()
+    for others, told in (
+        ([*given, *bound("LoraConfig.weights=('dense',)")], "LoraConfig.weights is"),
+        (
+            bound("LoraConfig.rank=4", "LoraConfig.alpha=5.0", "OptimizerConfig.learning_rate=0.1"),
+            "LoraConfig.rank is 2 there",
+        ),
+        (bound("OptimizerConfig.learning_rate=0.1"), "lora is present"),
+    ):
+        assert main([*arguments("whole", 5, adapters=others), "--resume"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_rollouts_are_written_with_the_factors_that_train(tmp_path, monkeypatch):
+    """Those are not zero here: a rollout without them would have other log-probabilities than the trainer."""
+    (tmp_path / "rl.gin").write_text(RECIPE)
+    drawn = lambda value, axes, **more: parameter(
+        value + 0.1 * jnp.cos(jnp.arange(value.size)).reshape(value.shape), axes, **more
+    )
+    monkeypatch.setattr(adapter, "parameter", drawn)
+    found, (line,) = rollouts(
+        tmp_path / "rl.gin", tmp_path / "run", "LoraConfig.rank = 2", "LoraConfig.weights = ('attention', 'dense')",
+        "TrainConfig.steps = 1", "RLConfig.updates = 1",
+    )  # fmt: skip
+    factors = [leaf.get_value() for path, leaf in leaves_of(found.state.params).items() if path[-1] == "lora_b"]
+    assert factors and min(float(abs(b).max()) for b in factors) > 0.05
+    assert line["mismatch_max"] < 1e-5
 
 
 def test_peft_files_hold_the_products(runs, tmp_path):
@@ -227,7 +282,7 @@ def test_adapters_that_cannot_be_are_refused(tmp_path, capsys, bindings, message
 def test_adapters_need_a_model_and_a_reward_models_head_is_trained(tmp_path, capsys):
     file = write_recipe(tmp_path)
     assert main(["train", "--gin_file", str(file), "--run", str(tmp_path), *bound("LoraConfig.rank=2")]) == 2
-    assert "LoraConfig has bindings; expected --checkpoint" in capsys.readouterr().err
+    assert "LoraConfig has bindings; expected --checkpoint, or --student" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="'score' among them"):
         config_of(hybrid(score_head=True))
     assert isinstance(config_of(hybrid(score_head=True), optimizer={"trained": ("score",)}), RunConfig)

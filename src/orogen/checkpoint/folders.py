@@ -39,7 +39,7 @@ from orogen.config.run import RunConfig
 from orogen.convert import names
 from orogen.convert.tensor_files import Spec, TensorReader
 from orogen.data.tokenizer import Tokenizer
-from orogen.layers.adapter import merged
+from orogen.layers.adapter import apart, merged
 from orogen.model.layout import Layout
 from orogen.model.lm import Built, build
 from orogen.parallel import placement
@@ -122,7 +122,8 @@ class RunFolder:
             return self.read_trained(built, plan, dtype)
         params, buffers = self.read_trained(build(self.run.model, built.layout, built.vocab_rows), plan, dtype)
         there = placement.shardings(built.params, plan)
-        return jax.jit(merged, static_argnums=1, out_shardings=there)(params, self.run.lora.scale), buffers
+        add = jax.jit(merged, static_argnums=2, out_shardings=there, donate_argnums=0)
+        return add(*apart(params), self.run.lora.scale), buffers
 
     def read_trained(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
         """The parameters and buffers that the run trains, which may be those of adapters too, in the layout of `built`.

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from orogen.config.lora import base_of
 from orogen.config.model import ModelConfig
 from orogen.config.run import PARTS, RunConfig
 
@@ -17,10 +18,16 @@ def model_text(config: ModelConfig) -> str:
     return "\n".join(model_bindings(config)) + "\n"
 
 
+def parts_of(config: RunConfig) -> dict[str, Any]:
+    """The parts of a run by name, as gin files bind them: adapters are a part of their own, not of the model."""
+    parts = {name: getattr(config, name) for name in PARTS}
+    return parts | {"model": None if config.model is None else base_of(config.model)}
+
+
 def run_text(config: RunConfig) -> str:
     """The text of a gin file that loads to an equal config."""
     lines: list[str] = []
-    for part in (getattr(config, name) for name in PARTS):
+    for part in parts_of(config).values():
         for field in dataclasses.fields(part) if part is not None else ():
             value, name = getattr(part, field.name), f"{type(part).__name__}.{field.name}"
             if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):

@@ -6,6 +6,7 @@ from pathlib import Path
 from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory, load_config
 from orogen.config.checks import ConfigError
 from orogen.config.dtype import WEIGHTS
+from orogen.config.lora import base_of
 from orogen.config.streams import say
 
 
@@ -50,7 +51,7 @@ def params(options: argparse.Namespace) -> int:
     config, _ = load_config(options, "model")
     from orogen.convert.count import count_exported
 
-    facts = count_exported(config.model)
+    facts = count_exported(base_of(config.model))
     answer(options, facts, [f"{key:>26}  {'-' if n is None else format(n, ','):>21}" for key, n in facts.items()])
     return 0
 

@@ -61,18 +61,25 @@ def is_factor(path: tuple[Any, ...]) -> bool:
     return path[-1] in FACTORS
 
 
-def merged(params: nnx.State, scale: float) -> nnx.State:
-    """The parameters of the model without adapters, whose weights are W + scale · A B, summed in float32."""
-    flat: Any = dict(nnx.to_flat_state(params))
+def apart(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """The parameters without the factors, and the factors."""
+    flat = nnx.to_flat_state(params)
+    split = ([(path, leaf) for path, leaf in flat if is_factor(path) == chosen] for chosen in (False, True))
+    weights, factors = map(nnx.from_flat_state, split)
+    return weights, factors
+
+
+def merged(weights: nnx.State, factors: nnx.State, scale: float) -> nnx.State:
+    """The parameters of the model without adapters, whose weights are W + scale · A B, summed in float32. weights,
+    factors: as `apart` gives them."""
+    of_weights: Any = dict(nnx.to_flat_state(factors))
     found = {}
-    for path, leaf in flat.items():
-        factors = [flat.get((*path[:-1], name)) for name in FACTORS]
-        if is_factor(path):
-            continue
-        if path[-1] != WEIGHT or factors[0] is None:
+    for path, leaf in nnx.to_flat_state(weights):
+        pair = [of_weights.get((*path[:-1], name)) for name in FACTORS]
+        if path[-1] != WEIGHT or pair[0] is None:
             found[path] = leaf
             continue
-        a, b = (factor.get_value().astype(jnp.float32) for factor in factors)
+        a, b = (factor.get_value().astype(jnp.float32) for factor in pair)
         added = scale * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
         value = leaf.get_value()
         found[path[:-1]] = leaf.replace((value.astype(jnp.float32) + added).astype(value.dtype))

@@ -195,10 +195,10 @@ def _batch_settings(train: TrainConfig) -> dict[str, int]:
 def _training(config: RunConfig) -> list[Need]:
     """What one device holds: master parameters and moments, plus the larger of two: all gradients; or one microbatch's
     layer inputs, the scores of one attention layer and the logits of one chunk. Beside adapters, the parameters have
-    neither masters nor moments nor gradients; the adapters themselves are not counted."""
+    neither masters nor moments nor gradients; adapters, and parts that are trained whole, are not counted."""
     plan, optimizer = config.plan, config.optimizer
     stored = _stored(config.model, plan)
-    if config.lora is not None and not optimizer.trained:
+    if config.lora is not None:
         held = _parameters("parameters", config.model, stored * BYTES[config.train.compute_dtype])
         return [held, *_activations(config)]
     # Muon keeps one moment per matrix, AdamW two of everything.

@@ -84,8 +84,9 @@ def _load_with_checkpoint(
     files have no model, it is that of --checkpoint. adapt: see `run_task`."""
     config, text = load_config(options)
     if options.checkpoint is None:
-        if config.lora is not None:
-            raise ConfigError("LoraConfig has bindings; expected --checkpoint, the model that gets adapters")
+        if config.lora is not None and not (options.resume and any(options.run.glob("checkpoints/*"))):
+            expected = "expected --checkpoint, or --student, the model that gets adapters"
+            raise ConfigError(f"LoraConfig has bindings; {expected}")
         return config, text, None
     from orogen.checkpoint.open import open_folder
     from orogen.config.load import load

@@ -33,6 +33,8 @@ def step_record(
             record["overflow_rows"] = int(metrics.overflow)
     if peak:
         operations = training_flops(config.model, document_lengths(batch.segments_bt))
+        if config.lora is not None:  # frozen weights have no gradient; the products with factors are not counted
+            operations *= 2 / 3
         record["mfu"] = operations / seconds / config.plan.devices / peak
     means = {name: np.asarray(metric.mean, np.float64).tolist() for name, metric in metrics.metrics.items()}
     return joined(record, means)

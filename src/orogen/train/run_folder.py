@@ -15,6 +15,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.load import load_saved
 from orogen.config.run import RunConfig
+from orogen.config.text import parts_of
 from orogen.train.lock import NAME as LOCK
 
 # What a resumed run may change: how long it trains, what it records, and what it does about bad steps. The plan may
@@ -98,8 +99,9 @@ def _saved_config(file: Path) -> RunConfig:
 
 def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     found = []
-    for part in ("model", "data", "train", "optimizer", "precision", "chat", "distill", "preference"):
-        before, now = getattr(saved, part), getattr(wanted, part)
+    there, here = parts_of(saved), parts_of(wanted)
+    for part in ("model", "data", "train", "optimizer", "precision", "chat", "distill", "preference", "lora"):
+        before, now = there[part], here[part]
         if (before is None) != (now is None):
             found.append(f"{part} is {'missing' if before is None else 'present'}")
             continue

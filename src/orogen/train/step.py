@@ -185,8 +185,7 @@ def apply_gradients(
 ) -> TrainState:
     """The state after one update or, unless `finite`, the same state with the step counted as skipped. trained: of each
     parameter, whether it is updated, from `trained_mask`; moving: the same of each buffer, from `trained_biases`; None:
-    all are. left: the states that the batch leaves to
-    carry."""
+    all are. left: the states that the batch leaves to carry."""
     grads = lax.with_sharding_constraint(grads, placement.shardings(grads, plan))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
