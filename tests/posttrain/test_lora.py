@@ -229,9 +229,10 @@ def test_a_run_with_adapters_goes_on_to_the_bit(runs, tmp_path, capsys):
 def test_rollouts_are_written_with_the_factors_that_train(tmp_path, monkeypatch):
     """Those are not zero here: a rollout without them would have other log-probabilities than the trainer."""
     (tmp_path / "rl.gin").write_text(RECIPE)
-    drawn = lambda value, axes, **more: parameter(
-        value + 0.1 * jnp.cos(jnp.arange(value.size)).reshape(value.shape), axes, **more
-    )
+
+    def drawn(value, axes, **settings):
+        return parameter(value + 0.1 * jnp.cos(jnp.arange(value.size)).reshape(value.shape), axes, **settings)
+
     monkeypatch.setattr(adapter, "parameter", drawn)
     found, (line,) = rollouts(
         tmp_path / "rl.gin", tmp_path / "run", "LoraConfig.rank = 2", "LoraConfig.weights = ('attention', 'dense')",
