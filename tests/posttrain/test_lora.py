@@ -268,6 +268,10 @@ def test_peft_files_hold_the_products(runs, tmp_path):
     ("bindings", "message"),
     [
         (["LoraConfig.weights=('mamba',)"], "LoraConfig.weights is ('mamba',); expected weights that the model has"),
+        (
+            ["LoraConfig.weights=('dense', 'latent')"],
+            "LoraConfig.weights is ('dense', 'latent'); expected weights that",
+        ),
         (["LoraConfig.weights=('head',)"], "LoraConfig.weights is ('head',); expected some of"),
         (["LoraConfig.rank=0"], "LoraConfig.rank is 0; expected a number above 0"),
     ],

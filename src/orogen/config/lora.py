@@ -62,7 +62,9 @@ class AdaptedModel(ModelConfig):
 
 def adapted(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
     """The model with adapters. Raises ConfigError if it has no weight for them."""
-    if not kinds_of(model) & lora.kinds:
+    names = {name for name in lora.weights if kinds_of(model) & {*GROUPS.get(name, (name,))}}
+    # Of the default, which names what most models have, some are enough.
+    if not names or (len(names) < len(lora.weights) and lora.weights != LoraConfig.weights):
         found = ", ".join(kind for kind in KINDS if kind in kinds_of(model))
         raise ConfigError(f"LoraConfig.weights is {lora.weights!r}; expected weights that the model has: {found}")
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
