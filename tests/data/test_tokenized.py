@@ -133,6 +133,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
     good = [saved(ids) for ids in IDS[:20]]
     bad = {
         "ids from 3 to 259; expected 0 to 258": saved(np.array([3, 259])),
+        "ids from -100 to 9; expected 0 to 258": saved(np.array([9, -100])),
         "the special token 2 inside; expected one document": saved(np.array([9, 2, 9, 2])),
         "the special token 0 inside": saved(np.array([9, 0, 0])),
         r"an array (2, 2) of int64": saved(np.ones((2, 2), np.int64)),

@@ -179,8 +179,10 @@ def indexed_documents(file: Path, start: int, stop: int | None) -> Iterator[np.n
 def text_ids(ids_t: np.ndarray, *, tokenizer: Any) -> np.ndarray:
     """The ids (t,) int32 of one document without the bos and eos around it. Raises ConfigError for ids outside the
     vocabulary, and for bos, eos or padding inside: it would be several documents, which then see each other."""
-    if len(ids_t) and not 0 <= (low := int(ids_t.min())) <= (high := int(ids_t.max())) < tokenizer.vocab_size:
-        raise ConfigError(f"ids from {low} to {high}; expected 0 to {tokenizer.vocab_size - 1}")
+    if len(ids_t):
+        low, high = int(ids_t.min()), int(ids_t.max())
+        if low < 0 or high >= tokenizer.vocab_size:
+            raise ConfigError(f"ids from {low} to {high}; expected 0 to {tokenizer.vocab_size - 1}")
     ids_t = ids_t.astype(np.int32)
     ids_t = ids_t[1:] if len(ids_t) and ids_t[0] == tokenizer.bos_id else ids_t
     ids_t = ids_t[:-1] if len(ids_t) and ids_t[-1] == tokenizer.eos_id else ids_t
