@@ -43,6 +43,9 @@ def example(**features):
     return field(1, entries)
 
 
+EMPTY = field(1, field(1, field(1, b"text") + field(2, b"")))  # an Example whose only feature has no kind
+
+
 def write_records(path, records, options="group_size:4"):
     writer = ArrayRecordWriter(str(path), options)
     for record in records:
@@ -142,6 +145,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
         "expected an array as numpy.save writes it": good[0][:-3],
         "not UTF-8": pickle.dumps([1, 2], 4),
         "found the features ['inputs']: expected one called 'text'": example(inputs=[4]),
+        "the feature 'text' is empty; expected one text, or token ids": EMPTY + example(inputs=[4]),
         "NUL characters": b"a\0b",
     }
     write_records(tmp_path / "c.array_record", [*good, *bad.values()])
@@ -190,4 +194,5 @@ def test_a_text_that_looks_like_an_example_is_a_text():
     unknown = b"rd" + b"x" * 100
     for text in (unknown, b"", b"\n\n", b"\n\x00", example(text=b"a") + unknown):
         assert content_of(text, field="text", dtype=None, where="it") == text
-    assert content_of(example(text=b"a"), field="text", dtype=None, where="it") == b"a"
+    for record in (example(inputs=b"a"), example(inputs=b"a") + EMPTY):
+        assert content_of(record, field="inputs", dtype=None, where="it") == b"a"

@@ -106,7 +106,7 @@ def _checked_ids(ids: np.ndarray, where: str) -> np.ndarray:
 def _features(record: bytes) -> Any:
     """The features by name of a serialised `tf.train.Example`; None for any other bytes.
 
-    Protobuf accepts fields that it does not know, and so some texts. Of an Example, all is known.
+    Protobuf accepts fields that it does not know, and so it accepts some texts. An Example has known fields alone.
     """
     from google.protobuf.message import DecodeError
     from google.protobuf.unknown_fields import UnknownFieldSet
@@ -118,7 +118,7 @@ def _features(record: bytes) -> Any:
         return None
     found = example.features.feature
     known = len(found) and not len(UnknownFieldSet(example)) and not len(UnknownFieldSet(example.features))
-    return found if known and all(one.WhichOneof("kind") for one in found.values()) else None
+    return found if known else None
 
 
 def _of_feature(features: Any, field: str, where: str) -> bytes | np.ndarray:
@@ -130,7 +130,7 @@ def _of_feature(features: Any, field: str, where: str) -> bytes | np.ndarray:
         return np.array(feature.int64_list.value, np.int64)
     if kind == "bytes_list" and len(feature.bytes_list.value) == 1:
         return feature.bytes_list.value[0]
-    raise ConfigError(f"{where}: the feature {field!r} is a {kind}; expected one text, or token ids")
+    raise ConfigError(f"{where}: the feature {field!r} is {f'a {kind}' if kind else 'empty'}; expected one text, or token ids")
 
 
 @functools.cache
