@@ -150,7 +150,8 @@ def test_what_cannot_be_used_is_named(tmp_path):
     }
     write_records(tmp_path / "c.array_record", [*good, *bad.values()])
     write_records(tmp_path / "d.array_record", [np.random.default_rng(0).bytes(0)] * 9)
-    manifest, _ = stored(config_of(tmp_path), tmp_path / "store")
+    write_records(tmp_path / "e.array_record", [])
+    manifest, _ = stored(config_of(tmp_path), tmp_path / "store", unit_bytes=2**15)
     assert manifest["counts"]["documents"] == 29 and manifest["counts"]["broken"] == len(bad)
     lines = [json.loads(line) for line in (tmp_path / "store" / "broken.jsonl").read_text().splitlines()]
     for number, (line, reason) in enumerate(zip(lines, bad, strict=True), 21):
