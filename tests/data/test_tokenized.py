@@ -14,6 +14,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.loader import open_corpus
 from orogen.data.make_store import make_store
+from orogen.data.sources import linked_folders, unread_files
 from orogen.data.tokenized import content_of
 from orogen.data.vocabulary import byte_tokenizer
 
@@ -179,6 +180,26 @@ def test_a_damaged_chunk_costs_its_own_records(tmp_path):
     others = [one for one in lines if not one["key"].startswith("a.")]
     assert [one["key"] for one in others] == ["b.array_record", "c.arrayrecord"]
     assert all("no ArrayRecord, or one that is cut off" in one["reason"] for one in others)
+
+
+def test_a_store_is_no_part_of_a_corpus(tmp_path):
+    """Whole or begun, it is skipped and counted below a corpus, and refused as one: its documents are split already."""
+    write_records(tmp_path / "c.array_record", [saved(ids) for ids in IDS])
+    config = config_of(tmp_path)
+    first, _ = stored(config, tmp_path / "below" / "store")
+    begun = tmp_path / "begun"
+    (begun / "tokenizer").mkdir(parents=True)
+    for name in ("plan.json", "train-00000.idx", "train-00000.bin"):
+        (begun / name).write_bytes(b"{}")
+    second, _ = stored(config, tmp_path / "again")
+    assert (first["counts"]["documents"], first["files"]) == (len(IDS), 1)
+    assert (second["counts"], second["files"], second["sha256"]) == (first["counts"], 1, first["sha256"])
+    assert unread_files(tmp_path) == 3 and linked_folders(tmp_path) == 0
+    with pytest.raises(ConfigError, match="below/store', a store; expected texts, or other programs' tokens"):
+        make_store(config_of(tmp_path / "below" / "store"), tmp_path / "other", workers=1)
+    with pytest.raises(ConfigError, match="begun' is a store that is not whole"):
+        make_store(config_of(begun), tmp_path / "other", workers=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_settings_that_nothing_reads_are_refused(tmp_path):

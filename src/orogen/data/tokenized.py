@@ -130,7 +130,9 @@ def _of_feature(features: Any, field: str, where: str) -> bytes | np.ndarray:
         return np.array(feature.int64_list.value, np.int64)
     if kind == "bytes_list" and len(feature.bytes_list.value) == 1:
         return feature.bytes_list.value[0]
-    raise ConfigError(f"{where}: the feature {field!r} is {f'a {kind}' if kind else 'empty'}; expected one text, or token ids")
+    raise ConfigError(
+        f"{where}: the feature {field!r} is {f'a {kind}' if kind else 'empty'}; expected one text, or token ids"
+    )
 
 
 @functools.cache
