@@ -112,7 +112,7 @@ def test_the_nearest_plan_keeps_what_it_can():
     whole = predict(deep, CLUSTER).device_memory_bytes / 2**30
     small = dataclasses.replace(CLUSTER, memory_gib=0.5 * whole)
     near = nearest_feasible(deep, small, 4)
-    assert near is None or near.prediction.fits
+    assert near is not None and near.prediction.fits
 
 
 def test_the_winner_loads_as_the_plan_that_was_ranked(tmp_path, capsys):
