@@ -145,6 +145,23 @@ def test_the_command_answers_in_one_line_what_it_cannot_do(capsys):
         assert expected in error and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize(
+    ("bindings", "expected"),
+    [
+        (["LoraConfig.rank=4"], "LoraConfig has bindings; expected none: adapters"),
+        (["DistillConfig.divergence=1.0"], "DistillConfig has bindings; expected none: a teacher's passes"),
+        (["ElasticConfig.budgets=(0.5, 1.0)", "ElasticConfig.hidden_size=(8,)"], "ElasticConfig has bindings"),
+        (["PrecisionConfig.recipe='mxfp8'"], "PrecisionConfig.recipe is 'mxfp8'; expected 'plain'"),
+        (["OptimizerConfig.trained=('head',)"], "OptimizerConfig.trained is ('head',); expected ()"),
+    ],
+)
+def test_what_is_not_predicted_is_refused(bindings, expected, capsys):
+    recipe = ["simulate", "--gin_file", "gin_configs/recipes/quickstart.gin"]
+    assert main([*recipe, *(part for one in bindings for part in ("--gin_bindings", one))]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "not predicted" in error and error.count("\n") == 1
+
+
 def test_the_command_prints_all_parts(capsys):
     recipe = ["simulate", "--gin_file", "gin_configs/recipes/quickstart.gin", "--gin_bindings"]
     assert main([*recipe, "ClusterConfig.hardware='cpu'"]) == 0
