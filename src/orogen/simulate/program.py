@@ -58,7 +58,7 @@ def graph_launches(name: str, software: Software) -> int:
     return GRAPH * (_graphed(name, software) or (name == "E" and bool(software.graph_router)))
 
 
-def launches(name: str, operations: Iterable[Operation], records: Iterable[Collective], software: Software) -> int:
+def launches(name: str, operations: Iterable[Operation], records: Iterable[Collective], software: Software) -> float:
     """Kernels and collectives that a host launches outside graphs, kernels as in the forward pass: one per expert for
     grouped products. A layer in a graph has none: its graphs hold its collectives and what it recomputes."""
     if _graphed(name, software):
