@@ -72,7 +72,7 @@ def test_a_search_weighs_every_phase():
 
 def test_a_search_names_every_batch():
     with pytest.raises(
-        ConfigError, match=r"with TrainConfig.batch_size = 16 \(with its ramp and phases 8, 16\); expec"
+        ConfigError, match=r"with TrainConfig.batch_size = 16 \(sizes in its ramp and phases: 8, 16\); expec"
     ):
         search(run(LONG), CLUSTER, 13)
 

@@ -237,7 +237,7 @@ def _none(config: RunConfig, devices: int, counts: tuple[int, int], hardware: Ha
     sizes = sorted({one.batch_size for one in config.stretches()})
     batches = f"TrainConfig.batch_size = {config.train.batch_size}"
     if len(sizes) > 1:
-        batches += f" (with its ramp and phases {', '.join(map(str, sizes))})"
+        batches += f" (sizes in its ramp and phases: {', '.join(map(str, sizes))})"
     if not legal:
         return (
             f"no plan on {devices} devices is legal for the model with {batches}; expected devices whose data-parallel "
