@@ -1,6 +1,6 @@
-"""Measures tokenizing against the tokenizers library, and training from a store of 10 GB. See README.md.
+"""Measures tokenizing against the tokenizers library, and training from a store. See README.md.
 
-python experiments/corpora/run.py tokenize | store DIR | loader DIR | train DIR
+python experiments/corpora/run.py tokenize | store DIR [--gb N] | loader DIR | train DIR [--steps N]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from orogen.config.data import DataConfig
-from orogen.data import corpora, store
+from orogen.data import corpora, indexed, store
 from orogen.data.indexed import IndexedWriter, dtype_for
 from orogen.data.make_store import make_store
 from orogen.data.tokenizer import Tokenizer
@@ -26,9 +26,8 @@ from orogen.data.vocabulary import train_bpe
 RESULTS = Path(__file__).parent / "results.jsonl"
 MEGABYTES = 10  # of text that is tokenized
 VOCAB_SIZE, TURNS = 4096, 2
-TOKENS, SHARD_TOKENS = 5_000_000_000, 250_000_000  # 10 GB of uint16
+SHARD_TOKENS = 250_000_000  # 0.5 GB of uint16
 SEQUENCE_LENGTH, BATCH_SIZE = 8192, 8
-STEPS = 100  # of the training that is measured
 
 
 def record(**facts):
@@ -89,14 +88,14 @@ def tokenize():
             shutil.rmtree(folder / "s")
 
 
-def make(folder):
-    """A store of random tokens, with documents of lognormal lengths: 10 GB."""
+def make(folder, gb):
+    """A store of random tokens, with documents of lognormal lengths: about so many GB."""
     folder.mkdir(parents=True)
     tokenizer = train_bpe([document.text for document in corpora.stdlib_documents()], vocab_size=VOCAB_SIZE)
     tokenizer.save(folder / store.TOKENIZER)
     rng, shards = np.random.default_rng(0), []
     block = (3 + rng.zipf(1.2, 2**24) % (VOCAB_SIZE - 3)).astype(np.int32)
-    for number in range(TOKENS // SHARD_TOKENS):
+    for number in range(round(gb * 1e9 / 2 / SHARD_TOKENS)):
         split, left, n_bytes = "train" if number else "heldout", SHARD_TOKENS, 0
         with IndexedWriter(store.shard(folder, split, number), dtype_for(VOCAB_SIZE)) as writer:
             while left > 0:
@@ -120,6 +119,12 @@ def memory():
     return {"resident_mb": now / 1e6, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
 
 
+def held(folder):
+    """The size of the store, and how much of it a process maps at most."""
+    size = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    return {"store_gb": size / 1e9, "mapped_mib": indexed.RESIDENT_BYTES / 2**20}
+
+
 def loader(folder):
     """The time to the first batch of a new process, the rate after it, and the resident memory."""
     began = time.perf_counter()
@@ -136,15 +141,14 @@ def loader(folder):
     while time.perf_counter() - began < 20:
         count += next(batches).tokens_bt.size
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    size = sum(path.stat().st_size for path in folder.glob("*.bin"))
     record(
-        what="loader", store_gb=size / 1e9, first_batch_seconds=first, tokens_per_second=count / seconds,
+        what="loader", **held(folder), first_batch_seconds=first, tokens_per_second=count / seconds,
         tokens_per_cpu_second=count / cpu, **memory(),
     )  # fmt: skip
 
 
-def train(folder):
-    """Peak memory of `orogen train` of a tiny model on the store, three evaluations included."""
+def train(folder, steps):
+    """Peak memory of `orogen train` of a tiny model on the store, an evaluation every 30 steps included."""
     run = Path(tempfile.mkdtemp()) / "run"
     command = [
         sys.executable, "-m", "orogen.cli", "train", "--gin_file", str(Path(__file__).parent / "tiny.gin"),
@@ -152,7 +156,7 @@ def train(folder):
     ]  # fmt: skip
     began, metrics = time.perf_counter(), run / "metrics.jsonl"
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= STEPS):
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
         assert running.poll() is None
         time.sleep(0.5)
     running.terminate()  # before the whole held-out split is scored, 250 million tokens
@@ -161,7 +165,7 @@ def train(folder):
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     tokens = sum(one["tokens"] for one in records)
     start = records[0]["start_seconds"]
-    record(what="train", seconds=seconds, tokens=tokens, start_seconds=start, peak_mb=peak)
+    record(what="train", **held(folder), steps=steps, seconds=seconds, tokens=tokens, start_seconds=start, peak_mb=peak)
     shutil.rmtree(run.parent)
 
 
@@ -169,8 +173,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("tokenize", "store", "loader", "train"))
     parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--gb", type=float, default=10.0, help="of store: its size")
+    parser.add_argument("--steps", type=int, default=100, help="of train")
     options = parser.parse_args()
-    if options.what == "tokenize":
-        tokenize()
-    else:
-        {"store": make, "loader": loader, "train": train}[options.what](options.folder)
+    match options.what:
+        case "tokenize":
+            tokenize()
+        case "store":
+            make(options.folder, options.gb)
+        case "loader":
+            loader(options.folder)
+        case "train":
+            train(options.folder, options.steps)

@@ -1,16 +1,17 @@
 """Published ratios of inference throughput beside predicted ones: `python experiments/published_tables/serving.py`.
 
-None of the sources states its batch. Here every model serves as many requests as fit,
-MOST at most, and all read their prompts and
-write their answers together: the rate is answers' tokens over the time of both.
+Writes `serving.jsonl`. None of the sources states its batch. Here every model serves as many requests as fit, at most
+so many as each of MOST; all read their prompts and write their answers together, so the rate is the tokens of the
+answers over the time of both.
 """
 
+import bisect
 import dataclasses
+import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tables import read_rows
+from tables import FOLDER, MODELS, read_rows
 
 from orogen.config.cluster import ClusterConfig
 from orogen.config.engine import EngineConfig
@@ -19,7 +20,8 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.simulate.decode import Inference, predict_inference
 
-MOST = 256  # requests at once, vLLM's default
+RESULTS = FOLDER / "serving.jsonl"
+MOST = (256, 2**16)  # requests at once: vLLM's default, and more than fit
 
 
 class Serving(NamedTuple):
@@ -50,11 +52,11 @@ REPLAYED, BATCHES = "inference/nano-4b-h100", (1, 8, 32, 128, 256, 512)
 
 def of(name: str) -> ModelConfig:
     """A published model."""
-    return load([Path(f"gin_configs/models/{name}.gin")])[0].model
+    return load([MODELS / f"{name}.gin"])[0].model
 
 
-def rate(model: ModelConfig, serving: Serving) -> tuple[float, int]:
-    """Tokens per second with as many requests as fit, and how many these are."""
+def rate(model: ModelConfig, serving: Serving, most: int) -> tuple[float, int]:
+    """Tokens per second with as many requests as fit, `most` at most, and how many these are."""
     plan = PlanConfig(tensor=serving.devices)
 
     def served(slots: int) -> Inference:
@@ -65,8 +67,11 @@ def rate(model: ModelConfig, serving: Serving) -> tuple[float, int]:
         texts = {"prompt": serving.prompt, "new": serving.new}
         return predict_inference(model, serving.cluster, plan=plan, engine=engine, **texts)
 
-    fits = [n for n in range(1, MOST + 1) if (one := served(n)).device_memory_bytes <= one.memory_limit_bytes]
-    slots = fits[-1]
+    def full(slots: int) -> bool:
+        found = served(slots)
+        return found.device_memory_bytes > found.memory_limit_bytes
+
+    slots = bisect.bisect_left(range(1, most + 1), True, key=full)
     found = served(slots)
     seconds = slots * found.first_token_seconds + serving.new * found.step_seconds
     return slots * serving.new / seconds, slots
@@ -83,16 +88,31 @@ def replayed(batches: Sequence[int]) -> list[float]:
     return found
 
 
-def main() -> None:
+def compare() -> list[dict[str, Any]]:
+    """Published and predicted ratios, by what is compared and how many requests at most."""
     published = {row["id"]: row["published"]["ratio"] for row in read_rows() if row["kind"] == "inference"}
-    print("| ratio | published | predicted | requests at once |\n|---|---|---|---|")
+    results = []
     for name, serving in COMPARED.items():
-        (first, slots), (second, others) = (rate(of(model), serving) for model in (serving.first, serving.second))
-        print(
-            f"| {serving.first} over {serving.second} | {published[name]} | {first / second:.2f} | {slots}, {others} |"
-        )
-    for batch, ratio, found in zip(BATCHES, published[REPLAYED], replayed(BATCHES), strict=True):
-        print(f"| nemotron3_nano_4b, replayed over stored states | {ratio} | {found:.2f} | {batch} |")
+        for most in MOST:
+            (first, slots), (second, others) = (rate(of(model), serving, most) for model in serving[:2])
+            facts = {"id": name, "first": serving.first, "second": serving.second, "most": most}
+            results.append(
+                {**facts, "published": published[name], "predicted": first / second, "slots": [slots, others]}
+            )
+    for slots, ratio, found in zip(BATCHES, published[REPLAYED], replayed(BATCHES), strict=True):
+        facts = {"id": REPLAYED, "first": "nemotron3_nano_4b, replayed", "second": "stored states", "most": slots}
+        results.append({**facts, "published": ratio, "predicted": found, "slots": [slots, slots]})
+    return results
+
+
+def main() -> None:
+    results = compare()
+    RESULTS.write_text("".join(json.dumps(result) + "\n" for result in results))
+    print("| ratio | at most | published | predicted | requests at once |\n|---|---|---|---|---|")
+    for one in results:
+        requests = ", ".join(map(str, one["slots"]))
+        named = f"{one['first']} over {one['second']} | {one['most']} | {one['published']}"
+        print(f"| {named} | {one['predicted']:.2f} | {requests} |")
 
 
 if __name__ == "__main__":

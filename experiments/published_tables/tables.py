@@ -23,6 +23,7 @@ from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
 from orogen.simulate.prediction import Prediction
 
 FOLDER = Path(__file__).parent
+MODELS = FOLDER.parents[1] / "gin_configs" / "models"
 ROWS, FITTED = FOLDER / "rows.jsonl", FOLDER / "fitted.json"
 RULE = "of each table's judged rows, a third (rounded down): those whose ids have the smallest sha256"
 # The programs measured on these cards have fused attention; in 2021 scores were written to memory.
@@ -68,7 +69,7 @@ def fitted() -> list[str]:
 
 def config(row: Row) -> RunConfig:
     """The run that a row describes. Raises ConfigError."""
-    model = load([Path(f"gin_configs/models/{row['model']}.gin")])[0].model
+    model = load([MODELS / f"{row['model']}.gin"])[0].model
     if "layout" in row:
         model = dataclasses.replace(model, pattern=segmented(model, row["layout"]))
     train = TrainConfig(

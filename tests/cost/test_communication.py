@@ -99,7 +99,7 @@ def inside(records: list[Collective]) -> list[Collective]:
 COMPILED = {
     "data-tensor": ("M", "E", "*", "-", "m", "w", "+", ENDS), "copies": ("M", "E", "*", ENDS),
     "capacity": ("E", "-", "m"), "zero-2": ("*", "+", ENDS), "shared-alltoall": ("M", "E", "w"),
-    "state": ("m", "w", "+", ENDS),
+    "state": ("M", "m", "w", "+", ENDS),
 }  # fmt: skip
 CASES = [(name, EVERY) for name in PLANS] + [(name, FULLER) for name in ("data-tensor", "copies", "whole")]
 
@@ -114,6 +114,12 @@ def test_compiled_plans_have_every_axis_dispatch_and_way_to_shard():
     assert any(plan.capacity_factor for plan in compared)
     for unit in (*EVERY.layers.main, ENDS):
         assert sum(unit in units for units in COMPILED.values()) >= 2, unit
+
+
+def test_split_sequences_are_compiled_with_every_unit():
+    """The first plan compiles every unit that context ranks change, and each of the others compiles some."""
+    assert SENT.keys() == MERGED.keys() and all(SENT.values())
+    assert set("".join(SENT.values())) == set("*wMm+E") == set(SENT[next(iter(MERGED))])
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)

@@ -14,6 +14,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.data.loader import open_corpus
 from orogen.data.make_store import make_store
+from orogen.data.sources import linked_folders, unread_files
 from orogen.data.tokenized import content_of
 from orogen.data.vocabulary import byte_tokenizer
 
@@ -41,6 +42,9 @@ def example(**features):
         kind = field(1, field(1, value)) if is_text else field(3, field(1, b"".join(varint(int(i)) for i in value)))
         entries += field(1, field(1, name.encode()) + field(2, kind))
     return field(1, entries)
+
+
+EMPTY = field(1, field(1, field(1, b"text") + field(2, b"")))  # an Example whose only feature has no kind
 
 
 def write_records(path, records, options="group_size:4"):
@@ -133,6 +137,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
     good = [saved(ids) for ids in IDS[:20]]
     bad = {
         "ids from 3 to 259; expected 0 to 258": saved(np.array([3, 259])),
+        "ids from -100 to 9; expected 0 to 258": saved(np.array([9, -100])),
         "the special token 2 inside; expected one document": saved(np.array([9, 2, 9, 2])),
         "the special token 0 inside": saved(np.array([9, 0, 0])),
         r"an array (2, 2) of int64": saved(np.ones((2, 2), np.int64)),
@@ -141,11 +146,13 @@ def test_what_cannot_be_used_is_named(tmp_path):
         "expected an array as numpy.save writes it": good[0][:-3],
         "not UTF-8": pickle.dumps([1, 2], 4),
         "found the features ['inputs']: expected one called 'text'": example(inputs=[4]),
+        "the feature 'text' is empty; expected one text, or token ids": EMPTY + example(inputs=[4]),
         "NUL characters": b"a\0b",
     }
     write_records(tmp_path / "c.array_record", [*good, *bad.values()])
     write_records(tmp_path / "d.array_record", [np.random.default_rng(0).bytes(0)] * 9)
-    manifest, _ = stored(config_of(tmp_path), tmp_path / "store")
+    write_records(tmp_path / "e.array_record", [])
+    manifest, _ = stored(config_of(tmp_path), tmp_path / "store", unit_bytes=2**15)
     assert manifest["counts"]["documents"] == 29 and manifest["counts"]["broken"] == len(bad)
     lines = [json.loads(line) for line in (tmp_path / "store" / "broken.jsonl").read_text().splitlines()]
     for number, (line, reason) in enumerate(zip(lines, bad, strict=True), 21):
@@ -175,6 +182,26 @@ def test_a_damaged_chunk_costs_its_own_records(tmp_path):
     assert all("no ArrayRecord, or one that is cut off" in one["reason"] for one in others)
 
 
+def test_a_store_is_no_part_of_a_corpus(tmp_path):
+    """Whole or begun, it is skipped and counted below a corpus, and refused as one: its documents are split already."""
+    write_records(tmp_path / "c.array_record", [saved(ids) for ids in IDS])
+    config = config_of(tmp_path)
+    first, _ = stored(config, tmp_path / "below" / "store")
+    begun = tmp_path / "begun"
+    (begun / "tokenizer").mkdir(parents=True)
+    for name in ("plan.json", "train-00000.idx", "train-00000.bin"):
+        (begun / name).write_bytes(b"{}")
+    second, _ = stored(config, tmp_path / "again")
+    assert (first["counts"]["documents"], first["files"]) == (len(IDS), 1)
+    assert (second["counts"], second["files"], second["sha256"]) == (first["counts"], 1, first["sha256"])
+    assert unread_files(tmp_path) == 3 and linked_folders(tmp_path) == 0
+    with pytest.raises(ConfigError, match="below/store', a store; expected texts, or other programs' tokens"):
+        make_store(config_of(tmp_path / "below" / "store"), tmp_path / "other", workers=1)
+    with pytest.raises(ConfigError, match="begun' is a store that is not whole"):
+        make_store(config_of(begun), tmp_path / "other", workers=1)
+    assert not (tmp_path / "other").exists()
+
+
 def test_settings_that_nothing_reads_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ConfigError, match=r"record_dtype is 'int32'; expected None, since nothing reads it"):
@@ -189,4 +216,5 @@ def test_a_text_that_looks_like_an_example_is_a_text():
     unknown = b"rd" + b"x" * 100
     for text in (unknown, b"", b"\n\n", b"\n\x00", example(text=b"a") + unknown):
         assert content_of(text, field="text", dtype=None, where="it") == text
-    assert content_of(example(text=b"a"), field="text", dtype=None, where="it") == b"a"
+    for record in (example(inputs=b"a"), example(inputs=b"a") + EMPTY):
+        assert content_of(record, field="inputs", dtype=None, where="it") == b"a"

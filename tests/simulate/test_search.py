@@ -112,7 +112,7 @@ def test_the_nearest_plan_keeps_what_it_can():
     whole = predict(deep, CLUSTER).device_memory_bytes / 2**30
     small = dataclasses.replace(CLUSTER, memory_gib=0.5 * whole)
     near = nearest_feasible(deep, small, 4)
-    assert near is None or near.prediction.fits
+    assert near is not None and near.prediction.fits
 
 
 def test_the_winner_loads_as_the_plan_that_was_ranked(tmp_path, capsys):
@@ -143,6 +143,23 @@ def test_the_command_answers_in_one_line_what_it_cannot_do(capsys):
         assert main([*recipe, *arguments]) == 2
         error = capsys.readouterr().err
         assert expected in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    ("bindings", "expected"),
+    [
+        (["LoraConfig.rank=4"], "LoraConfig has bindings; expected none: adapters"),
+        (["DistillConfig.divergence=1.0"], "DistillConfig has bindings; expected none: a teacher's passes"),
+        (["ElasticConfig.budgets=(0.5, 1.0)", "ElasticConfig.hidden_size=(8,)"], "ElasticConfig has bindings"),
+        (["PrecisionConfig.recipe='mxfp8'"], "PrecisionConfig.recipe is 'mxfp8'; expected 'plain'"),
+        (["OptimizerConfig.trained=('head',)"], "OptimizerConfig.trained is ('head',); expected ()"),
+    ],
+)
+def test_what_is_not_predicted_is_refused(bindings, expected, capsys):
+    recipe = ["simulate", "--gin_file", "gin_configs/recipes/quickstart.gin"]
+    assert main([*recipe, *(part for one in bindings for part in ("--gin_bindings", one))]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "not predicted" in error and error.count("\n") == 1
 
 
 def test_the_command_prints_all_parts(capsys):

@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 from tests.helpers import hybrid, run_config
 
+from orogen.config.checks import ConfigError
 from orogen.config.cluster import ClusterConfig
 from orogen.config.data import DataConfig
 from orogen.config.phases import PhaseConfig
+from orogen.simulate.hardware import machine
 from orogen.simulate.predict import fullest, predict
-from orogen.simulate.search import search
+from orogen.simulate.routing import BALANCED
+from orogen.simulate.search import _seconds, candidates, explain, search
 from orogen.simulate.shapes import shapes
 
 CLUSTER = ClusterConfig(hardware="h100", dollars_per_hour=2.0)
@@ -51,6 +54,27 @@ def test_a_search_ranks_what_fits_in_every_phase():
     assert any(p.plan.remat == "none" for p in kept)
     assert all(p.prediction.fits and p.prediction.shapes[1].sequence_length == 768 for p in tight)
     assert all(8 % (p.plan.data * p.plan.microbatches) == 0 for p in tight)
+
+
+def test_a_search_weighs_every_phase():
+    """Nearly all time is spent on the long sequences of the second phase; over the first no context is split."""
+    config = run(PhaseConfig(after=10, sequence_length=32768, batch_size=8), sequence_length=1024)
+    assert {plan.context for plan in candidates(config, machine(CLUSTER)[0], 8)} == {1, 2, 4, 8}
+    ranking = search(config, CLUSTER, 8)
+    hours = [ranked.prediction.budget["hours"] for ranked in ranking.plans]
+    rates = [ranked.prediction.tokens_per_second for ranked in ranking.plans]
+    assert hours == sorted(hours) and rates != sorted(rates, reverse=True)
+    whole = [_seconds(dataclasses.replace(config, plan=ranked.plan), CLUSTER, machine(CLUSTER), BALANCED)
+             for ranked in ranking.plans[:3]]  # fmt: skip
+    assert [seconds / 3600 for seconds in whole] == pytest.approx(hours[:3], rel=0.05)
+    assert explain(ranking)[-1].endswith("longer for all phases; tokens/s and MFU are of the first")
+
+
+def test_a_search_names_every_batch():
+    with pytest.raises(
+        ConfigError, match=r"with TrainConfig.batch_size = 16 \(sizes in its ramp and phases: 8, 16\); expec"
+    ):
+        search(run(LONG), CLUSTER, 13)
 
 
 def test_a_search_needs_no_sources_for_the_weights_of_phases():

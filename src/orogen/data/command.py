@@ -22,7 +22,7 @@ SHOWN = 5  # records that are named on the terminal
 
 @contextlib.contextmanager
 def _full_disk_named(out: Path) -> Iterator[None]:
-    """Says which folder's disk is full, which the error of a write does not."""
+    """Names the folder whose disk is full. The error of a write does not name it."""
     try:
         yield
     except OSError as error:

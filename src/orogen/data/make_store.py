@@ -32,7 +32,8 @@ from orogen.config.files import locked, write_atomically
 from orogen.data import corpora
 from orogen.data.indexed import MAX_TOKENS, IndexedWriter, dtype_for
 from orogen.data.readers import Broken, Document, Part, Record, read_records
-from orogen.data.store import DONE, MANIFEST, PLAN, SETTINGS, TOKENIZER, code_hash, shard, write_manifest
+from orogen.data.sources import MANIFEST, PLAN, TOKENIZER
+from orogen.data.store import DONE, SETTINGS, code_hash, is_store, shard, write_manifest
 from orogen.data.tokenized import Tokens, text_ids
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.units import Slice, plan_units, stamp, unit_size
@@ -66,6 +67,8 @@ def make_store(
     """
     if config.sources:
         raise ConfigError("DataConfig.sources is set; expected DataConfig.corpus: a store holds one source")
+    if config.corpus is not None and is_store(config.corpus):
+        raise ConfigError(f"DataConfig.corpus is {config.corpus!r}, a store; expected texts, or other programs' tokens")
     _check_folder(folder)
     if not folder.exists():
         corpora.corpus_files(config)  # a refused corpus leaves no folder

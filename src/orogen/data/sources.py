@@ -8,6 +8,10 @@ from orogen.config.checks import ConfigError
 from orogen.data.readers import KINDS, Broken, Document, decode, form_of, read_records
 from orogen.data.tokenized import Tokens
 
+# By what a folder is known to be a tokenized store (see `store`), which is read as one and never as files.
+MANIFEST, PLAN, TOKENIZER = "manifest.json", "plan.json", "tokenizer"
+FORMAT_NAME = "orogen tokens"
+
 
 def read_documents(path: str | Path, *, text_field: str, record_dtype: str | None = None) -> Iterator[Document]:
     """The documents of a file, or of every supported file below a folder, in the order of their paths.
@@ -45,7 +49,7 @@ def is_readable(file: Path) -> bool:
 
 def unread_files(path: str | Path) -> int:
     """The number of entries below a folder that `read_documents` skips: files of other kinds, links to folders, broken
-    links, and entries that are not files."""
+    links, entries that are not files, and stores, each as one."""
     root = Path(path)
     files, others = walk(root)
     return sum(not is_readable(file) for file in files) + len(others)
@@ -53,7 +57,7 @@ def unread_files(path: str | Path) -> int:
 
 def linked_folders(path: str | Path) -> int:
     """The number of those that are links to folders. They are not followed: a link may lead back to its own folder."""
-    return sum(other.is_dir() for other in walk(Path(path))[1])
+    return sum(other.is_symlink() and other.is_dir() for other in walk(Path(path))[1])
 
 
 def read_text(file: Path) -> str:
@@ -78,20 +82,36 @@ def supported_files(root: Path) -> list[Path]:
 
 
 def walk(root: Path) -> tuple[list[Path], list[Path]]:
-    """The files below a folder in the order of their paths, or the file itself, and the entries that are neither file
-    nor folder.
+    """The files below a folder in the order of their paths, or the file itself, and the other entries: links to
+    folders, stores, and what is neither file nor folder.
 
-    A link to a file counts as a file; a link to a folder does not count as a folder. Raises OSError for a folder that
+    A link to a file counts as a file. Neither links to folders nor stores are entered: a store's documents are those of
+    some corpus, perhaps of this one, and have splits already. Raises OSError for a folder that
     cannot be listed.
     """
     if not root.is_dir():
         return [root], []
     found: list[Path] = []
     for folder, folders, files in os.walk(root, onerror=_raise):
-        found += [Path(folder, name) for name in files]
-        found += [link for name in folders if (link := Path(folder, name)).is_symlink()]
+        below = [Path(folder, name) for name in folders]
+        closed = [path for path in below if path.is_symlink() or is_begun(path) or is_finished(path)]
+        folders[:] = [path.name for path in below if path not in closed]
+        found += [Path(folder, name) for name in files] + closed
     found.sort(key=lambda f: f.relative_to(root).as_posix())
     return [f for f in found if f.is_file()], [f for f in found if not f.is_file()]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder is a whole store, not a folder of texts with a manifest.json of its own."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    with (folder / MANIFEST).open("rb") as file:
+        return FORMAT_NAME.encode() in file.read(100)
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder is a store that is not whole yet."""
+    return not (folder / MANIFEST).is_file() and (folder / PLAN).is_file() and (folder / TOKENIZER).is_dir()
 
 
 def _raise(error: OSError) -> None:

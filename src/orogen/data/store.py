@@ -25,11 +25,11 @@ from orogen.config.json_file import ListOf, Record, Whole, read_json
 from orogen.data.corpora import SPLITS, check_splits
 from orogen.data.indexed import IndexedTokens
 from orogen.data.packing import Stream, document_stream
+from orogen.data.sources import FORMAT_NAME, MANIFEST, TOKENIZER, is_begun, is_finished
 from orogen.data.tokenizer import Tokenizer
 from orogen.data.vocabulary import make_tokenizer
 
-MANIFEST, PLAN, DONE, TOKENIZER, BROKEN = "manifest.json", "plan.json", "done", "tokenizer", "broken.jsonl"
-FORMAT_NAME = "orogen tokens"
+DONE, BROKEN = "done", "broken.jsonl"
 FORMAT = f"{FORMAT_NAME} 1"
 # The fields of DataConfig that decide what a store holds.
 SETTINGS = (
@@ -95,13 +95,10 @@ def is_store(path: str | Path) -> bool:
     folder = Path(path)
     if path == "stdlib":
         return False
-    if not (folder / MANIFEST).is_file():
-        if (folder / PLAN).is_file() and (folder / TOKENIZER).is_dir():
-            expected = "expected `orogen tokenize` to have finished it"
-            raise ConfigError(f"{str(path)!r} is a store that is not whole; {expected}")
-        return False
-    with (folder / MANIFEST).open("rb") as file:
-        return FORMAT_NAME.encode() in file.read(100)
+    if is_begun(folder):
+        expected = "expected `orogen tokenize` to have finished it"
+        raise ConfigError(f"{str(path)!r} is a store that is not whole; {expected}")
+    return is_finished(folder)
 
 
 class StoredSplit(Sequence[Stream]):

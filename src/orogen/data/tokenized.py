@@ -106,7 +106,7 @@ def _checked_ids(ids: np.ndarray, where: str) -> np.ndarray:
 def _features(record: bytes) -> Any:
     """The features by name of a serialised `tf.train.Example`; None for any other bytes.
 
-    Protobuf accepts fields that it does not know, and so some texts. Of an Example, all is known.
+    Protobuf accepts fields that it does not know, and so it accepts some texts. An Example has known fields alone.
     """
     from google.protobuf.message import DecodeError
     from google.protobuf.unknown_fields import UnknownFieldSet
@@ -118,7 +118,7 @@ def _features(record: bytes) -> Any:
         return None
     found = example.features.feature
     known = len(found) and not len(UnknownFieldSet(example)) and not len(UnknownFieldSet(example.features))
-    return found if known and all(one.WhichOneof("kind") for one in found.values()) else None
+    return found if known else None
 
 
 def _of_feature(features: Any, field: str, where: str) -> bytes | np.ndarray:
@@ -130,7 +130,9 @@ def _of_feature(features: Any, field: str, where: str) -> bytes | np.ndarray:
         return np.array(feature.int64_list.value, np.int64)
     if kind == "bytes_list" and len(feature.bytes_list.value) == 1:
         return feature.bytes_list.value[0]
-    raise ConfigError(f"{where}: the feature {field!r} is a {kind}; expected one text, or token ids")
+    raise ConfigError(
+        f"{where}: the feature {field!r} is {f'a {kind}' if kind else 'empty'}; expected one text, or token ids"
+    )
 
 
 @functools.cache
@@ -179,8 +181,10 @@ def indexed_documents(file: Path, start: int, stop: int | None) -> Iterator[np.n
 def text_ids(ids_t: np.ndarray, *, tokenizer: Any) -> np.ndarray:
     """The ids (t,) int32 of one document without the bos and eos around it. Raises ConfigError for ids outside the
     vocabulary, and for bos, eos or padding inside: it would be several documents, which then see each other."""
-    if len(ids_t) and not 0 <= (low := int(ids_t.min())) <= (high := int(ids_t.max())) < tokenizer.vocab_size:
-        raise ConfigError(f"ids from {low} to {high}; expected 0 to {tokenizer.vocab_size - 1}")
+    if len(ids_t):
+        low, high = int(ids_t.min()), int(ids_t.max())
+        if low < 0 or high >= tokenizer.vocab_size:
+            raise ConfigError(f"ids from {low} to {high}; expected 0 to {tokenizer.vocab_size - 1}")
     ids_t = ids_t.astype(np.int32)
     ids_t = ids_t[1:] if len(ids_t) and ids_t[0] == tokenizer.bos_id else ids_t
     ids_t = ids_t[:-1] if len(ids_t) and ids_t[-1] == tokenizer.eos_id else ids_t

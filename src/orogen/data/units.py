@@ -100,7 +100,7 @@ def _between_groups(path: Path, unit_bytes: int) -> Iterator[Part]:
 def _between_records(path: Path, unit_bytes: int) -> Iterator[Part]:
     """About equal numbers of records, `unit_bytes` on average."""
     count = record_count(path)
-    parts = min(-(-(stamp(path) or (0, 0))[0] // unit_bytes), count)
+    parts = max(1, min(-(-(stamp(path) or (0, 0))[0] // unit_bytes), count))
     edges = [count * number // parts for number in range(parts + 1)]
     yield from (Part(start, stop, start) for start, stop in itertools.pairwise(edges))
 

@@ -16,8 +16,9 @@ jax, about a second. `predict` joins
 
 `search` ranks all legal plans; `page` draws a prediction, its `scaling` and a ranking on one page (`--html`);
 `compiled` compares a prediction with the real step, compiled for simulated devices.
-Images are left out: of layers `x`, tokens' work alone is counted, and neither the resampler nor its activations, which
-lie in every row's room for images (`data/images.py`).
+Runs with adapters, teachers, submodels, images, pairs, rollouts or emulated rounding are refused. `predict` itself
+counts tokens' work alone in layers `x`, and neither the resampler nor its activations, which lie in every row's room
+for images (`data/images.py`).
 What the constants cannot know: a program's version (published steps of one model on the same devices differ by 1.5),
 and whatever a device does beside the step.
 

@@ -25,7 +25,7 @@ from orogen.simulate.operations import (
     mtp_operations,
 )
 from orogen.simulate.prediction import Roofline
-from orogen.simulate.program import AROUND, SIZES, added, launches, sent_by
+from orogen.simulate.program import AROUND, SIZES, added, graph_launches, launches, sent_by
 from orogen.simulate.roofline import Clock
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -156,17 +156,20 @@ class Passes:
         )
 
     def _host(self, name: str, operations: Sequence[Operation], records: Sequence[Collective]) -> dict[str, float]:
-        """Seconds in which the host launches each pass; the backward pass launches what it recomputes, too."""
+        """Seconds in which the host launches each pass. The backward pass has twice the kernels of the forward pass,
+        what it recomputes, and collectives of its own."""
         if not self.software.eager:
             return dict.fromkeys(PHASES, 0.0)
         each, layer = self.hardware.shares.host, name in self.model.layers.main + self.model.layers.mtp
         again = [op for op in operations if layer and self._recomputed(name, op)]
-        parts = [([], []), (operations, [r for r in records if r.phase == FORWARD])]
-        parts[0] = again, [r for r in records if r.phase == "recompute"]
-        repeated, forward = (launches(name, ops, found, self.software) for ops, found in parts)
-        behind = launches(name, operations, [r for r in records if r.phase == BACKWARD], self.software)
-        forward += SIZES if name == "E" and self.software.sorts else 0
-        return {FORWARD: each * forward, BACKWARD: each * (2 * behind + (repeated if again else 0))}
+        sent = [[r for r in records if r.phase in phases] for phases in ((FORWARD,), (BACKWARD, "recompute"))]
+        parts = (operations, []), (again, []), ([], sent[0]), ([], sent[1])
+        kernels, repeated, ahead, behind = (launches(name, ops, found, self.software) for ops, found in parts)
+        graph, sizes = graph_launches(name, self.software), SIZES if name == "E" and self.software.sorts else 0
+        return {
+            FORWARD: each * (graph + kernels + ahead + sizes),
+            BACKWARD: each * (graph + 2 * kernels + repeated + behind),
+        }
 
     def _recomputed(self, letter: str, operation: Operation) -> bool:
         remat = self.plan.layer_remat(letter)

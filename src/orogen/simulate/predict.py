@@ -24,7 +24,7 @@ from orogen.simulate.footprint import moments, stage_memory
 from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.passes import BACKWARD, FORWARD, HEAD, PHASES, Passes, Sent, Time, chunk_units
 from orogen.simulate.pipeline import MOST_PASSES, Played, estimate, play
-from orogen.simulate.prediction import TIME_PARTS, Prediction, Roofline, Shape, Traffic
+from orogen.simulate.prediction import TIME_PARTS, PredictedShape, Prediction, Roofline, Traffic
 from orogen.simulate.routing import BALANCED, Routing
 from orogen.simulate.shapes import shapes
 
@@ -53,17 +53,22 @@ def predict(
     fold_plan(config.plan, config.model)
     runs, length = shapes(config), config.train.sequence_length
     each = [Step(run.config, cluster, on, routing, most, length=length).prediction() for run in runs]
-    fullest = max(each, key=lambda found: found.device_memory_bytes)
+    largest = max(each, key=lambda found: found.device_memory_bytes)
     seconds = sum(run.tokens / found.tokens_per_second for run, found in zip(runs, each, strict=True))
     return dataclasses.replace(
         each[0],
-        memory=fullest.memory,
-        device_memory_bytes=fullest.device_memory_bytes,
+        memory=largest.memory,
+        device_memory_bytes=largest.device_memory_bytes,
         budget=budget(cluster, on[0], config.plan.devices, seconds / each[0].goodput),
         shapes=tuple(
-            Shape(train.sequence_length, train.batch_size, run.tokens, found.step_seconds, found.device_memory_bytes)
+            PredictedShape(
+                run.config.train.sequence_length,
+                run.config.train.batch_size,
+                run.tokens,
+                found.step_seconds,
+                found.device_memory_bytes,
+            )  # fmt: skip
             for run, found in zip(runs, each, strict=True)
-            for train in [run.config.train]
         ),
     )
 

@@ -49,7 +49,7 @@ class Roofline(NamedTuple):
         return "compute" if self.compute_seconds >= self.memory_seconds else "memory"
 
 
-class Shape(NamedTuple):
+class PredictedShape(NamedTuple):
     """Batches of one sequence length in a run: the largest of them, the tokens in all, and what a step takes."""
 
     sequence_length: int
@@ -115,7 +115,7 @@ class Prediction:
     limit: str
     goodput: float = 1.0
     budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    shapes: tuple[Shape, ...] = ()
+    shapes: tuple[PredictedShape, ...] = ()
 
     @property
     def fits(self) -> bool:

@@ -53,11 +53,19 @@ def sent_by(records: Iterable[Collective], software: Software) -> list[Collectiv
     return records + [r._replace(phase="recompute") for r in again if software.regathers]
 
 
+def graph_launches(name: str, software: Software) -> int:
+    """What the host launches for the graph in each pass of a unit; 0 without one."""
+    return GRAPH * (_graphed(name, software) or (name == "E" and bool(software.graph_router)))
+
+
 def launches(name: str, operations: Iterable[Operation], records: Iterable[Collective], software: Software) -> float:
-    """Kernels that a host launches for a pass through a unit, one per expert for grouped products; those of a layer in
-    a graph count as GRAPH. The backward pass has twice as many kernels."""
-    if any(getattr(software, graph) and name in letters for graph, letters in GRAPHS.items()):
-        return GRAPH
+    """Kernels and collectives that a host launches outside graphs, kernels as in the forward pass: one per expert for
+    grouped products. A layer in a graph has none: its graphs hold its collectives and what it recomputes."""
+    if _graphed(name, software):
+        return 0
     alone = [op for op in operations if not (name == "E" and software.graph_router and op.name not in UNKNOWN)]
-    found = sum(max(op.kernels, op.groups) for op in alone if op.name != "accumulate")
-    return found + (GRAPH if name == "E" and software.graph_router else 0) + sum(r.count for r in records)
+    return sum(max(op.kernels, op.groups) for op in alone if op.name != "accumulate") + sum(r.count for r in records)
+
+
+def _graphed(name: str, software: Software) -> bool:
+    return any(getattr(software, graph) and name in letters for graph, letters in GRAPHS.items())

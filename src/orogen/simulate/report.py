@@ -10,7 +10,8 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.files import write_atomically
 from orogen.config.load import load_cluster
-from orogen.config.run import RunConfig
+from orogen.config.precision import PLAIN
+from orogen.config.run import PARTS, RunConfig
 from orogen.simulate.decode import predict_inference
 from orogen.simulate.hardware import machine
 from orogen.simulate.predict import predict
@@ -22,6 +23,11 @@ from orogen.simulate.shown import hardware_facts, hardware_lines, inference_line
 
 GIB = 2**30
 SHOWN = 10  # plans of a ranking that JSON has
+# What no prediction covers, by the part of the run; the first also of inference.
+LEFT_OUT = (
+    ("lora", "adapters"), ("distill", "a teacher's passes"), ("elastic", "submodels"), ("vision", "images"),
+    ("preference", "a reference's passes"), ("rl", "rollouts"),
+)  # fmt: skip
 
 Answer = tuple[dict[str, Any], list[str]]
 
@@ -39,8 +45,7 @@ def run(options: argparse.Namespace) -> Answer:
             raise ConfigError(f"--{switch} is {getattr(options, switch)}; expected it with --{needed}")
     config, cluster, engine = load_cluster(options.gin_file, options.gin_bindings)
     config.need("model")
-    if config.lora is not None:
-        raise ConfigError("LoraConfig has bindings; expected none: adapters are not predicted")
+    _check_predicted(config, inference=options.inference)
     if options.html and options.inference:
         raise ConfigError(f"--html is {options.html!r}; expected it without --inference")
     if options.inference:
@@ -62,6 +67,21 @@ def run(options: argparse.Namespace) -> Answer:
         facts["compiled"] = compare(config)
         lines += ["", *compared_lines(facts["compiled"])]
     return facts, lines
+
+
+def _check_predicted(config: RunConfig, *, inference: bool) -> None:
+    """Raises ConfigError for a run that would be predicted as pretraining, which it is not."""
+    for part, what in LEFT_OUT[:1] if inference else LEFT_OUT:
+        if getattr(config, part) is not None:
+            raise ConfigError(f"{PARTS[part].__name__} has bindings; expected none: {what} are not predicted")
+    if inference:
+        return
+    if config.precision.recipe != PLAIN:
+        expected = f"expected {PLAIN!r}: emulated rounding is not predicted"
+        raise ConfigError(f"PrecisionConfig.recipe is {config.precision.recipe!r}; {expected}")
+    if config.optimizer is not None and config.optimizer.trained:
+        expected = "expected (): steps that train a part of the model are not predicted"
+        raise ConfigError(f"OptimizerConfig.trained is {config.optimizer.trained!r}; {expected}")
 
 
 def _predicted(config: RunConfig, cluster: ClusterConfig, routing: Routing) -> Prediction:

@@ -1,4 +1,4 @@
-"""All legal plans of a model on so many devices, ranked by tokens per second.
+"""All legal plans of a model on so many devices, ranked by the time of the whole run, phases included.
 
 Sizes, sharding, microbatches, the schedule and recomputation are searched; implementations, offloading and the batch
 are those of the config. Every combination of sizes is predicted with the least recomputation that fits into memory.
@@ -82,8 +82,7 @@ def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: 
         lightest = _lightest(config, plan, (hardware, software), routing)
         if lightest is not None:
             tried = dataclasses.replace(config, plan=lightest)
-            step = Step(tried, cluster, (hardware, software), routing, most=0)
-            estimated.append((step.estimate(), legal, lightest))
+            estimated.append((_seconds(tried, cluster, (hardware, software), routing), legal, lightest))
     best = []
     for _, _, plan in sorted(estimated):
         found = predict(dataclasses.replace(config, plan=plan), cluster, routing=routing, most=FEW_PASSES)
@@ -92,14 +91,24 @@ def search(config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: 
             break
     if not best:
         raise ConfigError(_none(config, devices, (legal, skipped), hardware))
-    best.sort(key=lambda ranked: -ranked.prediction.tokens_per_second)
+    best.sort(key=lambda ranked: ranked.prediction.budget["hours"])
     return Ranking(tuple(best), legal, len(estimated), skipped)
+
+
+def _seconds(config: RunConfig, cluster: ClusterConfig, machine: tuple[Hardware, Software], routing: Routing) -> float:
+    """About how many seconds all steps of the run take, of whatever phase."""
+    length, found = config.train.sequence_length, 0.0
+    for run in shapes(config):
+        step = Step(run.config, cluster, machine, routing, most=0, length=length)
+        found += step.estimate() * run.tokens / step.tokens
+    return found
 
 
 def candidates(config: RunConfig, hardware: Hardware, devices: int) -> Iterator[PlanConfig]:
     """Every legal plan on so many devices, with nothing recomputed, each with the least sharding that a group of data
     ranks allows."""
     model, batch, base = config.model, _smallest(config), config.plan
+    longest = max(one.sequence_length for one in config.stretches())
     routed = "E" in model.layers.main + model.layers.mtp
     layers = len(model.layers.main)
     written = len(model.layers.segments)
@@ -110,7 +119,7 @@ def candidates(config: RunConfig, hardware: Hardware, devices: int) -> Iterator[
             if tensor > hardware.node_size or tensor > 16:
                 continue
             for context in _divisors(devices // stage // tensor):
-                if context > 1 and config.train.sequence_length // context < LEAST_TOKENS:
+                if context > 1 and longest // context < LEAST_TOKENS:
                     continue
                 data = devices // stage // tensor // context
                 if batch % data:
@@ -224,11 +233,15 @@ def _distance(plan: PlanConfig, other: PlanConfig) -> float:
 
 def _none(config: RunConfig, devices: int, counts: tuple[int, int], hardware: Hardware) -> str:
     """Why no plan is left. counts: legal plans, and those of them that were skipped."""
-    batch, (legal, skipped) = _smallest(config), counts
+    legal, skipped = counts
+    sizes = sorted({one.batch_size for one in config.stretches()})
+    batches = f"TrainConfig.batch_size = {config.train.batch_size}"
+    if len(sizes) > 1:
+        batches += f" (sizes in its ramp and phases: {', '.join(map(str, sizes))})"
     if not legal:
         return (
-            f"no plan on {devices} devices is legal for the model with batches of {batch} sequences; expected "
-            "devices whose data-parallel part divides the batch"
+            f"no plan on {devices} devices is legal for the model with {batches}; expected devices whose data-parallel "
+            f"part divides {'the batch' if len(sizes) == 1 else 'every batch'}"
         )
     gib, tried = hardware.memory_bytes / 2**30, legal - skipped
     why = []
@@ -237,7 +250,7 @@ def _none(config: RunConfig, devices: int, counts: tuple[int, int], hardware: Ha
     if skipped:
         why.append(
             f"{skipped} legal plans{'' if tried else f' on {devices} devices'} were skipped, since their pipelines "
-            f"would take more than {FAR:g} times as long as their work with batches of {batch} sequences"
+            f"would take more than {FAR:g} times as long as their work with {batches}"
         )
     remedies = ["more devices or memory"] * bool(tried) + ["a larger batch"] * bool(skipped)
     return f"{'; '.join(why)}; expected {' or '.join(remedies)}"
@@ -268,12 +281,13 @@ def explain(ranking: Ranking) -> list[str]:
         )
     if len(ranking.plans) > 1:
         first, second = (ranked.prediction for ranked in ranking.plans[:2])
+        longer = f"the runner-up takes {100 * (second.budget['hours'] / first.budget['hours'] - 1):.1f} % longer"
+        if len(first.shapes) > 1:
+            return [*lines, f"{longer} for all phases; tokens/s and MFU are of the first"]
         changes = {part: second.seconds[part] - seconds for part, seconds in first.seconds.items()}
         most = max(changes, key=lambda part: changes[part])
-        lines.append(
-            f"the runner-up takes {100 * (second.step_seconds / first.step_seconds - 1):.1f} % longer, most of it in "
-            f"{most}: {second.seconds[most]:.3g} s instead of {first.seconds[most]:.3g} s per step"
-        )
+        parts = f"{second.seconds[most]:.3g} s instead of {first.seconds[most]:.3g} s per step"
+        lines.append(f"{longer}, most of it in {most}: {parts}")
     return lines
 
 

@@ -25,7 +25,7 @@ def prediction_lines(found: Prediction) -> list[str]:
         *(f"  {part:12} {n:>12.4g}  {100 * n / seconds:>5.1f} %" for part, n in found.seconds.items() if n),
         f"  bubble of all stages {100 * found.bubble:.1f} %",
         "",
-        f"GiB on one device of each stage, of {found.memory_limit_bytes / GIB:.1f}{_longest(found)}",
+        f"GiB on one device of each stage, of {found.memory_limit_bytes / GIB:.1f}{_fullest(found)}",
         *_memory(found),
         "",
         "operations, by time of one microbatch in all layers",
@@ -95,8 +95,8 @@ def hardware_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _longest(found: Prediction) -> str:
-    """Of which sequences the memory is, if the run has several lengths."""
+def _fullest(found: Prediction) -> str:
+    """The length of the sequences that need most memory, if the run has several lengths."""
     most = max(found.shapes, key=lambda shape: shape.device_memory_bytes, default=None)
     return f"; sequences of {most.sequence_length:,} tokens" if most and len(found.shapes) > 1 else ""
 
