@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers import bound, write_recipe
+from tests.helpers import bound, hybrid, run_config, write_recipe
 
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.evaluate import SUITES
 from orogen.evaluate import harness
-from orogen.evaluate.during import with_tasks
+from orogen.evaluate.during import SLOTS, _engine, with_tasks
+from orogen.infer.sizes import sizes_of
 from orogen.report.metrics import read_metrics
 from orogen.train.pretraining import PRETRAINING
 
@@ -111,6 +112,8 @@ def test_bad_input_is_one_line(trained, tmp_path, refused, monkeypatch):
 def test_what_a_run_cannot_evaluate_is_refused(tmp_path, refused):
     recipe = write_recipe(tmp_path)
     assert set(SUITES) >= {"mqar", "needle"}
+    sizes = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "chunk_size")
+    mamba = ["ModelConfig.pattern = 'M*-'", *(f"ModelConfig.{size} = 4" for size in sizes)]
     for bindings, message in (
         (("EvaluateConfig.tasks = ('mqar',)", "EvaluateConfig.every = 3", "TrainConfig.evaluate_every = 2"),
          "EvaluateConfig.every is 3; expected a multiple of TrainConfig.evaluate_every = 2"),
@@ -118,9 +121,30 @@ def test_what_a_run_cannot_evaluate_is_refused(tmp_path, refused):
          "DataConfig.heldout_fraction is 0.0; expected above 0 with EvaluateConfig"),
         (("EvaluateConfig.tasks = ('needle',)", "PlanConfig.stage = 2", "PlanConfig.microbatches = 2"),
          "PlanConfig.stage is 2; expected 1: an engine has no pipeline"),
+        (("EvaluateConfig.tasks = ('needle',)", "PlanConfig.context = 2"),
+         "PlanConfig.context_attention is 'ring'; expected allgather in an engine"),
+        (("EvaluateConfig.tasks = ('needle',)", "PlanConfig.context = 2", "PlanConfig.context_attention = 'allgather'",
+          "PlanConfig.context_ssm = 'heads'", *mamba),
+         "PlanConfig.context_ssm is 'heads'; expected state in an engine"),
     ):  # fmt: skip
         line = refused("train", "--gin_file", recipe, "--run", tmp_path / "run", *bound(*bindings))
         assert line.startswith(message), line
+
+
+@pytest.mark.parametrize(
+    ("pattern", "plan"),
+    [
+        ("M*", {"data": 2, "context": 3, "context_attention": "allgather"}),
+        ("M-", {"context": 3, "tensor": 2}),  # whose context_attention nothing reads, so that a run may not bind it
+        ("*-", {"context": 2, "tensor": 3, "context_attention": "allgather", "context_ssm": "heads"}),
+    ],
+)
+def test_a_runs_tasks_generate_over_its_context(pattern, plan):
+    """Slots are a multiple of its ranks."""
+    run = run_config(hybrid(pattern=pattern, mtp_depths=0), plan=plan)
+    engine = _engine(run)
+    sizes = sizes_of(run.model, run.plan, engine)
+    assert sizes.slots * sizes.ranks == engine.slots >= SLOTS and engine.slots % run.plan.devices == 0
 
 
 def test_a_run_without_held_out_text_is_not_evaluated_on_tasks():

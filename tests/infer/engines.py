@@ -106,18 +106,27 @@ def check_greedy(opened: Opened, requests: Sequence[Request], found: Sequence[Se
         np.testing.assert_allclose([token.logprob for token in chosen(outputs)], expected, atol=2e-5)
 
 
-# Engines of one form of model and one config run the programs of the first of them: weights are their arguments.
-PROGRAMS = ("reader", "decoder", "copy", "write")
+# Engines of one form of model and one config run the programs of the first of them: weights are their arguments. Those
+# of the forms asked for last are kept, as they hold their first engine's weights and tokenizer.
+PROGRAMS, MOST_FORMS = ("reader", "decoder", "copy", "write"), 8
 _compiled: dict[Any, dict[str, Any]] = {}
 
 
-def engine_of(opened: Opened, **changes: Any) -> Engine:
-    """An engine of few slots and short texts: two pages of a row, so that there are few programs."""
+def engine_of(opened: Opened, *, own: bool = False, **changes: Any) -> Engine:
+    """An engine of few slots and short texts: two pages of a row, so that there are few programs. own: with programs of
+    its own, which its `traces` count."""
     sizes = {"slots": 2, "max_length": 32, "page": 8, "chunk": 8, "prefill_tokens": 16, "steps": 3, "snapshots": 4}
     engine = Engine(opened, EngineConfig(**(sizes | changes)))
-    form = opened.config, opened.plan.config, engine.config, id(opened.tokenizer)
-    if form not in _compiled:
-        _compiled[form] = {name: getattr(engine.programs, name) for name in PROGRAMS}
+    if own:
+        return engine
+    opened, plan = engine.opened, engine.opened.plan
+    form = (
+        opened.config, opened.built.graph, plan.config, plan.recipe, plan.recipes, plan.decode_kernels, engine.config,
+        id(opened.tokenizer),  # of a tokenizer that lives, since its programs hold it
+    )  # fmt: skip
+    _compiled[form] = _compiled.pop(form, None) or {name: getattr(engine.programs, name) for name in PROGRAMS}
+    if len(_compiled) > MOST_FORMS:
+        del _compiled[next(iter(_compiled))]
     vars(engine.programs).update(_compiled[form])
     return engine
 

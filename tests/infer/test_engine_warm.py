@@ -104,7 +104,7 @@ def test_a_warm_engine_compiles_nothing():
     grammars = pytest.importorskip("llguidance") is not None
     tokenizer, compiled = byte_tokenizer(), []
     model = opened("*", tokenizer=tokenizer, vocab_size=tokenizer.vocab_size)
-    engine = engine_of(model, drafter="lookup", drafts=1, slots=3)
+    engine = engine_of(model, own=True, drafter="lookup", drafts=1, slots=3)
     count = engine.warm()
     assert sum(engine.programs.traces.values()) + 3 == count == 1 + 1 + 3 + 3
 

@@ -158,10 +158,8 @@ def test_two_ranks_of_heads_answer_as_one_device(pattern):
     found = []
     for plan in (None, PlanConfig(tensor=2)):
         model = scaled(pattern, *scales, plan=plan, **sizes)
-        replay = {"replay": 4} if pattern == "Mm" and plan is not None else {}
         settings = {"key_values": "fp8", "state_dtype": "int8", "state_rounding": "nearest", "replay": 4}
         found.append(engine_of(model, **settings).run(requests()[2:]))
-        del replay
     for one, other in zip(*found, strict=True):
         assert ids(one) == ids(other)
         logprobs = [[token.logprob for token in chosen(outputs)] for outputs in (one, other)]
@@ -186,6 +184,14 @@ def test_answers_with_states_in_fewer_bits_are_near(settings):
             far = np.abs([token.logprob for token in chosen(outputs)] - np.array(expected))
             assert far.max() < 0.1
             assert settings["state_dtype"] == "float16" or far.max() > 1e-5
+
+
+def test_engines_of_other_scales_run_other_programs():
+    """Which close over them: `engine_of` shares programs only between engines that would trace the same."""
+    readers = []
+    for scales in ((0.011, 0.017), (0.3, 0.4), (0.3, 0.4)):
+        readers.append(engine_of(scaled("*", scales, **SIZES), key_values="fp8").programs.reader)
+    assert readers[0] is not readers[1] is readers[2]
 
 
 def test_memory_counts_what_is_kept():

@@ -1,7 +1,7 @@
 """Random legal plans, each compared with one device.
 
 `python -m tests.train.plans --count 200 --devices 16 --seed 1 --out plans.jsonl` checks that many and reports each;
-`make test` runs eight of them on 8 devices.
+`make test` runs eight chosen ones on 8 devices (`chosen.py`), and pipelines.
 """
 
 import argparse

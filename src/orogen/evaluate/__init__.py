@@ -3,8 +3,9 @@
 **One forward pass.** `likelihood.py` scores rows of tokens by the pass that computes the held-out loss, on any plan,
 with padded lengths from a short list so that few programs are compiled; bits per byte (`perplexity.py`), generated
 suites (`suites/`) and lm-eval's requests (`harness_model.py`) are rows. `carried.py` reads long documents in pieces
-instead, with states, keys and values carried. What is generated comes from `infer`'s engine, which has neither stages
-nor context ranks.
+instead, with states, keys and values carried. What is generated comes from `infer`'s engine, whose plan has no stages
+and, with context ranks, `context_attention='allgather'` and `context_ssm='state'`. Others are refused, a run's before
+it trains. A run's samples are generated on one device, whatever its plan.
 
 **lm-eval** 0.4.13 runs in this process (`harness.py`, the extra `eval`); its numbers are those of its own Hugging Face
 backend on the same weights (`tests/evaluate/test_harness_peer.py`). Chat templates are not applied. Without a network,

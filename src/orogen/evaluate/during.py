@@ -37,7 +37,8 @@ def with_tasks(task: Task) -> Task:
 class TaskScores:
     """Scores the held-out split, as `Heldout` does, and the tasks of `config.evaluate`.
 
-    Raises ConfigError for tasks that nobody has, and for those that generate text on a plan that cannot.
+    Raises ConfigError for tasks that nobody has, and for those that generate text on a plan that cannot: with stages,
+    or with a context whose layers exchange in another way than an engine's.
     """
 
     def __init__(self, heldout: Evaluation, config: RunConfig, built: Built, corpus: Corpus):
@@ -86,7 +87,7 @@ class TaskScores:
 
 def _engine(config: RunConfig) -> EngineConfig:
     """Layers that repeat are compiled once, since the programs serve one evaluation."""
-    unit = config.plan.data * config.plan.tensor
+    unit = config.plan.data * config.plan.context * config.plan.tensor
     return EngineConfig(
         slots=-(-SLOTS // unit) * unit, max_length=SHORTEST, prefix_cache=False, written_out=False,
         compute_dtype=config.train.compute_dtype,

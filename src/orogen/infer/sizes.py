@@ -63,8 +63,11 @@ def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
     anywhere = "1: an engine has no pipeline, and opens checkpoints of any plan without one"
     require(plan.stage == 1, plan, "stage", anywhere)
     if plan.context > 1:  # see `model.context_cache`
-        require(plan.context_attention == "allgather", plan, "context_attention", "allgather: each rank has all pages")
-        require(plan.context_ssm == "state", plan, "context_ssm", "state: each rank has all heads")
+        letters = {*model.layers.main, *model.layers.mtp}
+        gathers = plan.context_attention == "allgather" or not letters & set("*+w")
+        require(gathers, plan, "context_attention", "allgather in an engine: each rank has all pages")
+        passes = plan.context_ssm == "state" or not letters & set("Mm")
+        require(passes, plan, "context_ssm", "state in an engine: each rank has all heads")
     require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
     require(plan.buffer_factor is None, plan, "buffer_factor", "None: no token is dropped here")
     require(plan.linear == "plain", plan, "linear", "plain here")
