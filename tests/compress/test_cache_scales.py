@@ -3,13 +3,14 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.compress.test_quantize import SETTINGS, TEXT, TOKENIZER, model_folder, weights
 from tests.convert.quantised import read
 from tests.convert.synthetic import CASES, shapes, write
 from tests.helpers import bound, several_devices
-from tests.infer.engines import asked, engine_of, ids
+from tests.infer.engines import asked, changed, engine_of, ids
 
 from orogen.checkpoint.cache_scales import attention_modules, scales_of
 from orogen.checkpoint.folders import HuggingFaceFolder
@@ -25,6 +26,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.quantize import QuantizeConfig
 
 D = 16
+PADDING = 3  # a token that no text has
 MODEL = ModelConfig(
     pattern="*-*-", vocab_size=BYTE_VOCAB_SIZE, hidden_size=D, intermediate_size=24, num_attention_heads=4,
     num_key_value_heads=2, head_dim=6,
@@ -89,20 +91,28 @@ def test_scales_do_not_depend_on_the_plan(quantised):
 
 
 def test_padding_does_not_count_and_latent_attention_has_one_scale(tmp_path):
-    """Tokens of documents alone; a token of padding whose keys would be the largest."""
+    """Tokens of documents alone; beside them a token of padding whose keys are the largest, since it alone has
+    anything in a channel that the norm makes 100 times larger."""
     latent = {"rope_theta": 100.0, "kv_lora_rank": 7, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 5}
     model = dataclasses.replace(MODEL, pattern="+", q_lora_rank=None, **latent)
     opened = open_model(model_folder(tmp_path / "model", model))
+    norm = ("backbone", "children", 0, "norm", "weight")
+    opened = changed(opened, ("embedding", "weight"), lambda w: w.at[:, 5].set(0).at[PADDING].set(jnp.arange(D) == 5))
+    opened = changed(opened, norm, lambda w: w.at[..., 5].set(100))
     (tmp_path / "text.txt").write_text(TEXT)
     config = QuantizeConfig(format="fp8", batch_size=2, sequence_length=24, calibration_tokens=48, heldout_tokens=48)
     (batch,) = text_of_files([str(tmp_path / "text.txt")], TOKENIZER, config).calibration
+    assert not (batch.tokens_bt == PADDING).any()
     (pair,) = cache_scales(opened, [batch])
     assert pair is not None and pair[0] == pair[1] > 0
-    for ended in (12, 0):
-        segments_bt = np.where(np.arange(24) < ended, batch.segments_bt, 0)
-        ((less, _),) = cache_scales(opened, [batch._replace(segments_bt=segments_bt)])
-        assert less <= pair[0]
-    assert less < 1e-30
+    ends = np.arange(24) >= 12
+    padded = batch._replace(tokens_bt=np.where(ends, PADDING, batch.tokens_bt))
+    ((largest, _),) = cache_scales(opened, [padded])
+    assert largest > 10 * pair[0]
+    ((less, _),) = cache_scales(opened, [padded._replace(segments_bt=np.where(ends, 0, batch.segments_bt))])
+    assert 1e-30 < less <= pair[0]
+    ((none, _),) = cache_scales(opened, [padded._replace(segments_bt=np.zeros_like(batch.segments_bt))])
+    assert none < 1e-30
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "gpt2"])
@@ -123,23 +133,45 @@ def test_every_family_names_its_attention(case, tmp_path):
         assert folder.tensors.cache_scales == scales
 
 
-def test_refusals(quantised, tmp_path):
-    _, out, _, batches = quantised
-    mamba = dataclasses.replace(
+def test_models_without_scales_are_refused_before_they_are_read(quantised, tmp_path, monkeypatch, capsys):
+    source, mamba = quantised[0], dataclasses.replace(
         MODEL, pattern="M", mamba_num_heads=4, mamba_head_dim=3, n_groups=2, ssm_state_size=5, chunk_size=8
-    )
-    with pytest.raises(ConfigError, match="key_values is 'fp8'; expected 'none': the model has no attention"):
-        cache_scales(open_model(model_folder(tmp_path / "mamba", mamba)), batches)
+    )  # fmt: skip
+    monkeypatch.setattr("orogen.compress.quantize.read_model", lambda *_: pytest.fail("the model is read"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    for folder, more, line in (
+        (
+            model_folder(tmp_path / "mamba", mamba),
+            (),
+            "key_values is 'fp8'; expected 'none': the model has no attention",
+        ),
+        (source, ("PlanConfig.context = 2",), "PlanConfig.context is 2; expected 1 where keys and values are"),
+    ):
+        arguments = ["--checkpoint", str(folder), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+        bindings = bound(*SETTINGS, "QuantizeConfig.key_values = 'fp8'", *more)
+        assert main(["quantize", "--format", "fp8", *arguments, *bindings]) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_refusals(quantised, tmp_path):
+    out = quantised[1]
     with pytest.raises(ConfigError, match="QuantizeConfig.key_values"):
         QuantizeConfig(format="fp8", key_values="int8")
     assert main(["convert", "to-hf", str(out), str(tmp_path / "hf")]) == 0
     with HuggingFaceFolder(tmp_path / "hf") as folder:
         tensors = folder.tensors
         spoiled = f"{attention_modules(tensors.table, tensors.config)[2]}.k_proj.k_scale"
-        for wrong in (0.0, -1.0, np.nan, np.inf, [1.0, 2.0]):
+        number = "expected a finite number above 0"
+        for wrong, line in (
+            ([1.0, 2.0], "has the shape (2,); expected one number"),
+            *((one, f"is {one}; {number}") for one in (-1.0, np.nan, np.inf, 0.0)),
+        ):
             read_one = lambda name, wrong=wrong: np.array(wrong if name == spoiled else 0.5)  # noqa: E731
             scales = scales_of(tensors.table, tensors.config, tensors.stored, read_one)
-            assert scales == ((0.5, 0.5), None, None, None)
+            assert scales == ((0.5, 0.5), None, f"{spoiled} {line}", None)
     opened = open_model(tmp_path / "hf")._replace(cache_scales=scales)
+    with pytest.raises(ConfigError, match=f"{spoiled} is 0.0; {number}, or 'fp8_unscaled'"):
+        engine_of(opened, key_values="fp8")
+    opened = opened._replace(cache_scales=((0.5, 0.5), None, None, None))
     with pytest.raises(ConfigError, match="expected a checkpoint with k_scale and v_scale for layer 2"):
         engine_of(opened, key_values="fp8")

@@ -105,6 +105,15 @@ def test_logprobs_are_numbers_or_null(tmp_path):
     assert one["logprobs"] == [-0.25, -0.25] and one["top"] == [[[0, -0.5], [1, None]]] * 2
 
 
+def test_a_prompt_of_one_token_has_scores_too(tmp_path):
+    """Of its first token nothing is known, as the server says. Of a request that failed there is nothing to tell."""
+    of_13 = '{"prompt": [13], "prompt_logprobs": 0}'
+    batch(tmp_path, '{"prompt": [3], "prompt_logprobs": 2}', '{"prompt": [3]}', of_13)
+    scored, plain, failed = answers(tmp_path)
+    assert scored["prompt_logprobs"] == scored["prompt_top"] == [None]
+    assert "prompt_logprobs" not in plain and "prompt_logprobs" not in failed and failed["finish"] == "error"
+
+
 BROKEN = {
     '{"prompt": [1]': "Expecting ',' delimiter at line 1, column 15; expected JSON",
     '["prompt"]': "line 2 holds list; expected a JSON object",

@@ -1,5 +1,6 @@
 """Engines that read prompts over several ranks of `context` answer as on one device."""
 
+import numpy as np
 import pytest
 from tests.helpers import several_devices
 from tests.infer.engines import (
@@ -60,6 +61,30 @@ def test_tokens_are_those_of_one_device(name):
     assert len(chosen(found[0])) == 3
     check_scores(one, scored, found, logits_of(one, [request.prompt for request in scored], LENGTH))
     assert not any(leaked(engine))
+
+
+@several_devices
+def test_caches_in_fewer_bits_are_those_of_one_device():
+    """FP8 keys and values and int8 states to the nearest, of prompts in one piece: those that one device keeps."""
+    stored = {"key_values": "fp8_unscaled", "state_dtype": "int8", "state_rounding": "nearest"}
+    requests = [asked(random_prompt(n, length, 24), 7) for n, length in enumerate((13, 2, 16, 9))]
+    found = []
+    for plan in (None, PlanConfig(context=2, context_attention="allgather")):
+        model = opened("M*w", plan, sliding_window=6, vocab_size=24, n_groups=2)
+        found.append(engine_of(model, slots=4, **stored).run(requests))
+    for one, other in zip(*found, strict=True):
+        assert ids(one) == ids(other)
+        logprobs = [[token.logprob for token in chosen(outputs)] for outputs in (one, other)]
+        np.testing.assert_allclose(*logprobs, atol=1e-4)
+
+
+@several_devices
+@pytest.mark.parametrize(("pattern", "plan"), [("M", {"context_attention": "ring"}), ("*", {"context_ssm": "heads"})])
+def test_layers_that_a_model_lacks_are_not_asked_about(pattern, plan):
+    plan = PlanConfig(context=2, **({"context_attention": "allgather"} | plan))
+    one, several = (opened(pattern, laid, vocab_size=24, n_groups=2) for laid in (None, plan))
+    requests = [asked(random_prompt(1, 9, 24), 3)]
+    check_greedy(one, requests, engine_of(several, slots=4).run(requests), LENGTH)
 
 
 @several_devices

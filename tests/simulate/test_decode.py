@@ -78,6 +78,16 @@ def test_a_prompt_pays_for_the_logits_of_its_last_position_alone():
     assert added == pytest.approx(2 * 32768 * 2049 / (3.35e12 * 0.8), rel=1e-6)
 
 
+def test_states_that_no_kernel_reads_go_through_float32():
+    """Nano 2 9B: 27 layers with states of 128 heads of 80 x 128."""
+    numbers, read, config = 27 * 128 * 80 * 128, 3.35e12 * 0.8, model("nemotron_nano_9b_v2")
+    of = lambda **kept: predict_inference(config, engine=engine(**kept), prompt=64).step_seconds  # noqa: E731
+    whole, half = of(), of(state_dtype="float16")
+    assert whole - half == pytest.approx(2 * 2 * numbers / read)
+    assert of(state_dtype="float16", state_rounding="nearest") - half == pytest.approx(2 * 4 * numbers / read)
+    assert of(state_dtype="int8") - whole == pytest.approx(2 * (1 + 4 / 128) * numbers / read)
+
+
 @pytest.mark.parametrize("plan", [PlanConfig(), PlanConfig(tensor=2)])
 def test_without_a_drafter_depths_of_mtp_take_no_time(plan):
     found = [
@@ -128,8 +138,9 @@ def test_a_context_of_its_longest_size_fits_exactly():
 
 
 def test_refusals_and_the_command(capsys):
-    with pytest.raises(ConfigError, match="stage x context is 2 x 1; expected 1 for inference"):
-        predict_inference(hybrid(), plan=PlanConfig(stage=2))
+    for axis, why in (("stage", "an engine has no pipeline"), ("context", "the simulator does not predict engines")):
+        with pytest.raises(ConfigError, match=f"PlanConfig.{axis} is 2; expected 1: {why}"):
+            predict_inference(hybrid(), plan=PlanConfig(**{axis: 2}))
     file = "gin_configs/models/nemotron_nano_9b_v2.gin"
     bindings = ["--gin_bindings", "EngineConfig.compute_dtype='bfloat16'", "--gin_bindings", "EngineConfig.slots=4"]
     assert main(["simulate", "--gin_file", file, "--inference", *bindings, "--json"]) == 0

@@ -47,18 +47,22 @@ def _depth(path: list[str | int]) -> int:
 
 def scales_of(
     table: Table, config: ModelConfig, have: Mapping[str, Any], read: Callable[[str], np.ndarray]
-) -> tuple[Scales | None, ...]:
-    """The scales of each layer of the pattern; None for layers without, or whose scales are not two finite numbers
-    above 0. have: the names of all tensors."""
+) -> tuple[Scales | str | None, ...]:
+    """The scales of each layer of the pattern; None for layers without, and a line about what is there for those whose
+    scales are not two finite numbers above 0: only who needs them minds. have: the names of all tensors."""
     modules = attention_modules(table, config)
 
-    def of_layer(number: int) -> Scales | None:
+    def of_layer(number: int) -> Scales | str | None:
         for names in NAMES.values():
             pair = [f"{modules[number]}.{name}" for name in names] if number in modules else [""]
             if all(name in have for name in pair):
                 found = [np.asarray(read(name), np.float32) for name in pair]
-                if all(a.size == 1 and np.isfinite(a).all() and (a > 0).all() for a in found):
-                    return float(found[0].item()), float(found[1].item())
+                for name, a in zip(pair, found, strict=True):
+                    if a.size != 1:
+                        return f"{name} has the shape {a.shape}; expected one number"
+                    if not 0 < a.item() < np.inf:
+                        return f"{name} is {a.item()}; expected a finite number above 0"
+                return found[0].item(), found[1].item()
         return None
 
     return tuple(of_layer(number) for number in range(len(config.layers.main)))

@@ -31,7 +31,7 @@ from orogen.parallel.plan import Plan, single_device_plan
 
 class Opened(NamedTuple):
     """A model on a plan, with its tokenizer if it has one. cache_scales: of keys and values in FP8, by layer of the
-    pattern; None where the checkpoint has none."""
+    pattern; None where the checkpoint has none, a text what is wrong with one's own."""
 
     config: ModelConfig
     plan: Plan
@@ -39,7 +39,7 @@ class Opened(NamedTuple):
     params: nnx.State
     buffers: nnx.State
     tokenizer: Tokenizer | None
-    cache_scales: tuple[Scales | None, ...] | None = None
+    cache_scales: tuple[Scales | str | None, ...] | None = None
 
     def require_one_device(self) -> None:
         """Raises ConfigError unless the plan has one device, drops no tokens and computes plain matrix products."""

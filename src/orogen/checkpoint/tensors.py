@@ -147,8 +147,8 @@ class HuggingFaceTensors:
         return array
 
     @functools.cached_property
-    def cache_scales(self) -> tuple[Scales | None, ...] | None:
-        """Of keys and values in FP8, by layer of the pattern; None unless the files say that these are in FP8."""
+    def cache_scales(self) -> tuple[Scales | str | None, ...] | None:
+        """See `scales_of`: of keys and values in FP8; None unless the files say that these are in FP8."""
         if not any(one.cache == FP8_CACHE for one in self.quantization):
             return None
         return scales_of(self.table, self.config, self.stored, lambda name: self.reader.read(self.stored[name]))

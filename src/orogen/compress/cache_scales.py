@@ -15,6 +15,8 @@ from jax import Array
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError, require
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
 from orogen.config.quantize import ATTENTION
 from orogen.config.recipe import Scales
 from orogen.data.packing import Batch
@@ -34,14 +36,10 @@ def cache_scales(opened: Opened, batches: Iterable[Batch], dtype: str = "float32
     """By layer of the pattern, the scales of keys and of values: the largest magnitude of each over all tokens, heads
     and devices, over E4M3's largest number; None for layers without any. Latent attention has one scale for both.
 
-    Raises ConfigError for a plan that splits sequences, a model without attention, and numbers that are not finite.
+    Raises ConfigError as `require_keys_and_values`, and for numbers that are not finite.
     """
-    plan = opened.plan.config
-    require(plan.context == 1, plan, "context", "1 where keys and values are calibrated")
+    require_keys_and_values(opened.config, opened.plan.config)
     main = opened.config.layers.main
-    if not set(main) & set(ATTENTION):
-        expected = "'none': the model has no attention"
-        raise ConfigError(f"QuantizeConfig.key_values is 'fp8'; expected {expected}")
     measured, params = _measuring(opened, dtype), placement.working(opened.params, opened.plan)
     total = np.zeros((len(main), 2), np.float32)
     for batch in batches:
@@ -59,6 +57,13 @@ def cache_scales(opened: Opened, batches: Iterable[Batch], dtype: str = "float32
     pairs = ((pair.max(), pair.max()) if letter == LATENT else pair for letter, pair in zip(main, total, strict=True))
     found = ((scale(k), scale(v)) for k, v in pairs)
     return tuple(one if letter in ATTENTION else None for letter, one in zip(main, found, strict=True))
+
+
+def require_keys_and_values(model: ModelConfig, plan: PlanConfig) -> None:
+    """Raises ConfigError for a plan that splits sequences, and a model without attention."""
+    require(plan.context == 1, plan, "context", "1 where keys and values are calibrated")
+    if not set(model.layers.main) & set(ATTENTION):
+        raise ConfigError("QuantizeConfig.key_values is 'fp8'; expected 'none': the model has no attention")
 
 
 def _measuring(opened: Opened, dtype: str) -> Any:

@@ -84,8 +84,8 @@ def write_entries(
     """Writes the Orogen folder `target`; returns the error of each unit's weights, by layer and name.
 
     maxima: (layers, kinds, calls) of calibration, for static scales of inputs. cache: by layer, the scales of keys and
-    values in FP8; none: they stay. Raises ConfigError for a weight that is
-    not finite, or that no layout of files describes, and then leaves no `target`.
+    values in FP8; none: they stay. Raises ConfigError for a weight that is not finite, or that no layout of files
+    describes, and then leaves no `target`.
     """
     found, (description, parts) = {}, layout_of(folder, entries, cache=bool(cache))
     groups = _shared_magnitudes(folder, entries, parts)

@@ -13,7 +13,7 @@ from orogen.checkpoint.folders import HuggingFaceFolder
 from orogen.checkpoint.open import open_folder, read_model
 from orogen.checkpoint.transfer import export
 from orogen.compress.allocate import Allocation, Unit, allocate, require_budget, summary
-from orogen.compress.cache_scales import cache_scales
+from orogen.compress.cache_scales import cache_scales, require_keys_and_values
 from orogen.compress.calibration_text import CalibrationText
 from orogen.compress.quantised_folder import Error, bits_of, entries_of, layout_of, write_entries
 from orogen.compress.sensitivity import Passes
@@ -85,6 +85,8 @@ class Quantiser:
         self.sizes = sizes_of(folder.tensors.table, self.weights)
         if config.format == AUTO:  # before the model is read and calibrated
             require_budget(self.units(Calibrated(0.0, None, {}), config), config.effective_bits)
+        if config.key_values == "fp8":
+            require_keys_and_values(folder.config, self.plan or PlanConfig())
         opened = read_model(folder, self.plan, dtype)
         if opened.tokenizer is None:
             raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read calibration text with")

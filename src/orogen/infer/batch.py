@@ -131,8 +131,8 @@ class _Place(NamedTuple):
 class _Open:
     """A line whose request the engine has, and what has come of it."""
 
-    def __init__(self, line: Line):
-        self.line = line
+    def __init__(self, line: Line, request: Request):
+        self.line, self.scored = line, request.prompt_logprobs is not None
         self.chosen: list[Chosen] = []
         self.prompt: tuple[Chosen, ...] = ()
         self.texts: list[str] = []
@@ -182,7 +182,7 @@ class _Run:
                 raise  # nothing that could make room is ours
             return False
         else:
-            self._open[number] = _Open(line)
+            self._open[number] = _Open(line, request)
         return True
 
     def _refuse(self, line: Line, error: str, done: dict[int, _Place]) -> None:
@@ -198,7 +198,8 @@ class _Run:
         if output.finish is not None:
             del self._open[output.number]
             text, error = "".join(one.texts), output.error
-            facts = told(chosen=one.chosen, text=text, finish=output.finish, prompt=one.prompt)
+            scored = one.scored and (one.prompt or error is None)  # of one token there are none
+            facts = told(chosen=one.chosen, text=text, finish=output.finish, prompt=one.prompt if scored else None)
             self._write(one.line, answer(one.line, facts, error=error), done)
 
     def _write(self, line: Line, facts: dict[str, Any], done: dict[int, _Place]) -> None:

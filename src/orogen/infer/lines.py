@@ -115,18 +115,18 @@ def request_of(prompt: Sequence[int], fields: Mapping[str, Any]) -> Request:
         if isinstance(others.get(key), dict):
             others[key] = _made(kind, key, others[key])
     if "max_tokens" not in others:
-        raise ConfigError("max_tokens is missing; expected a number above 0")
+        raise ConfigError("max_tokens is missing; expected a number above 0, or 0 with prompt_logprobs")
     sampling = Sampling(**{key: value for key, value in given.items() if key in _SAMPLING})
     return Request(prompt=tuple(prompt), sampling=sampling, **others)
 
 
-def told(*, chosen: Sequence[Chosen], text: str, finish: str, prompt: Sequence[Chosen] = ()) -> dict[str, Any]:
-    """What came of a request, as JSON has it. prompt: see `Output`."""
+def told(*, chosen: Sequence[Chosen], text: str, finish: str, prompt: Sequence[Chosen] | None = None) -> dict[str, Any]:
+    """What came of a request, as JSON has it. prompt: see `Output`; None if its scores were not requested."""
     facts: dict[str, Any] = {"text": text, "tokens": [one.id for one in chosen], "finish": finish}
     if chosen and chosen[0].logprob is not None:
         facts["logprobs"] = [_finite(one.logprob) for one in chosen]
         facts["top"] = _tops(chosen)
-    if prompt:
+    if prompt is not None:
         facts["prompt_logprobs"] = [None, *(_finite(one.logprob) for one in prompt)]
         facts["prompt_top"] = [None, *_tops(prompt)]
     return facts

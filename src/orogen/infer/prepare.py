@@ -30,7 +30,7 @@ def prepared(opened: Opened, config: EngineConfig, *, release: bool) -> Opened:
 
 def stored_recipes(opened: Opened, config: EngineConfig) -> tuple[Recipe, ...]:
     """The recipes of all layers, with what the config says of keys, values and states. Raises ConfigError if the
-    checkpoint lacks the scales."""
+    checkpoint lacks the scales, or has others than it should."""
     assert opened.plan.recipes is not None, "the plan of a whole model has a recipe for each layer"
     layers, random = opened.config.layers, config.state_rounding == "stochastic"
 
@@ -45,6 +45,8 @@ def stored_recipes(opened: Opened, config: EngineConfig) -> tuple[Recipe, ...]:
                 f"EngineConfig.key_values is {SCALED!r}; expected a checkpoint with k_scale and v_scale for layer "
                 f"{number}, as `orogen quantize` writes them with QuantizeConfig.key_values = 'fp8', or {UNSCALED!r}"
             )
+        if isinstance(found, str):
+            raise ConfigError(f"EngineConfig.key_values is {SCALED!r}, and {found}, or {UNSCALED!r}")
         return found
 
     every = enumerate(zip(layers.main + layers.mtp, opened.plan.recipes, strict=True))

@@ -1,7 +1,8 @@
 """Log-probabilities of a prompt's own tokens, from the hidden states of its pieces.
 
-They are computed in a program of their own, after the one that reads, so that requests without them cost nothing and
-share all of their programs with those that have them.
+They are computed in a program of their own, after the one that reads, so that requests without them compute no logits
+of their prompts and share all of their programs with those that have them. What these pay: the program that reads also
+returns hidden states, of rows x time x width, and warming an engine compiles a scorer for each shape of a piece.
 
 Letters: b rows, t time, d model, n tokens of a span, v vocabulary.
 """

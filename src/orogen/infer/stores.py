@@ -193,5 +193,10 @@ class Stores:
     def settled(self, caches: Caches) -> Caches:
         """The caches as they leave a program: equal arrays of several ranks are one."""
         axes, leads = self.layout.axes, self.layout.leads
-        agreed = lambda a, lead, names: self.holding.agreed(a, *(None,) * lead, *names)  # noqa: E731
+
+        def agreed(a: Array, lead: int, names: Any) -> Array:
+            if a.dtype == E4M3:  # as bits, so that no collective has to know the format
+                return lax.bitcast_convert_type(agreed(lax.bitcast_convert_type(a, jnp.uint8), lead, names), E4M3)
+            return self.holding.agreed(a, *(None,) * lead, *names)
+
         return jax.tree.map(agreed, caches, leads, axes)

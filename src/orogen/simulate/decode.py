@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from orogen.config.checks import ConfigError
+from orogen.config.checks import require
 from orogen.config.cluster import ClusterConfig
 from orogen.config.dtype import BYTES, state_bytes
 from orogen.config.engine import IN_FP8, KEPT, EngineConfig
@@ -20,7 +20,7 @@ from orogen.parallel.legal import fold_plan
 from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.passes import FORWARD, LOGITS, TOKENS, Passes
 
-INT32, EIGHT = 4, 1
+INT32, IN_8_BITS = 4, 1  # bytes of a number
 # More tokens than any text has: the longest context where nothing grows with it.
 LONGEST = 2**24
 # Kernels of a decoding layer that one program launches one after another: R1's step has 327 in 24 layers and the head
@@ -30,12 +30,14 @@ KERNELS = 13
 
 class Cache(NamedTuple):
     """Bytes of one request on one device. per_token: keys and values per token of its text; windowed: those of layers
-    with a window, per token of their ring; states, ring (of replay): however long the text is."""
+    with a window, per token of their ring; states, ring (of replay): however long the text is. decoded: of the float32
+    copies through which a step goes with states that no kernel reads as they are kept; they do not stay."""
 
     per_token: float
     windowed: float
     states: float
     ring: float
+    decoded: float = 0.0
 
 
 class Inference(NamedTuple):
@@ -62,9 +64,10 @@ class Inference(NamedTuple):
 def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cache:
     """What a request keeps on one device of `plan`: keys and values, and Mamba's states, windows and replay ring."""
     here, size = local(model, plan, Workload(1, 1, BYTES[engine.compute_dtype])), BYTES[engine.compute_dtype]
-    kept = size if engine.key_values == KEPT else 1
+    kept = size if engine.key_values == KEPT else IN_8_BITS
     state = state_bytes(engine.state_dtype, model.ssm_state_size or 0)
-    token = windowed = states = ring = 0.0
+    whole = 0 if _in_kernel(engine) else (model.ssm_state_size or 0) * FLOAT32
+    token = windowed = states = ring = decoded = 0.0
     letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
     for letter in letters:
         if letter in "*w":
@@ -76,13 +79,21 @@ def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cach
             heads, shared = here.split(model.mamba_num_heads), here.split(model.n_groups) * model.ssm_state_size
             inner = heads * model.mamba_head_dim
             states += inner * state
+            decoded += inner * whole
             states += (model.conv_kernel - 1) * (inner + 2 * shared) * size
             ring += engine.replayed * ((inner + shared) * size + heads * FLOAT32)
         elif letter == "m":
             inner = here.split(model.mamba_intermediate_size)
             states += inner * (state + (model.conv_kernel - 1) * size)
+            decoded += inner * whole
             ring += engine.replayed * inner * (size + FLOAT32)
-    return Cache(token, windowed, states, ring)
+    return Cache(token, windowed, states, ring, decoded)
+
+
+def _in_kernel(engine: EngineConfig) -> bool:
+    """Whether states are read and written as they are kept (model/stored_state.py)."""
+    at_random = engine.state_dtype == "float16" and engine.state_rounding == "stochastic"
+    return engine.state_dtype == "float32" or at_random
 
 
 class Serving(NamedTuple):
@@ -123,14 +134,17 @@ def predict_inference(
 ) -> Inference:  # fmt: skip
     """The memory and speed of `engine` serving `model`, with prompts and answers of so many tokens in every slot.
 
-    plan: None for one device; only data, tensor and expert ranks are read. Decoding is bound by bytes: every step reads
-    the weights that its tokens use, their keys and values (of a window, those within it), and reads and writes states,
-    or replays them. Raises ConfigError for plans and hardware that do not exist.
+    plan: None for one device; only data, tensor and expert ranks are read, and engines over ranks of context are not
+    predicted. Decoding is bound by bytes: every step reads the weights that its tokens use, their keys and values (of a
+    window, those within it), and reads and writes states, or replays them; those in int8, or in float16 to the nearest,
+    through a float32 copy. Keys and values are read once, as they are kept, as by EngineConfig.kernels = 'triton'; the
+    reference copies all pages in float32, and takes longer than this says. Raises ConfigError for plans and hardware
+    that do not exist.
     """
     engine = engine or EngineConfig(compute_dtype="bfloat16", slots=1, max_length=prompt + new)
     plan = dataclasses.replace(plan or PlanConfig(), attention="blocked", ssd="triton", remat="none", microbatches=1)
-    if plan.stage * plan.context > 1:
-        raise ConfigError(f"PlanConfig.stage x context is {plan.stage} x {plan.context}; expected 1 for inference")
+    require(plan.stage == 1, plan, "stage", "1: an engine has no pipeline")
+    require(plan.context == 1, plan, "context", "1: the simulator does not predict engines over ranks of context")
     cluster = cluster or ClusterConfig()
     hardware, software = machine(cluster)
     fold_plan(plan, model)
@@ -170,7 +184,7 @@ def _weights(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> dict
         return ledger.held(weight) * wide
 
     letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
-    of_layers = EIGHT if engine.weights == IN_FP8 else size[engine.compute_dtype]
+    of_layers = IN_8_BITS if engine.weights == IN_FP8 else size[engine.compute_dtype]
     sizes = [(w, of(w, of_layers)) for letter in letters for w in found.layers[letter]]
     others = [w for part in found.parts.values() for w in part] + (list(found.mtp) if engine.drafter == "mtp" else [])
     sizes += [(w, of(w, size[engine.compute_dtype])) for w in others]
@@ -203,7 +217,8 @@ def _step(serving: Serving, machine: tuple[Hardware, Software], length: float) -
         used = 1 - (1 - model.num_experts_per_tok / model.n_routed_experts) ** tokens
     embedding = 0 if model.tie_word_embeddings else serving.columns * model.hidden_size * serving.itemsize
     # Replayed states are written once per ring, and the ring is read with every token (ReplaySSM).
-    states = cache.states * (2 if not engine.replayed else 1 + 1 / engine.replayed) + cache.ring
+    passes_over = 2 if not engine.replayed else 1 + 1 / engine.replayed
+    states = (cache.states + cache.decoded) * passes_over + cache.ring
     # A window's keys and values are at most as many as the text has.
     seen = min(length, model.sliding_window) if cache.windowed else 0
     read = {

@@ -75,3 +75,21 @@ def test_prompt_logprobs_as_vllm_tells_them():
     assert choice["logprobs"]["top_logprobs"][1] == {"token_id:0": -1.0, "token_id:6": -0.6}
     (plain,) = complete(prompt=[5, 6], max_tokens=1).json["choices"]
     assert "prompt_logprobs" not in plain
+
+
+def test_choices_share_the_scores_of_their_prompt():
+    """Which are computed once where all choices are told together, and have tokens."""
+    body = {"prompt": [[5, 6, 7], [8, 9]], "echo": True, "logprobs": 0, "prompt_logprobs": 1, "max_tokens": 1}
+    for more, scored in (
+        ({"n": 2}, [1, None]), ({"best_of": 3}, [1, None, None]), ({"n": 2, "max_tokens": 0}, [1, 1]),
+        ({"n": 2, "stream": True}, [1, 1]),
+    ):  # fmt: skip
+        engine = FakeEngine(logprob=logprob)
+        reply = complete(engine, **body | more)
+        assert [request.prompt_logprobs for request in engine.seen] == scored * 2
+        told = reply.events if "stream" in more else [reply.json]
+        firsts = [one for event in told for one in event["choices"] if "prompt_logprobs" in one]
+        firsts.sort(key=lambda one: one["index"])
+        n = more.get("n", 1)
+        assert [len(one["prompt_logprobs"]) for one in firsts] == [3] * n + [2] * n
+        assert [one["logprobs"]["token_logprobs"][:2] for one in firsts] == [[None, -0.6]] * n + [[None, -0.9]] * n

@@ -79,6 +79,8 @@ class _Form:
                 choice.scored += output.prompt
                 choice.finish, choice.stop = output.finish, output.stop
                 check_end(output)
+        for number, choice in enumerate(self._choices):
+            choice.scored = self._choices[number - number % self._of].scored
 
     def whole(self) -> dict[str, Any]:
         """All of it at once."""
@@ -188,11 +190,14 @@ def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Reque
     logprobs = body.get("logprobs", None if of == n else 0)
     scores = {"logprobs": logprobs, "prompt_logprobs": max(asked, default=None)}
     fields = {"max_tokens": tokens, **scores, "grammar": structured.grammar(body)}
+    # A prompt is scored once for all of its choices. A stream's first chunks may come in any order, and what has no
+    # tokens to answer with is there for its scores.
+    others = fields | ({"prompt_logprobs": None} if tokens and not forms.streams(body) else {})
     choices, requests = [], []
     for prompt, text in prompts:
         parts.check_length(len(prompt), tokens)
         for number in range(of):
-            requests.append(forms.request(body, prompt, number, parts.ends, **fields))
+            requests.append(forms.request(body, prompt, number, parts.ends, **(others if number else fields)))
             choices.append(Choice(prompt, text if body.get("echo") else ""))
     return choices, requests
 
