@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import PARTS, UNEVEN, Case, full_size, prediction
-from plans import DEVICES, MEMORY_GIB
+from plans import DEVICES, MEMORY_FRACTION, MEMORY_GIB
 from routed import measure as measure_routed
 
 from orogen.bench.turns import Rows, Turn, in_turn
@@ -27,7 +27,6 @@ PREDICTED = HERE / "results_predicted.jsonl"
 LIMIT_S = 570.0  # of a part
 ROUTED = "routed"
 VERIFIED, SEED = 10, 26  # random plans, and how they are drawn
-MEMORY_FRACTION = "0.95"
 
 
 def cases_of(part: str, hardware: str) -> dict[str, Case | None]:
@@ -87,7 +86,7 @@ def _configure(devices: int, *, small: bool) -> None:
     if not small:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(devices)))
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all cases are compiled at once
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = MEMORY_FRACTION
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
     from orogen.parallel.runtime import configure
 
     configure(DEVICES if small else None)
