@@ -57,13 +57,13 @@ def measure(case: Case, turn: Turn, *, training: int, timed: int, small: bool) -
     state = create_state(run.model, built_before, optimizer, plan_before, run.train.seed)
     source, began, losses = PRETRAINING.source(before, corpus), time.perf_counter(), []
     for _ in range(training):
-        state, metrics = train(state, batch_to_devices(next(source), plan_before))
+        state, metrics = train(state, batch_to_devices(source.take(state), plan_before))
         losses.append(metrics.loss)
     losses = [float(loss) for loss in losses]
     trained_s, skipped = time.perf_counter() - began, int(state.skipped)
     config = dataclasses.replace(run, data=before.data)
     source = PRETRAINING.source(config, corpus)
-    batch, seconds = batch_to_devices(next(source), plan), []
+    batch, seconds = batch_to_devices(source.take(state), plan), []
     for number in range(timed + 2):
         started = time.perf_counter()
         state, metrics = step(state, batch)

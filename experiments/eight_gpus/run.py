@@ -155,7 +155,7 @@ def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times training steps and plans on eight GPUs of one host.")
     parser.add_argument("--part", choices=(*PARTS, ROUTED, "verify"))
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="of the part; default: all, the first of `routed`")
     parser.add_argument("--hardware", choices=tuple(MEMORY_GIB), default="h200", help="which plans and predictions")

@@ -34,7 +34,8 @@ def balanced_choices(built: Built, plan: Plan, config: RunConfig) -> Any:
 
     def stack(items: Items, lead: tuple[int, ...]) -> Any:
         shape = (*lead, train.batch_size // parts, time, k)
-        each = Replay(np.broadcast_to(chosen_tk, shape), np.broadcast_to(np.True_, shape))
+        arrays: Any = np.broadcast_to(chosen_tk, shape), np.broadcast_to(np.True_, shape)
+        each = Replay(*arrays)
         of = lambda item: each if item == MOE else None  # noqa: E731
         return tuple(stack(i.items, (*lead, i.count)) if isinstance(i, Repeat) else of(i) for i in items)
 
