@@ -8,17 +8,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orogen.bench.turns import Turn, in_turn
+
 HERE = Path(__file__).parent
 PATTERN = "MEMEM*E"
-PATIENCE = 600.0  # seconds that a plan waits for the others' compilation before it is timed
 LINK_BYTES = 402_653_184  # of each rank's operand: 98,304 rows of 2048 numbers of 16 bits
 
 
@@ -76,12 +74,13 @@ CASES = {
 }  # fmt: skip
 
 
-def one(name: str, scratch: Path, *, cases: Sequence[str], steps: int) -> dict[str, Any]:
+def one(turn: Turn, *, steps: int) -> dict[str, Any]:
     """Compiles a case, waits for its turn, and times it."""
+    name = turn.name
     case = CASES[name]
     if case.against is None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(list(CASES).index(name) % 2)  # their states share the memory
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all cases hold their states at once
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all cases are compiled at once
     import jax
 
     from orogen.bench.train import describe, prepare, summarise, timed
@@ -92,21 +91,20 @@ def one(name: str, scratch: Path, *, cases: Sequence[str], steps: int) -> dict[s
     configure()
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is reported
     work = Workload(rows=case.rows, sequence_length=case.length, part="whole_step", bindings=case.bindings())
-    config, trace = work.config(), scratch / "trace" / name.replace(" ", "_")
+    config, trace = work.config(), turn.folder / "trace" / name.replace(" ", "_")
     began = time.perf_counter()
     compiled_s = 0.0
 
     def ready() -> None:
         nonlocal compiled_s
         compiled_s = time.perf_counter() - began
-        wait_for_turn(scratch, name, cases)
+        turn.wait()
 
     prepared = prepare(work, config, ready=ready)
     facts = summarise(prepared, timed(prepared.start, steps), config)
     with jax.profiler.trace(str(trace)):
         for _ in range(2):
             jax.block_until_ready(prepared.start())
-    (scratch / "done" / name).touch()
     table = step_table(trace, steps=2)
     return {
         "case": name, "against": case.against, "microbatches": case.microbatches, "pattern": case.pattern,
@@ -114,22 +112,7 @@ def one(name: str, scratch: Path, *, cases: Sequence[str], steps: int) -> dict[s
     }  # fmt: skip
 
 
-def wait_for_turn(scratch: Path, name: str, cases: Sequence[str]) -> None:
-    """Returns once all cases are compiled and those before this one are done: it then has the GPUs for itself."""
-    (scratch / "ready" / name).touch()
-    began = time.monotonic()
-    earlier = cases[: cases.index(name)]
-    while not (set(cases) <= _names(scratch / "ready") and set(earlier) <= _names(scratch / "done")):
-        if time.monotonic() - began > PATIENCE:
-            raise TimeoutError(f"{name} waited {PATIENCE:g} s for the other cases")
-        time.sleep(0.2)
-
-
-def _names(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir()}
-
-
-def links(scratch: Path, *, cases: Sequence[str]) -> list[dict[str, Any]]:
+def links(turn: Turn) -> list[dict[str, Any]]:
     """What NCCL's collectives take for LINK_BYTES per rank: the floor of what a step exchanges."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
@@ -152,7 +135,7 @@ def links(scratch: Path, *, cases: Sequence[str]) -> list[dict[str, Any]]:
     ranks = PartitionSpec("r")
     run = lambda f: compiled(jax.shard_map(f, mesh=mesh, in_specs=ranks, out_specs=ranks), x)  # noqa: E731
     programs = {name: run(function) for name, function in functions.items()}
-    wait_for_turn(scratch, "links", cases)
+    turn.wait()
     times = time_in_turn(programs, samples=5)
     # Of two ranks each sends the other its whole operand, or half of it.
     sent = {name: LINK_BYTES / (1 if name in ("all-gather", "permute") else 2) for name in functions}
@@ -188,45 +171,17 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("CASE", "SCRATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        child(options)
+        turn = Turn(options.one[0], Path(options.one[1]))
+        turn.answer(links(turn) if turn.name == "links" else [one(turn, steps=options.steps)])
         return
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        for name in ("ready", "done", "rows", "log"):
-            (scratch / name).mkdir()
-        common = [sys.executable, __file__, "--steps", str(options.steps), "--cases", *options.cases]
-        children = {}
-        for name in options.cases:
-            log = (scratch / "log" / name).open("w")
-            children[name] = subprocess.Popen([*common, "--one", name, folder], stdout=log, stderr=log)
-        for name, process in children.items():
-            if process.wait():
-                last = (scratch / "log" / name).read_text().strip().splitlines()[-1:]
-                print(f"{name} failed: {' '.join(last)}", file=sys.stderr)
-        rows = [json.loads(line) for name in options.cases for line in _lines(scratch / "rows" / name)]
+    rows, failures = in_turn(options.cases, [sys.executable, __file__, "--steps", str(options.steps)])
+    for name, why in failures.items():
+        print(f"{name} failed: {why}", file=sys.stderr)
     options.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print(table(rows))
     for row in rows:
         if row["case"].startswith("link"):
             print(f"{row['case']}: {row['ms']} ms, {row['gb_per_second']} GB/s")
-
-
-def child(options: argparse.Namespace) -> None:
-    """Measures one case; the others do not wait for one that fails."""
-    name, scratch = options.one[0], Path(options.one[1])
-    try:
-        if name == "links":
-            found = links(scratch, cases=options.cases)
-        else:
-            found = [one(name, scratch, cases=options.cases, steps=options.steps)]
-        (scratch / "rows" / name).write_text("".join(f"{json.dumps(row)}\n" for row in found))
-    finally:
-        for folder in ("ready", "done"):
-            (scratch / folder / name).touch()
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.is_file() else []
 
 
 if __name__ == "__main__":

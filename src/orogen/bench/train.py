@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from orogen.bench.balanced import balanced_choices
 from orogen.bench.cpu_train import random_batch
 from orogen.bench.weights import export_weights
 from orogen.bench.worker import seconds_a_run, serve
 from orogen.bench.workload import Workload
+from orogen.checkpoint.steps import with_shardings
 from orogen.config.checks import ConfigError, require
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
@@ -36,7 +38,7 @@ from orogen.train import carry
 from orogen.train.formats import in_formats
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import create_state
+from orogen.train.state import abstract_state, create_state, state_shardings
 from orogen.train.step import batch_to_devices, gradients, make_step
 
 WARM_UP = 2
@@ -115,48 +117,55 @@ def prepare(
     ready: Callable[[], None] = lambda: None,
 ) -> Prepared:  # fmt: skip
     """Compiles the workload and runs it once. export: a folder to write the weights to, in Hugging Face's format.
-    ready: called when a whole step is compiled and its state is there, before it runs."""
+    ready: called when the workload is compiled, before it runs and before the state of a whole step is allocated."""
     require_gpu(config.plan)
     chosen = dataclasses.replace(config.plan, microbatches=work.microbatches(config.plan))
     plan, built = assemble(config.model, chosen, length=config.train.sequence_length)
     plan = in_formats(plan, config.precision, config.model)
     batch = batch_to_devices(_batch(config), plan)
+    replay = balanced_choices(built, plan, config) if work.routing == "balanced" else None
     if work.part == "whole_step":
-        return _whole_step(built, config, plan, batch, ready=ready)
+        return _whole_step(built, config, plan, (batch, replay), ready=ready)
     params, buffers = _working_state(config.model, built, plan, config.train.compute_dtype)
     if export is not None:
         export_weights(config.model, params, buffers, export)
-    gradient = gradients(built, NEXT_TOKENS, config.model, plan, config.train.compute_dtype)
+    dtype, replaying = config.train.compute_dtype, replay is not None
+    gradient = gradients(built, NEXT_TOKENS, config.model, plan, dtype, replaying=replaying)
 
-    def function(params: Any, buffers: Any, batch: Any) -> Any:
-        return gradient(placement.working(params, plan), buffers, batch)
+    def function(params: Any, *arguments: Any) -> Any:
+        return gradient(placement.working(params, plan), *arguments)
 
-    program = _compiled(jax.jit(function, compiler_options=plan.compiler_options).lower(params, buffers, batch), plan)
-    first = program(params, buffers, batch)
+    given = params, buffers, batch, replay
+    program = _compiled(jax.jit(function, compiler_options=plan.compiler_options).lower(*given), plan)
+    ready()
+    first = program(*given)
     loss, lost = _mean_nats(first[3].metrics[LOSS], first[2].metrics[LOSS]), _lost(first[3].load, first[3])
-    same = _same_bits(first, program(params, buffers, batch)) if deterministic else None
+    same = _same_bits(first, program(*given)) if deterministic else None
     del first
 
     def start() -> Any:
-        return program(params, buffers, batch)[3].metrics  # the gradients are released
+        return program(*given)[3].metrics  # the gradients are released
 
     return Prepared(start, loss, _tokens(config), _memory(program), same, lost)
 
 
 def _whole_step(
-    built: Built, config: RunConfig, plan: Plan, batch: Any, *, ready: Callable[[], None]
+    built: Built, config: RunConfig, plan: Plan, given: tuple[Any, Any], *, ready: Callable[[], None]
 ) -> Prepared:  # fmt: skip
     optimizer = make_optimizer(config.optimizer, config.train.steps, built.params)
-    carried = carry.abstract(config.train, built)
-    state = create_state(config.model, built, optimizer, plan, config.train.seed, carried=carried)
-    program = _compiled(make_step(built, NEXT_TOKENS, config, plan, optimizer).lower(state, batch), plan)
+    carried, (batch, replay) = carry.abstract(config.train, built), given
+    abstract = abstract_state(built, optimizer, carried)
+    abstract = with_shardings(abstract, state_shardings(abstract, plan))
+    step = make_step(built, NEXT_TOKENS, config, plan, optimizer, replaying=replay is not None)
+    program = _compiled(step.lower(abstract, batch, None, replay), plan)
     ready()
-    state, metrics = program(state, batch)
+    state = create_state(config.model, built, optimizer, plan, config.train.seed, carried=carried)
+    state, metrics = program(state, batch, None, replay)
     loss, lost = _mean_nats(*metrics.metrics[LOSS]), _lost(metrics.load_le, metrics)
 
     def start() -> Any:
         nonlocal state
-        state, metrics = program(state, batch)
+        state, metrics = program(state, batch, None, replay)
         return metrics
 
     return Prepared(start, loss, _tokens(config), _memory(program), None, lost)

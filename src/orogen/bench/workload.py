@@ -49,7 +49,8 @@ class Workload:
     `forward_backward`, of one microbatch (of all, if the plan has stages) with parameters in the compute dtype, or
     `whole_step`. weak_scaling: `rows` or `length`, which is then multiplied by the plan's number of devices, so that
     each device has as many tokens under every plan; None: neither. bindings: gin bindings that override the
-    benchmark's. If XLA is asked for the same bits in every run, attention is `blocked`.
+    benchmark's. If XLA is asked for the same bits in every run, attention is `blocked`. routing: `real`, by the
+    routers of the model with its random weights, or `balanced`: see `orogen.bench.balanced`.
     """
 
     model: str = "r1"
@@ -58,6 +59,7 @@ class Workload:
     part: str = "forward_backward"
     weak_scaling: str | None = None
     bindings: tuple[str, ...] = ()
+    routing: str = "real"
 
     def microbatches(self, plan: PlanConfig) -> int:
         """How many microbatches a run has."""

@@ -216,16 +216,20 @@ def make_step(
     plan: Plan,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
+    replaying: bool = False,
     frozen: Any = None,
     submodels: Submodels | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The jitted training step: (state, batch[, frozen]) -> state, metrics. It donates the state and returns it with
-    the same shardings. frozen: see `gradients`. submodels: those that the steps train; None: the whole model."""
-    function = step_function(built, objective, config, plan, optimizer, frozen=frozen, submodels=submodels)
+    """The jitted training step: (state, batch[, frozen, replay]) -> state, metrics. It donates the state and returns it
+    with the same shardings. replaying, frozen: see `gradients`. submodels: those that the steps train; None: the whole
+    model."""
+    function = step_function(
+        built, objective, config, plan, optimizer, replaying=replaying, frozen=frozen, submodels=submodels
+    )
     carried = carry.abstract(config.train, built)
 
-    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, StepMetrics]:
-        return function(state, batch, frozen=frozen)[:2]
+    def step(state: TrainState, batch: Batch, frozen: Any = None, replay: Any = None) -> tuple[TrainState, StepMetrics]:
+        return function(state, batch, replay, frozen=frozen)[:2]
 
     target = with_chooser(abstract_state(built, optimizer, carried), submodels, plan)
     shardings = state_shardings(target, plan)
