@@ -309,8 +309,8 @@ def test_what_is_selected_is_large(letter):
 # With each pattern, what recomputes something in its layers: `paper` all without a name, and the rest some more.
 REMATS = {
     "*M": ("full", "elementwise", "paper", ("core", "M:conv,ssd_states,norm")),
-    "mE": ("full", "elementwise", "selective", ("m:layernorm", "E:moe")),
-    "w+-": ("elementwise", "selective", ("mla_up_proj", "-:activation,layernorm")),
+    "mE": ("full", "elementwise", "selective", "paper", ("m:layernorm", "E:moe")),
+    "w+-": ("full", "elementwise", "selective", "paper", ("mla_up_proj", "-:activation,layernorm")),
 }
 
 
