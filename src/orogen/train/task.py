@@ -148,8 +148,9 @@ class Submodels(Protocol):
         """The parameters of a submodel, with zeros for absent units (`Plan.nested`)."""
         ...
 
-    def loads(self, load: list[Array], chosen: Any) -> list[Array]:
-        """Loads of experts, as `loss.Sums` has them, of which absent experts have an even share."""
+    def present_experts(self, chosen: Any) -> list[Array] | None:
+        """Which experts a submodel has (…, e), 1 or 0: for each of the loads in `loss.Sums`, whose shape they broadcast
+        to. None: all of them."""
         ...
 
 
