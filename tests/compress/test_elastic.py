@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.helpers import RUN, bound, hybrid, run_config, several_devices
 
+from orogen.checkpoint.leaves import leaves_of
 from orogen.checkpoint.open import open_model
 from orogen.cli import main
 from orogen.compress.elastic import Chosen, Elastic
@@ -209,6 +210,21 @@ def stepped(plan):
     state, metrics = step(state, batch_to_devices(packed_batch(config, config.train), layout))
     of_router = state.chooser.moments[0].mu
     return jax.device_get((built.whole(state.params), of_router)), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [(("norm", "weight"), 3), (("backbone", "children", 0, "mixer", "norm", "weight"), 5),
+     (("backbone", "children", 2, "mixer", "router", "gate"), (slice(None), 4)),
+     (("backbone", "children", 2, "mixer", "router", "gate"), 0)],
+)  # fmt: skip
+def test_zeros_that_would_mean_absent_are_refused(made, name, place):
+    params, _ = initial_state(MODEL, 0)
+    made[0].check(params)
+    leaf = leaves_of(params)[name]
+    leaf.set_value(leaf.get_value().at[place].set(0))
+    with pytest.raises(ConfigError, match=rf"student's {'.'.join(map(str, name))} has zeros"):
+        made[0].check(params)
 
 
 @several_devices

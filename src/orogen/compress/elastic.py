@@ -144,6 +144,10 @@ class Elastic:
             }
         return Chooser(router, self._optimizer.init(router))
 
+    def check(self, params: Any) -> None:
+        """See `task.Submodels`."""
+        self.nesting.check(params)
+
     def chosen(self, chooser: Chooser, step: Array) -> tuple[Chosen, Callable[[Any], Chooser]]:
         """See `task.Submodels`."""
         of_budget, of_noise = jax.random.split(jax.random.fold_in(jax.random.key(self.config.train.seed), step))

@@ -18,10 +18,12 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from orogen.checkpoint.leaves import dotted, leaves_of
 from orogen.compress.choose import choose
 from orogen.compress.importance import order_scores
 from orogen.compress.rewrite import homes
 from orogen.compress.slices import HIDDEN, MIXERS, REST, SCALED, indices, norm_factor
+from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.prune import PruneConfig
 
@@ -65,6 +67,25 @@ class Nesting:
         """The picks of a submodel with these sizes, which are among the choices; others are the model's own."""
         chosen = {field: sizes.get(field, max(choices)) for field, choices in self.choices.items()}
         return {field: (np.array(self.choices[field]) == size).astype(np.float32) for field, size in chosen.items()}
+
+    def check(self, params: nnx.State) -> None:
+        """Raises ConfigError if the whole model has zeros where they say that something is absent (`Plan.nested`)."""
+
+        def empty(params: nnx.State) -> dict[str, Array]:
+            found = {}
+            for path, leaf in leaves_of(params).items():
+                name, value = dotted(path), leaf.get_value()
+                if name.endswith("norm.weight") and (self.config.norm == "rms" or name.endswith("mixer.norm.weight")):
+                    found[name] = jnp.any(value == 0)
+                elif name.endswith("router.gate"):  # an expert's column, and a layer's first row
+                    found[name] = jnp.any(jnp.all(value == 0, -2)) | jnp.any(jnp.all(value[..., 0, :] == 0, -1))
+            return found
+
+        for name, is_empty in jax.jit(empty)(params).items():
+            if is_empty:
+                raise ConfigError(
+                    f"the student's {name} has zeros that mean absent units to an elastic model; expected none"
+                )
 
     def masked(self, params: nnx.State, picks: Picks) -> nnx.State:
         """The parameters of the submodel that the picks say: those of the whole model, times masks."""

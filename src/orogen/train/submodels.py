@@ -34,11 +34,13 @@ def of_step(submodels: Submodels | None, state: TrainState) -> tuple[Any, Settle
 
 
 def with_chooser(state: TrainState, submodels: Submodels | None, plan: Plan) -> TrainState:
-    """The state before the first step, with what chooses submodels. An abstract state gets abstract arrays."""
+    """The state before the first step, with what chooses submodels. An abstract state gets abstract arrays. Raises
+    ConfigError for parameters that `submodels` refuses."""
     if submodels is None:
         return state
     if isinstance(state.step, jax.ShapeDtypeStruct):
         return state._replace(chooser=jax.eval_shape(submodels.initial))
+    submodels.check(state.params)
     return state._replace(chooser=jax.jit(submodels.initial, out_shardings=plan.sharding())())
 
 

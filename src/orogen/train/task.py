@@ -139,6 +139,10 @@ class Submodels(Protocol):
         """What chooses, before the first step: a tree of arrays."""
         ...
 
+    def check(self, params: Any) -> None:
+        """Raises ConfigError for parameters before the first step that no submodels can be told in."""
+        ...
+
     def chosen(self, chooser: Any, step: Array) -> tuple[Any, Callable[[Any], Any]]:
         """The submodel of this step, as `masked` takes it, and a function of the gradient for it: it returns what
         chooses after the step."""
