@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -278,13 +279,18 @@ def command(text, run, *more):
 
 
 def test_a_run_goes_on_to_the_bit_and_its_submodel_is_cut_out(text, capsys):
-    steps = lambda n: bound(f"TrainConfig.steps = {n}", "ElasticConfig.sharpness = 1.0")  # noqa: E731
-    assert main(command(text, "whole", *steps(4))) == 0
-    assert main(command(text, "parts", *steps(2))) == 0
+    # As if killed after its second step: a program for fewer steps may round otherwise, and the first gradient, of a
+    # student that is still its teacher, is nothing but rounding.
+    steps = bound("TrainConfig.steps = 4", "TrainConfig.checkpoint_every = 2")
+    assert main(command(text, "whole", *steps)) == 0
+    shutil.copytree(text / "whole", text / "parts")
+    shutil.rmtree(text / "parts" / "checkpoints" / "4")
+    (text / "parts" / "budget_0.7.gin").unlink()
     other = bound("ElasticConfig.tolerance = 0.2")
-    assert main(command(text, "parts", "--resume", *steps(4), *other)) == 2
+    assert main(command(text, "parts", "--resume", *steps, *other)) == 2
     assert "ElasticConfig.tolerance is 0.05 there and 0.2 here" in capsys.readouterr().err
-    assert main(command(text, "parts", "--resume", *steps(4))) == 0
+    assert main(command(text, "parts", "--resume", *steps)) == 0
+    assert "step 3/4" in capsys.readouterr().err
     whole, parts = (read_metrics(text / name)[-1] for name in ("whole", "parts"))
     assert whole["loss"] == parts["loss"] and whole["whole_heldout_loss_at_0.7"] == parts["whole_heldout_loss_at_0.7"]
     file = text / "whole" / "budget_0.7.gin"

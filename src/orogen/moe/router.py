@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.quotient import quotient
-from orogen.layers.linear import empty_columns, linear_float32
+from orogen.layers.linear import empty_columns, empty_first_row, linear_float32
 from orogen.layers.parameter import buffer, normal, parameter
 from orogen.parallel.plan import Plan
 
@@ -202,7 +202,7 @@ class Router(nnx.Module):
         zeros. None: all are."""
         if not plan.nested:
             return None
-        return ~empty_columns(self.gate, plan) & jnp.any(plan.weight(self.gate)[0] != 0)
+        return ~empty_columns(self.gate, plan) & ~empty_first_row(self.gate, plan)
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
