@@ -52,9 +52,12 @@ REST = ModelConfig(
 )  # fmt: skip
 CASES = {
     "stream, heads and depth": (WIDE, {"hidden_size": 64, "num_attention_heads": 6, LAYERS: 3}),
-    "Mamba and MLP": (WIDE, {"mamba_num_heads": 6, "intermediate_size": 96}),
-    "experts": (WIDE, {"n_routed_experts": 6, "moe_shared_expert_intermediate_size": 32}),
-}
+    "other widths": (
+        WIDE,
+        {"mamba_num_heads": 6, "intermediate_size": 96, "n_routed_experts": 6,
+         "moe_shared_expert_intermediate_size": 32},
+    ),
+}  # fmt: skip
 # Here XLA:CPU has other kernels for the smaller shapes: products of groups, the SSD, and matrices of few columns.
 INEXACT = {
     "heads and experts": (WIDE, {"mamba_head_dim": 8, "moe_intermediate_size": 64, "moe_latent_size": 32}),
