@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.minitron.run import bound, copy_corpus, orogen, replace_seed
+from orogen.report.metrics import read_metrics
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 RATE, RECOVERY_RATE = 5e-3, 2e-3
 BUDGETS = ("0.6", "0.8")
 ARMS = ("elastic", "apart", "sliced")
+SCORE = "whole_heldout_bits_per_byte"  # of a run's own split
 
 
 class Size(NamedTuple):
@@ -82,6 +84,9 @@ class Trial:
             apart = self.run("distill", f"apart_{budget}", steps // 3, RECOVERY_RATE, *words)
             found[budget] = {"parameters": told["parameters"], "sizes": {k: v[1] for k, v in told["sizes"].items()}}
             found[budget] |= {"elastic": self.bits(inside), "apart": self.bits(apart), "sliced": self.bits(cut)}
+            of_run, of_apart = (read_metrics(run)[-1] for run in (elastic, apart))
+            split = of_run[f"{SCORE}_at_{budget}"], of_apart[SCORE]
+            found[budget]["own_split"] = dict(zip(("elastic", "apart"), split, strict=True))
         return found
 
 

@@ -27,6 +27,9 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
 from orogen.layers.documents import Documents, numbered
+from orogen.moe.layer import MoE
+from orogen.moe.router import global_balance
+from orogen.parallel.plan import make_plan
 
 # Two documents and padding in the first row.
 SEGMENTS_BT = np.array([[1] * 8 + [2] * 8 + [0] * 3, [1] * 19])
@@ -49,9 +52,12 @@ REST = ModelConfig(
 )  # fmt: skip
 CASES = {
     "stream, heads and depth": (WIDE, {"hidden_size": 64, "num_attention_heads": 6, LAYERS: 3}),
-    "Mamba and MLP": (WIDE, {"mamba_num_heads": 6, "intermediate_size": 96}),
-    "experts": (WIDE, {"n_routed_experts": 6, "moe_shared_expert_intermediate_size": 32}),
-}
+    "other widths": (
+        WIDE,
+        {"mamba_num_heads": 6, "intermediate_size": 96, "n_routed_experts": 6,
+         "moe_shared_expert_intermediate_size": 32},
+    ),
+}  # fmt: skip
 # Here XLA:CPU has other kernels for the smaller shapes: products of groups, the SSD, and matrices of few columns.
 INEXACT = {
     "heads and experts": (WIDE, {"mamba_head_dim": 8, "moe_intermediate_size": 64, "moe_latent_size": 32}),
@@ -134,6 +140,34 @@ def test_the_whole_model_keeps_its_logits_and_so_does_another_order_of_units(fol
     weights: Any = [leaves_of(one.params)["norm", "weight"].get_value() for one in (turned, opened)]
     assert turned.config == WIDE and not np.array_equal(*weights)
     np.testing.assert_allclose(logits(turned, turned.params), before, atol=2e-6 * np.ptp(before))
+
+
+@pytest.mark.parametrize("balance", ["row", "global"])
+def test_losses_of_routers_are_those_of_the_slice(balance):
+    """Of 8 of 12 experts; a layer that is removed has none."""
+    config = ModelConfig(
+        pattern="E", vocab_size=259, hidden_size=16, n_routed_experts=12, num_experts_per_tok=3,
+        moe_intermediate_size=8, router_balance=balance,
+    )  # fmt: skip
+    random = np.random.default_rng(2)
+    x_btd, gate = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 19, 16), (16, 12)))
+    docs = Documents(jnp.asarray(numbered(SEGMENTS_BT)), jnp.tile(jnp.arange(19), (2, 1)))
+
+    def losses(gate, *, nested=True):
+        config_of = dataclasses.replace(config, n_routed_experts=gate.shape[1])
+        layer, plan = MoE(config_of, nnx.Rngs(0)), make_plan(PlanConfig(), config_of)
+        layer.router.gate.set_value(gate)
+        balanced, z = layer(x_btd, docs, dataclasses.replace(plan, nested=nested))[1].losses
+        if balance == "global":
+            balanced = global_balance(*balanced, jnp.asarray(35.0), k=3)
+        return jnp.stack([balanced, z])
+
+    by_slices = losses(gate[:, :8], nested=False)
+    assert (by_slices > 1).all()
+    np.testing.assert_allclose(losses(gate * (np.arange(12) < 8)), by_slices, rtol=1e-6)
+    np.testing.assert_array_equal(losses(gate), losses(gate, nested=False))
+    removed, back = jax.vjp(losses, gate.at[0].set(0))
+    assert (removed == 0).all() and (back(jnp.ones(2))[0] == 0).all()
 
 
 ODD = dataclasses.replace(MODEL, layer_norm_epsilon=1e-5)

@@ -83,8 +83,8 @@ router chooses the sizes, the first units of each kind stay, and the submodel le
 
 - *Masks multiply parameters* (`nested.py`), before the plan's layout is gathered, so that layers and collectives are
   those of every run: any plan without stages. Two places ask what is absent (`Plan.nested`): RMS norms count the
-  channels whose weight is not 0, and routers leave out experts whose gate is 0. A norm weight of exactly 0 in the
-  whole model would count as absent.
+  channels whose weight is not 0, and routers leave out experts whose gate is 0. A run whose model has such zeros at
+  its start is refused. A layer that is removed has no first row in its gate, so that it adds no losses of routers.
 - *A slice equals its mask.* What is left of the masked parameters has the bits of the slice, for every size and letter
   that pruning knows; absent units add exact zeros. Logits then have the same bits if both shapes are summed in the
   same order, and no expert drops tokens. On XLA:CPU in float32 that holds operation by operation in layers M, *, E and

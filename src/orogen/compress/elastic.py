@@ -4,6 +4,7 @@ Letters: n budgets, h hidden units of the router, c choices of a size.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from orogen.config.run import RunConfig
 from orogen.config.search import SearchConfig
 from orogen.data.loader import Corpus
 from orogen.model.lm import Built
+from orogen.parallel import distributed
 from orogen.train.state import TrainState
 from orogen.train.task import Evaluation, Task
 
@@ -142,6 +144,10 @@ class Elastic:
             }
         return Chooser(router, self._optimizer.init(router))
 
+    def check(self, params: Any) -> None:
+        """See `task.Submodels`."""
+        self.nesting.check(params)
+
     def chosen(self, chooser: Chooser, step: Array) -> tuple[Chosen, Callable[[Any], Chooser]]:
         """See `task.Submodels`."""
         of_budget, of_noise = jax.random.split(jax.random.fold_in(jax.random.key(self.config.train.seed), step))
@@ -163,13 +169,9 @@ class Elastic:
         """See `task.Submodels`."""
         return self.nesting.masked(params, chosen.picks)
 
-    def loads(self, load: list[Array], chosen: Chosen) -> list[Array]:
+    def present_experts(self, chosen: Chosen) -> list[Array] | None:
         """See `task.Submodels`."""
-        present_e = self.nesting.present_experts(chosen.picks)
-        if present_e is None:
-            return load
-        even = lambda x: jnp.sum(x * present_e, -1, keepdims=True) / present_e.sum()  # noqa: E731
-        return [jnp.where(present_e > 0, x, even(x)) for x in load]
+        return self.nesting.present_experts(chosen.picks)
 
     def logits(self, router: Any, budget: Array | int, step: Array | int) -> dict[str, Array]:
         """By size (c), sharpened."""
@@ -219,19 +221,21 @@ class Elastic:
     def _picks(
         self, router: Any, budget: Array, step: Array, key: Array, temperature: Array
     ) -> dict[str, Array]:  # fmt: skip
-        picks = {}
+        picks, last = {}, len(self.elastic.budgets) - 1
         for number, (field, logits_c) in enumerate(self.logits(router, budget, step).items()):
             noise_c = jax.random.gumbel(jax.random.fold_in(key, number), logits_c.shape)
             soft_c = jax.nn.softmax((logits_c + noise_c) / temperature)
             whole_c = np.arange(len(logits_c)) == len(logits_c) - 1
-            hard_c = jnp.where(budget == len(self.elastic.budgets) - 1, whole_c, soft_c == soft_c.max())
-            picks[field] = hard_c.astype(jnp.float32) + (soft_c - jax.lax.stop_gradient(soft_c))
+            hard_c = jnp.where(budget == last, whole_c, soft_c == soft_c.max())
+            # The whole model is no choice of the router, which learns nothing from it.
+            learned = (budget < last) * (soft_c - jax.lax.stop_gradient(soft_c))
+            picks[field] = hard_c.astype(jnp.float32) + learned
         return picks
 
 
 class Budgets:
-    """An `Evaluation` of the whole model, and of each budget's submodel. At the end it writes, for each budget below 1,
-    the gin file by which `orogen prune` cuts the submodel out."""
+    """An `Evaluation` of the whole model, and of each budget's submodel. While it scores a submodel, its masked
+    parameters are one more float32 copy of the model's, which no plan of memory counts."""
 
     def __init__(self, whole: Evaluation, elastic: Elastic, run_dir: Path):
         self._whole, self._elastic, self._folder = whole, elastic, run_dir
@@ -248,10 +252,11 @@ class Budgets:
         return self._scores(state, self._whole.sample)
 
     def full(self, state: TrainState) -> dict[str, float]:
-        """The scores of the whole split."""
+        """The scores of the whole split. Writes, for each budget below 1, the gin file by which `orogen prune` cuts the
+        submodel out."""
         for number, share in enumerate(self._shares):
-            sizes, cost = self._elastic.sizes(state.chooser, number)
-            write_atomically(self._folder / f"budget_{share:g}.gin", self._text(sizes, cost).encode())
+            text = self._text(*self._elastic.sizes(state.chooser, number)).encode()
+            distributed.from_first(functools.partial(write_atomically, self._folder / f"budget_{share:g}.gin", text))
         return self._scores(state, self._whole.full)
 
     def _scores(self, state: TrainState, score: Callable[[TrainState], dict[str, float]]) -> dict[str, float]:

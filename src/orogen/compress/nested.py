@@ -18,16 +18,19 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from orogen.checkpoint.leaves import dotted, leaves_of
 from orogen.compress.choose import choose
 from orogen.compress.importance import order_scores
 from orogen.compress.rewrite import homes
 from orogen.compress.slices import HIDDEN, MIXERS, REST, SCALED, indices, norm_factor
+from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.prune import PruneConfig
 
 LAYERS, HIDDEN_SIZE = "num_layers", "hidden_size"
 # The last parts of the names of parameters that write what units have computed. A mask's gradient is taken there alone:
-# elsewhere it would count a unit once more for each parameter.
+# elsewhere it would count a unit once more for each parameter. With a latent, what experts write there is read by
+# latent_up, which counts its units.
 WRITE = ("down", "out", "latent_up")
 # By name of an axis, the masks (c, u) of the size that it depends on.
 Masks = dict[str, np.ndarray]
@@ -42,6 +45,7 @@ class Nesting:
     def __init__(self, config: ModelConfig, choices: Mapping[str, Sequence[int]], removal: Sequence[int] = ()):
         self.config, self.choices, self.removal = config, dict(choices), tuple(removal)
         self._homes = homes(config)
+        self._latent = bool(config.moe_latent_size)
 
     @functools.cached_property
     def _of_letter(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -64,6 +68,25 @@ class Nesting:
         chosen = {field: sizes.get(field, max(choices)) for field, choices in self.choices.items()}
         return {field: (np.array(self.choices[field]) == size).astype(np.float32) for field, size in chosen.items()}
 
+    def check(self, params: nnx.State) -> None:
+        """Raises ConfigError if the whole model has zeros where they say that something is absent (`Plan.nested`)."""
+
+        def empty(params: nnx.State) -> dict[str, Array]:
+            found = {}
+            for path, leaf in leaves_of(params).items():
+                name, value = dotted(path), leaf.get_value()
+                if name.endswith("norm.weight") and (self.config.norm == "rms" or name.endswith("mixer.norm.weight")):
+                    found[name] = jnp.any(value == 0)
+                elif name.endswith("router.gate"):  # an expert's column, and a layer's first row
+                    found[name] = jnp.any(jnp.all(value == 0, -2)) | jnp.any(jnp.all(value[..., 0, :] == 0, -1))
+            return found
+
+        for name, is_empty in jax.jit(empty)(params).items():
+            if is_empty:
+                raise ConfigError(
+                    f"the student's {name} has zeros that mean absent units to an elastic model; expected none"
+                )
+
     def masked(self, params: nnx.State, picks: Picks) -> nnx.State:
         """The parameters of the submodel that the picks say: those of the whole model, times masks."""
         held = {home.path: home.letter for home in self._homes}
@@ -80,16 +103,25 @@ class Nesting:
                 name = inside.removeprefix("mixer.")
                 axes = (HIDDEN,) if inside.startswith("norm.") else MIXERS[letter][name]
                 mask = self._mask(inside, axes, self._of_letter[letter], picks)
-                if LAYERS in picks and home[0] == "backbone" and axes[-1] in (HIDDEN, "expert_out"):
-                    mask = self._present(home, len(axes), picks) * mask if not inside.startswith("norm.") else mask
+                if LAYERS in picks and home[0] == "backbone" and not inside.startswith("norm."):
+                    mask = self._of_present(name, axes, self._present(home, len(axes), picks), mask)
             return variable.replace(variable.get_value() * mask)
 
         return jax.tree_util.tree_map_with_path(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-    def present_experts(self, picks: Picks) -> Array | None:
-        """Which experts the submodel has (e); None if it has all of them."""
-        found = self._of_letter.get("E", {}).get("experts", {})
-        return next((jnp.matmul(picks[field], mask, precision="highest") for field, mask in found.items()), None)
+    def present_experts(self, picks: Picks) -> list[Array]:
+        """Which experts the submodel has (…, e), for each of the loads in `loss.Sums`: none in a layer that is removed.
+        The axes in front are those of a module's repetitions, or missing if all of these have the same."""
+        masks = self._of_letter.get("E", {}).get("experts", {})
+        present_e = jnp.ones(self.config.n_routed_experts or 0)
+        for field, mask_ce in masks.items():
+            present_e = jnp.matmul(picks[field], mask_ce, precision="highest")
+        paths = sorted({home.path for home in self._homes if home.letter == "E"})
+        removable = [LAYERS in picks and path[0] == "backbone" for path in paths]
+        return [
+            self._present(path, 1, picks) * present_e if removed else present_e
+            for path, removed in zip(paths, removable, strict=True)
+        ]
 
     def _mask(
         self, name: str, axes: tuple[str | None, ...], masks: Mapping[str, Mapping[str, np.ndarray]], picks: Picks
@@ -100,12 +132,21 @@ class Nesting:
         for place, axis in enumerate(axes):
             for field, mask_cu in masks.get(axis or "", {}).items():
                 mask_u = jnp.matmul(picks[field], mask_cu, precision="highest")
+                learns = writes and (axis != "expert_out" or not self._latent)
                 shape = [1] * len(axes)
                 shape[place] = mask_u.size
-                product = product * (mask_u if writes else lax.stop_gradient(mask_u)).reshape(shape)
+                product = product * (mask_u if learns else lax.stop_gradient(mask_u)).reshape(shape)
         if name.endswith("norm.weight") and axes[0] in SCALED:
             product = product * self._factor(masks.get(axes[0], {}), picks)
         return product
+
+    def _of_present(self, name: str, axes: tuple[str | None, ...], present: Array, mask: Array) -> Array:
+        """The mask of a parameter of a layer, which is there or not: what it writes to the stream, once, and the first
+        row of a router's gate, by which the router knows (`Router.present`). Tokens are still routed by the others."""
+        if name == "router.gate":
+            first_d1 = (np.arange(self.config.hidden_size) == 0)[:, None]
+            return jnp.where(first_d1, lax.stop_gradient(present), 1) * mask
+        return present * mask if axes[-1] == HIDDEN or (axes[-1] == "expert_out" and not self._latent) else mask
 
     def _factor(self, masks: Mapping[str, np.ndarray], picks: Picks) -> Array:
         """What the weight of a norm over such channels is multiplied by."""

@@ -100,6 +100,11 @@ def empty_columns(weight: nnx.Param, plan: Plan) -> Array:
     return jnp.all(plan.weight(weight) == 0, axis=0)
 
 
+def empty_first_row(weight: nnx.Param, plan: Plan) -> Array:
+    """Whether the first input of a weight (d, f) has no weight but 0."""
+    return jnp.all(plan.weight(weight)[0] == 0)
+
+
 def grouped(
     x_rd: Array,
     weight: Weight,

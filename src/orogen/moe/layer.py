@@ -205,7 +205,15 @@ class MoE(nnx.Module):
             load=expert_counts(routing.experts, valid_btk, self.n_experts, axes=(0, 1, 2)),
             dropped=jnp.sum(valid_btk & ~keep_btk, dtype=jnp.float32),
             overflow=jnp.zeros(()),
-            losses=router_losses(logits_bte, routing.scores, valid_bt, plan, k=k, balance=self.balance),
+            losses=router_losses(
+                logits_bte,
+                routing.scores,
+                valid_bt,
+                plan,
+                k=k,
+                balance=self.balance,
+                present_e=self.router.present(plan),
+            ),
             choice=choice,
         )
         return stats, capacity * sources

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.config.model import ModelConfig
 from orogen.kernels.quotient import quotient
-from orogen.layers.linear import empty_columns, linear_float32
+from orogen.layers.linear import empty_columns, empty_first_row, linear_float32
 from orogen.layers.parameter import buffer, normal, parameter
 from orogen.parallel.plan import Plan
 
@@ -122,7 +122,8 @@ def _by_pairs(values_ni: Array, count: int) -> Array:
 
 class Balance(NamedTuple):
     """What the balance loss over the global batch is computed from, summed over this rank's tokens, per expert (e): the
-    assignments by plain top-k of the scores, and the scores normalised over all experts. Counts have no gradient."""
+    assignments by plain top-k of the scores, and the scores normalised over all experts, times the share of experts
+    that are present. Counts have no gradient."""
 
     counts: Array
     mass: Array
@@ -137,7 +138,14 @@ class RouterLosses(NamedTuple):
 
 
 def router_losses(
-    logits_bte: Array, scores_bte: Array, valid_bt: Array, plan: Plan, *, k: int, balance: str = "row"
+    logits_bte: Array,
+    scores_bte: Array,
+    valid_bt: Array,
+    plan: Plan,
+    *,
+    k: int,
+    balance: str = "row",
+    present_e: Array | None = None,
 ) -> RouterLosses:
     """The sequence balance loss and the z-loss, summed over this rank's rows, over whole sequences.
 
@@ -145,7 +153,8 @@ def router_losses(
     plain top-k of the scores (no bias), and P_i the mean of its score normalised over all experts (for both softmax
     forms the softmax over all of them). A sequence is a row of the batch, as in Megatron. With balance = "global" it
     is the whole batch, and the result is what `global_balance` needs. z = Σ over tokens of logsumexp(logits)².
-    Padding does not count. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
+    Padding does not count. present_e: see `Router.present`; e is then the number of these, and both losses are 0 if
+    there are none. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
     """
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
     valid_bt1 = valid_bt[..., None].astype(jnp.float32)
@@ -154,6 +163,8 @@ def router_losses(
     _, chosen_btk = lax.top_k(lax.stop_gradient(scores_bte), k)
     counts_be = expert_counts(chosen_btk, valid_bt[..., None] & (chosen_btk >= 0), n_experts, axes=(1, 2))
     mass_be = (share_bte * valid_bt1).sum(1)
+    if present_e is not None:  # n_experts times the mean is how many there are
+        mass_be, z = mass_be * present_e.mean(), z * present_e.any()
     if balance == "global":
         return RouterLosses(Balance(counts_be.sum(0), mass_be.sum(0)), z)
     counts_be, mass_be, tokens_b1 = plan.sum((counts_be, mass_be, valid_bt1.sum(1)), "token_time")
@@ -185,6 +196,13 @@ class Router(nnx.Module):
         self.score = config.router_score
         self.k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
         self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+
+    def present(self, plan: Plan) -> Array | None:
+        """Which experts there are (e), by `Plan.nested`: none in a layer that is removed, whose gate has a first row of
+        zeros. None: all are."""
+        if not plan.nested:
+            return None
+        return ~empty_columns(self.gate, plan) & ~empty_first_row(self.gate, plan)
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
         """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""

@@ -45,6 +45,10 @@ FREE_PRECISION_FIELDS = ("switch_step", "switch_to", "switch_roles", "health_eve
 # tokens.
 FREE_DISTILL_FIELDS = ("teacher_plan", "logits")
 FREE_FIELDS = {"train": FREE_TRAIN_FIELDS, "precision": FREE_PRECISION_FIELDS, "distill": FREE_DISTILL_FIELDS}
+# What a resumed run's config is compared by; the plan may change.
+PARTS = (
+    "model", "data", "train", "optimizer", "precision", "chat", "distill", "preference", "elastic", "lora",
+)  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -100,7 +104,7 @@ def _saved_config(file: Path) -> RunConfig:
 def _differences(saved: RunConfig, wanted: RunConfig) -> list[str]:
     found = []
     there, here = parts_of(saved), parts_of(wanted)
-    for part in ("model", "data", "train", "optimizer", "precision", "chat", "distill", "preference", "lora"):
+    for part in PARTS:
         before, now = there[part], here[part]
         if (before is None) != (now is None):
             found.append(f"{part} is {'missing' if before is None else 'present'}")

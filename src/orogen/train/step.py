@@ -163,9 +163,14 @@ def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
     return split.swapaxes(0, 1).reshape(parts, rows // parts, *others)
 
 
-def update_bias(bias: Array, load: Array, rate: float) -> Array:
-    """b + rate · sign(mean load - load): an expert below its share is then chosen more often (arXiv:2408.15664)."""
-    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+def update_bias(bias: Array, load: Array, rate: float, present: Array | None = None) -> Array:
+    """b + rate · sign(mean load - load): an expert below its share is then chosen more often (arXiv:2408.15664).
+    present: 1 for experts that are there, over which the mean is, and 0 for others, whose biases stay; None: all are.
+    """
+    if present is None:
+        return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+    share = jnp.sum(load * present, -1, keepdims=True) / jnp.maximum(present.sum(-1, keepdims=True), 1)
+    return bias + rate * jnp.sign(share - load) * present
 
 
 @jax.named_scope("optimizer")
@@ -182,10 +187,12 @@ def apply_gradients(
     trained: nnx.State | None = None,
     moving: Sequence[bool] | None = None,
     left: Any = None,
+    present: list[Array] | None = None,
 ) -> TrainState:
     """The state after one update or, unless `finite`, the same state with the step counted as skipped. trained: of each
     parameter, whether it is updated, from `trained_mask`; moving: the same of each buffer, from `trained_biases`; None:
-    all are. left: the states that the batch leaves to carry."""
+    all are. left: the states that the batch leaves to carry. present: of each load, which experts are there (see
+    `update_bias`)."""
     grads = lax.with_sharding_constraint(grads, placement.shardings(grads, plan))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
@@ -193,7 +200,8 @@ def apply_gradients(
         leaves, structure = jax.tree.flatten(buffers)  # none if routers have no correction bias
         counted = load if leaves else []
         rates = [bias_rate if moves else 0.0 for moves in moving or [True] * len(leaves)]
-        biases = [update_bias(*of_layer) for of_layer in zip(leaves, counted, rates, strict=True)]
+        there = present if present and leaves else [None] * len(leaves)
+        biases = [update_bias(*of_layer) for of_layer in zip(leaves, counted, rates, there, strict=True)]
         changed = kept_unless(trained, optax.apply_updates(params, updates), params)
         return changed, jax.tree.unflatten(structure, biases), opt_state
 
@@ -269,7 +277,7 @@ def step_function(
         at = {"step": state.step, "frozen": frozen}
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, **at)
         # XLA then leaves out the work for those that are not trained.
-        grads, load, chooser = settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums.load)
+        grads, present, chooser = settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         grads = only_trained(grads, trained)
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)
@@ -277,8 +285,8 @@ def step_function(
         finite = finite_leaves.all() & jnp.isfinite(loss) & (sums.overflow == 0)
         grad_norm = jnp.sqrt(squares.sum())
         new = apply_gradients(
-            state, grads, load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
-            trained=trained, moving=moving, left=sums.carried,
+            state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
+            trained=trained, moving=moving, left=sums.carried, present=present,
         )  # fmt: skip
         new = new._replace(chooser=kept(chooser, state.chooser, finite))
         metrics = StepMetrics(

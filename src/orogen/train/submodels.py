@@ -11,9 +11,9 @@ from orogen.parallel.plan import Plan
 from orogen.train.state import TrainState
 from orogen.train.task import Submodels
 
-# Takes gradients for a step's parameters and the loads of experts. Returns gradients for the whole model's, the loads
-# that its routers are balanced by, and what chooses after the step.
-Settle = Callable[[Any, list[Array]], tuple[Any, list[Array], Any]]
+# Takes gradients for a step's parameters. Returns gradients for the whole model's, which experts were there (None: all)
+# and what chooses after the step.
+Settle = Callable[[Any], tuple[Any, list[Array] | None, Any]]
 
 
 def of_step(submodels: Submodels | None, state: TrainState) -> tuple[Any, Settle]:
@@ -22,23 +22,25 @@ def of_step(submodels: Submodels | None, state: TrainState) -> tuple[Any, Settle
     Masks are taken outside of the plan's `run`: they multiply arrays wherever these are, whatever the plan.
     """
     if submodels is None:
-        return state.params, lambda grads, load: (grads, load, None)
+        return state.params, lambda grads: (grads, None, None)
     chosen, learned = submodels.chosen(state.chooser, state.step)
     params, back = jax.vjp(submodels.masked, state.params, chosen)
 
-    def settle(grads: Any, load: list[Array]) -> tuple[Any, list[Array], Any]:
+    def settle(grads: Any) -> tuple[Any, list[Array] | None, Any]:
         of_params, of_chosen = back(grads)
-        return of_params, submodels.loads(load, chosen), learned(of_chosen)
+        return of_params, submodels.present_experts(chosen), learned(of_chosen)
 
     return params, settle
 
 
 def with_chooser(state: TrainState, submodels: Submodels | None, plan: Plan) -> TrainState:
-    """The state before the first step, with what chooses submodels. An abstract state gets abstract arrays."""
+    """The state before the first step, with what chooses submodels. An abstract state gets abstract arrays. Raises
+    ConfigError for parameters that `submodels` refuses."""
     if submodels is None:
         return state
     if isinstance(state.step, jax.ShapeDtypeStruct):
         return state._replace(chooser=jax.eval_shape(submodels.initial))
+    submodels.check(state.params)
     return state._replace(chooser=jax.jit(submodels.initial, out_shardings=plan.sharding())())
 
 

@@ -139,6 +139,10 @@ class Submodels(Protocol):
         """What chooses, before the first step: a tree of arrays."""
         ...
 
+    def check(self, params: Any) -> None:
+        """Raises ConfigError for parameters before the first step that no submodels can be told in."""
+        ...
+
     def chosen(self, chooser: Any, step: Array) -> tuple[Any, Callable[[Any], Any]]:
         """The submodel of this step, as `masked` takes it, and a function of the gradient for it: it returns what
         chooses after the step."""
@@ -148,8 +152,9 @@ class Submodels(Protocol):
         """The parameters of a submodel, with zeros for absent units (`Plan.nested`)."""
         ...
 
-    def loads(self, load: list[Array], chosen: Any) -> list[Array]:
-        """Loads of experts, as `loss.Sums` has them, of which absent experts have an even share."""
+    def present_experts(self, chosen: Any) -> list[Array] | None:
+        """Which experts a submodel has (…, e), 1 or 0: for each of the loads in `loss.Sums`, whose shape they broadcast
+        to. None: all of them."""
         ...
 
 
