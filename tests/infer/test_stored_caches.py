@@ -156,6 +156,25 @@ def test_states_in_blocks_are_those_of_the_recurrence(rounding):
         assert (np.asarray(other.values)[2, heads_of] == np.asarray(state.values)[2, heads_of]).all() == same
 
 
+def test_float16_states_are_rounded_as_the_config_says():
+    """After one token, of both kinds of layer: what float32 keeps, rounded as numpy does; at random, not always so."""
+    model = opened("mM", **SIZES)
+
+    def kept(**settings):
+        engine = engine_of(model, prefix_cache=False, **settings)
+        engine.run([asked([5], 1)])
+        return [np.asarray(a) for a in jax.tree.leaves(engine._lane.settled()[0])]
+
+    half = {"state_dtype": "float16"}
+    each = zip(kept(), kept(**half, state_rounding="nearest"), kept(**half, state_rounding="stochastic"), strict=True)
+    states = [found for found in each if found[1].dtype == np.float16]
+    assert len(states) == 2
+    for whole, *rounded in states:
+        step = np.spacing(np.abs(whole).astype(np.float16)).astype(np.float64)
+        nearest, drawn = (np.abs(one - whole.astype(np.float64)) / step for one in rounded)
+        assert nearest.max() < 0.5 + 1e-3 and 0.6 < drawn.max() < 1 + 1e-3
+
+
 @several_devices
 @pytest.mark.parametrize("pattern", ["M*w", "m+"])
 def test_two_ranks_of_heads_answer_as_one_device(pattern):

@@ -6,7 +6,6 @@ from orogen.config.checks import require
 from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.quantize import ATTENTION, MAMBA
 from orogen.infer.capacity import Capacity
 
 PAGED, RECURRENT = "*+", "Mmw"  # letters whose layers keep pages, and what does not grow with the text
@@ -42,8 +41,8 @@ class Sizes(NamedTuple):
 
 def sizes_of(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> Sizes:
     """The sizes of an engine's memory. Raises ConfigError for a plan or model that it cannot serve."""
+    _check(model, plan, config)
     letters = model.layers.main + (model.layers.mtp if config.drafter == "mtp" else "")
-    _check(model, plan, config, letters)
     drafts = 0 if config.drafter == "none" else config.drafts
     slots = config.slots // plan.data
     # Drafts beyond the last token have positions too.
@@ -58,17 +57,17 @@ def sizes_of(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> Size
     )  # fmt: skip
 
 
-def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig, letters: str) -> None:
-    """Raises ConfigError for what an engine of these layers cannot serve."""
+def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
     # A pipeline would need as many groups of slots in flight as it has stages, each with programs of its own. Layers of
     # any layout open on a plan without stages, where `tensor` and `expert` divide the same weights.
     anywhere = "1: an engine has no pipeline, and opens checkpoints of any plan without one"
     require(plan.stage == 1, plan, "stage", anywhere)
     if plan.context > 1:  # see `model.context_cache`
-        has_pages, has_states = (any(letter in kind for letter in letters) for kind in (ATTENTION, MAMBA))
-        gathers = plan.context_attention == "allgather" or not has_pages
-        require(gathers, plan, "context_attention", "allgather: each rank has all pages")
-        require(plan.context_ssm == "state" or not has_states, plan, "context_ssm", "state: each rank has all heads")
+        letters = {*model.layers.main, *model.layers.mtp}
+        gathers = plan.context_attention == "allgather" or not letters & set("*+w")
+        require(gathers, plan, "context_attention", "allgather in an engine: each rank has all pages")
+        passes = plan.context_ssm == "state" or not letters & set("Mm")
+        require(passes, plan, "context_ssm", "state in an engine: each rank has all heads")
     require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
     require(plan.buffer_factor is None, plan, "buffer_factor", "None: no token is dropped here")
     require(plan.linear == "plain", plan, "linear", "plain here")
