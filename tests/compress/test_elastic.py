@@ -308,7 +308,6 @@ def test_a_run_goes_on_to_the_bit_and_its_submodel_is_cut_out(text, capsys):
     assert main(["train", "--checkpoint", *again, *bound(*fields, *still)]) == 0
     measured = read_metrics(text / "again")[-1]["whole_heldout_loss"]
     assert measured == pytest.approx(whole["whole_heldout_loss_at_0.7"], rel=1e-6)
-    assert main(["convert", "to-hf", str(text / "cut"), str(text / "hf")]) == 0
 
 
 @pytest.mark.parametrize(
