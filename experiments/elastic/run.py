@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.minitron.run import bound, copy_corpus, orogen, replace_seed
+
 from orogen.report.metrics import read_metrics
 
 HERE = Path(__file__).parent
