@@ -37,7 +37,6 @@ def reading(kept: Any, docs: Documents, plan: Plan) -> Reading:
 def with_inputs(given: Any, inputs: Sequence[Array], state: Any, docs: Documents, plan: Plan, *, window: int) -> Any:
     """The cache of a state-space mixer after a piece whose convolutions, of `window` tokens beside the current one,
     read `inputs` (b, t, c), and which left `state`."""
-    require_one_context_rank(plan, given)
     if plan.size("context") == 1 or not window:
         return given.with_piece(inputs, state, docs)
     docs = whole_documents(docs, plan)

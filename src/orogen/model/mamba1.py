@@ -18,6 +18,7 @@ from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.layers.probe import measuring, probe_of
+from orogen.model.cache import require_one_context_rank
 from orogen.model.context_cache import with_inputs
 from orogen.model.context_ssm import convolve, scan_over_parts
 from orogen.model.mamba2 import CausalConv, initial_dt_bias, projection_bias
@@ -55,6 +56,7 @@ class Mamba1(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' window and state, continues from it and returns it updated."""
         probe, given = probe_of(given)
+        require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
             projected = zip(linears(h_btd, (self.x, self.z), plan, "mamba_in"), (self.x_bias, self.z_bias), strict=True)

@@ -21,6 +21,7 @@ from orogen.layers.linear import add_bias, linear, linear_plain, linears
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.layers.probe import measuring, probe_of, row_squares
+from orogen.model.cache import require_one_context_rank
 from orogen.model.context_cache import with_inputs
 from orogen.model.context_ssm import convolve, heads_for_sequence, ssd_over_parts
 from orogen.parallel.context import to_tokens, whole
@@ -93,6 +94,7 @@ class Mamba2(nnx.Module):
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
         """y (b, t, d); given a cache of earlier tokens' windows and state, continues from it and returns it updated."""
         probe, given = probe_of(given)
+        require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
             # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
