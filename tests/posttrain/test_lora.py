@@ -152,7 +152,8 @@ def test_a_step_moves_the_factors_alone_and_what_is_frozen_is_narrow():
 )
 def test_a_plan_trains_the_adapters_of_one_device(plan):
     model = hybrid(pattern="M-|M-" if "stage" in plan else "M*E-", mtp_depths=0)
-    verdict = verify(config_of(model, **plan), optimizers=("adamw",))
+    lora = dataclasses.replace(LORA, weights=("mamba", "dense")) if "stage" in plan else LORA
+    verdict = verify(config_of(model, lora=lora, **plan), optimizers=("adamw",))
     assert verdict.passed, verdict
 
 

@@ -21,8 +21,8 @@ from orogen.report.trace import Event, read_trace
 # Outermost named scopes, and those inside them; `tests/report/test_profile.py` compares them with the code's.
 KINDS = (
     "Mamba2", "Mamba1", "Attention", "LatentAttention", "MoE", "MLP", "GatedCrossAttention", "GatedMLP", "resampler",
-    "embedding", "final_norm", "cross_entropy", "divergence", "most_likely", "score", "document_sums", "send",
-    "reduce_gradients", "gather_parameters", "gradient_norm", "optimizer",
+    "captions", "embedding", "final_norm", "cross_entropy", "divergence", "most_likely", "score", "document_sums",
+    "send", "reduce_gradients", "gather_parameters", "gradient_norm", "optimizer",
 )  # fmt: skip
 PARTS = (
     "norm", "in_proj", "conv", "ssd", "gated_norm", "selective_scan", "gate", "core", "out_proj", "up", "activation",
