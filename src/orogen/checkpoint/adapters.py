@@ -2,26 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from orogen.checkpoint.folders import Folder, RunFolder
+from orogen.checkpoint.folders import ExtendedFolder, Folder, RunFolder
 from orogen.checkpoint.leaves import leaves_of
 from orogen.checkpoint.open import open_folder
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.lora import LoraConfig, adapted, kinds_of
-from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import GROUPS
 from orogen.convert import names
 from orogen.convert.config import family_of
 from orogen.convert.tensor_files import new_folder
-from orogen.data.tokenizer import Tokenizer
 from orogen.layers.adapter import FACTORS, WEIGHT, is_factor
 from orogen.model.lm import Built, build, initial_state
 from orogen.parallel import placement
@@ -40,45 +38,25 @@ MERGE = "to-hf, which adds the adapters to the weights"
 def with_adapters(folder: Folder, lora: LoraConfig, *, seed: int) -> Folder:
     """The folder as that of its model with fresh adapters, which change nothing yet. Raises ConfigError if it has no
     weight for them."""
-    return _WithAdapters(folder, lora, seed)
+    return _WithAdapters(folder, adapted(folder.config, lora), seed)
 
 
-class _WithAdapters:
+class _WithAdapters(ExtendedFolder):
     """A folder whose weights get factors that are drawn."""
-
-    def __init__(self, folder: Folder, lora: LoraConfig, seed: int):
-        self._folder, self._seed = folder, seed
-        self.config: ModelConfig = adapted(folder.config, lora)
-        self.plan: PlanConfig | None = folder.plan
-        self.masters = folder.masters
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._folder.__exit__(*exception)
-
-    def tokenizer(self) -> Tokenizer | None:
-        """See `Folder.tokenizer`."""
-        return self._folder.tokenizer()
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
         """See `Folder.read`. The factors are float32."""
-        params, buffers = self._folder.read(build(self._folder.config, built.layout, built.vocab_rows), plan, dtype)
+        params, buffers = self.inner.read(build(self.inner.config, built.layout, built.vocab_rows), plan, dtype)
         have, want = leaves_of(params), leaves_of(built.params)
         there = leaves_of(placement.shardings(built.params, plan))
 
         def draw() -> dict[names.Path, Any]:
-            drawn = leaves_of(built.laid(initial_state(self.config, self._seed)[0]))
+            drawn = leaves_of(built.laid(initial_state(self.config, self.seed)[0]))
             return {path: leaf for path, leaf in drawn.items() if is_factor(path)}
 
         fresh = jax.jit(draw, out_shardings={path: there[path] for path in want if is_factor(path)})()
         found = {path: fresh[path] if is_factor(path) else have[_of_base(path, want)] for path in want}
         return nnx.from_flat_state(list(found.items())), buffers
-
-    def keep(self, run_dir: Path) -> None:
-        """See `Folder.keep`."""
-        self._folder.keep(run_dir)
 
 
 def _of_base(path: names.Path, adapted: dict[names.Path, Any]) -> names.Path:

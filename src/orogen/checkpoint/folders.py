@@ -85,6 +85,30 @@ class Folder(Protocol):
         ...
 
 
+class ExtendedFolder:
+    """A folder as that of its model with further parameters, of the model `config`; a subclass has `read`, which draws
+    them. The other methods are those of the folder."""
+
+    def __init__(self, folder: Folder, config: ModelConfig, seed: int):
+        self.inner, self.config, self.seed = folder, config, seed
+        self.plan: PlanConfig | None = folder.plan
+        self.masters = folder.masters
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.inner.__exit__(*exception)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """See `Folder.tokenizer`."""
+        return self.inner.tokenizer()
+
+    def keep(self, run_dir: Path) -> None:
+        """See `Folder.keep`."""
+        self.inner.keep(run_dir)
+
+
 class RunFolder:
     """The latest checkpoint of a run folder, or that of `step`. Only its config is read until more is needed.
 

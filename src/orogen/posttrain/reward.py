@@ -2,20 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from orogen.checkpoint.folders import Folder
+from orogen.checkpoint.folders import ExtendedFolder, Folder
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError, require
-from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
 from orogen.data.packing import Batch, Stream, best_fit, empty_batch, pack
-from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import Chat
 from orogen.infer.generate import rounded
 from orogen.layers.embedding import ScoreHead
@@ -35,42 +31,24 @@ SCORE = "score"  # the part of the model that only a reward model has
 
 def with_score(folder: Folder, *, seed: int) -> Folder:
     """The folder, if its model has a head for scores; else as that of such a model, with a new head."""
-    return folder if folder.config.score_head else _WithScore(folder, seed)
+    if folder.config.score_head:
+        return folder
+    return _WithScore(folder, dataclasses.replace(folder.config, score_head=True), seed)
 
 
-class _WithScore:
+class _WithScore(ExtendedFolder):
     """The folder of a language model as that of a reward model, whose head is drawn."""
-
-    def __init__(self, folder: Folder, seed: int):
-        self._folder, self._seed = folder, seed
-        self.config: ModelConfig = dataclasses.replace(folder.config, score_head=True)
-        self.plan: PlanConfig | None = folder.plan
-        self.masters = folder.masters
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._folder.__exit__(*exception)
-
-    def tokenizer(self) -> Tokenizer | None:
-        """See `Folder.tokenizer`."""
-        return self._folder.tokenizer()
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
         """See `Folder.read`."""
-        without = build(self._folder.config, built.layout, built.vocab_rows)
-        params, buffers = self._folder.read(without, plan, dtype)
+        without = build(self.inner.config, built.layout, built.vocab_rows)
+        params, buffers = self.inner.read(without, plan, dtype)
         there = placement.shardings(plain(built.params)[SCORE], plan)
 
         def draw() -> dict[str, nnx.Param]:
-            return {"weight": ScoreHead(self.config, nnx.Rngs(jax.random.key(self._seed))).weight}
+            return {"weight": ScoreHead(self.config, nnx.Rngs(jax.random.key(self.seed))).weight}
 
         return nnx.State({**plain(params), SCORE: jax.jit(draw, out_shardings=there)()}), buffers
-
-    def keep(self, run_dir: Path) -> None:
-        """See `Folder.keep`."""
-        self._folder.keep(run_dir)
 
 
 class RewardModel:
