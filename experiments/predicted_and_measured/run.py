@@ -1,7 +1,7 @@
 """Our own runs on one and two GPUs beside their predictions: `python experiments/predicted_and_measured/run.py`.
 
-Writes `results.jsonl` and draws `figure.png` from it. `--predict` writes `predicted.jsonl` with the runs of
-`measure.py` alone, before they are measured; they are compared with that file ever after.
+Writes `results.jsonl` and draws `figure.png` from it. `--predict` adds to `predicted.jsonl` the runs of `measure.py`
+that it lacks, before they are measured; they are compared with that file ever after.
 """
 
 import argparse
@@ -114,9 +114,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--predict", action="store_true")
     if parser.parse_args().predict:
-        lines = [
+        lines = read(PREDICTED)
+        known = {line["name"] for line in lines}
+        lines += [
             {"name": name, "hardware": "h200", "predicted_seconds": predicted_seconds(workload(name), "h200")}
             for name in NEW
+            if name not in known
         ]
         PREDICTED.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return
