@@ -1,7 +1,7 @@
 """Times the new runs on one GPU: `python experiments/predicted_and_measured/measure.py >> measured.jsonl`.
 
-Each that `measured.jsonl` lacks is compiled by a process of its own, all at once; then they are timed one after another,
-alone on the GPU.
+Each that `measured.jsonl` lacks is compiled by a process of its own, all at once; then they are timed one after
+another, alone on the GPU.
 """
 
 import json
@@ -41,12 +41,6 @@ NEW: dict[str, dict[str, Any]] = {
     "Nemotron-H 56B's widths, M-*-, 1 x 8,192, both passes": {
         "model": "nemotron_h_56b", "rows": 1, "sequence_length": 8192,
         "bindings": ("ModelConfig.pattern='M-*-'", "ModelConfig.vocab_size=65536"),
-    },
-    "Nemotron 3 Super's widths, MEM*E, 2 x 8,192, both passes": {
-        "model": "nemotron3_super_120b_a12b", "rows": 2, "sequence_length": 8192,
-        "bindings": (
-            "ModelConfig.pattern='MEM*E'", "ModelConfig.vocab_size=65536", "ModelConfig.mtp_depths=0",
-        ),
     },
     "Qwen3 8B's widths, *-*-, 2 x 8,192, both passes": {
         "model": "qwen3_8b", "rows": 2, "sequence_length": 8192,
@@ -90,13 +84,14 @@ def main() -> None:
     began = time.monotonic()
     done = {json.loads(line)["name"] for line in MEASURED.read_text().splitlines()}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, __file__, name], **pipes) for name in NEW if name not in done]
-    for process in processes:
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError("a run ended before it was compiled")
-        print(f"compiled after {time.monotonic() - began:.0f} s", file=sys.stderr)
-    for process in processes:
+    started = {name: subprocess.Popen([sys.executable, __file__, name], **pipes) for name in NEW if name not in done}
+    ready = {name: process for name, process in started.items() if process.stdout.readline() == "ready\n"}
+    print(f"{len(ready)} of {len(started)} are compiled after {time.monotonic() - began:.0f} s", file=sys.stderr)
+    for process in ready.values():
         print(process.communicate("go\n", timeout=PATIENCE)[0], end="", flush=True)
+    failed = [name for name, process in started.items() if process.wait()]
+    if failed:
+        raise RuntimeError(f"these runs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
