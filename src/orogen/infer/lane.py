@@ -27,7 +27,7 @@ class Lane:
     """
 
     def __init__(self, programs: Programs, sizes: Sizes) -> None:
-        self._programs, self._drafts = programs, sizes.drafts
+        self._programs = programs
         self._held = Held(programs.start(sizes.slots, sizes.pages), programs.state())
         # With a page that nobody uses: jax forgets how arrays of no element are laid over devices.
         self._snapshots: Caches = programs.start(max(sizes.snapshots, 1), min(sizes.pages, 1))
@@ -104,10 +104,9 @@ class Lane:
 
     def _take(self, results: tuple[Held, Emitted], *, logprobs: bool) -> Emitted:
         """What the host reads of what a call emitted, on its way to the host: each array takes a transfer."""
-        self._held, (report, bad_b, offered_bn) = results
+        self._held, emitted = results
         if not logprobs:
-            report = Report(report.token, None, None, None)
-        emitted = Emitted(report, bad_b, offered_bn if self._drafts else None)
+            emitted = emitted._replace(report=Report(emitted.report.token, None, None, None))
         for array in jax.tree.leaves(emitted):
             array.copy_to_host_async()
         return emitted

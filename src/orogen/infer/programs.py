@@ -37,8 +37,8 @@ from orogen.parallel.plan import Plan
 
 class Emitted(NamedTuple):
     """What a call emitted: tokens (b,), or (b, steps, n + 1), with what was asked for of each; slots (b,) whose logits
-    were no numbers or had no possible token; and how many drafts of each depth (b, n) were there to be kept, None where
-    nobody reads that."""
+    were no numbers or had no possible token; and how many drafts of each depth (b, n) were there to be kept, None
+    without drafts."""
 
     report: Report
     bad_b: Array
@@ -160,7 +160,7 @@ class Programs(Stores):
             caches = self.of_rows(put, self.pooled(caches, mine), mine)
             entries = entries.of_share(self.plan.index("context"), len(state.token_b))
             state = entered(state, entries, report.token, drafts_rn, bad_r=bad_r, rows=rows)
-            emitted = Emitted(report, bad_r, jnp.zeros_like(drafts_rn))
+            emitted = Emitted(report, bad_r, jnp.zeros_like(drafts_rn) if self.drafts else None)
             return self._given_back(caches, state), (self._agreed(self.plan.vary(emitted), self.plan), h_rtd)
 
         rows: Any = self.plan.spec("batch")
@@ -208,10 +208,11 @@ class Programs(Stores):
             loop = with_pages(self.share(caches), table_bp), sampler.rows, control, *told
             start = jnp.int32(0), alive(control), plan.vary(loop)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
-            _, _, (paged, rows, after, *told) = lax.while_loop(goes_on, body, start)
+            _, _, (paged, rows, after, report, bad_b, offered_bn) = lax.while_loop(goes_on, body, start)
             # Not with this call's tables, whose width would make the caches those of another program.
             state = carried(state, control, after, rows)
-            return self._given_back(self.with_share(caches, paged), state), self._agreed(Emitted(*told), self.holding)
+            emitted = Emitted(report, bad_b, offered_bn if self.drafts else None)
+            return self._given_back(self.with_share(caches, paged), state), self._agreed(emitted, self.holding)
 
         slots: Any = self.holding.spec("batch")
         return self._compiled(decode, inputs=(slots, self.plan.spec()), emitted=slots)

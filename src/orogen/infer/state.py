@@ -26,7 +26,8 @@ OFF, ON, UNDRAFTED = 0, 1, 2
 
 
 class State(NamedTuple):
-    """Of slots that have read their prompts; see `Control`. rows: all that a program of any kind needs of them."""
+    """Of slots that have read their prompts; see `Control`. drafts_bn: None without drafts, since jax 0.11.2 crashes as
+    it compiles a `shard_map` of an array without elements. rows: all that a program of any kind needs of them."""
 
     token_b: Any
     place_b: Any
@@ -86,7 +87,7 @@ def no_state(slots: int, features: Features, *, vocab_size: int, drafts: int) ->
     whole = lambda value: np.full(slots, value, np.int32)  # noqa: E731
     rows = rows_of([None] * slots, dataclasses.replace(features, budgets=False), vocab_size=vocab_size)
     thought = no_entries(slots, features).thought
-    drafts_bn = np.full((slots, drafts), NONE, np.int32)
+    drafts_bn = np.full((slots, drafts), NONE, np.int32) if drafts else None
     return State(whole(NONE), whole(0), whole(0), drafts_bn, rows._replace(thought=thought))
 
 
@@ -97,14 +98,15 @@ def entered(state: State, entries: Entries, token_r: Array, drafts_rn: Array, *,
     ended_r = jnp.any(token_r[:, None] == entries.ends_re, axis=1) | bad_r
     place_r, left_r = entries.start_r + entries.count_r, jnp.where(ended_r, 0, entries.left_r)
     slot_r = jnp.where(ends_r, entries.slot_r, BEYOND)
-    new = State(token_r, place_r, left_r, drafts_rn, rows)
+    new = State(token_r, place_r, left_r, None if state.drafts_bn is None else drafts_rn, rows)
     return jax.tree.map(lambda old_b, new_r: old_b.at[slot_r].set(new_r, mode="drop"), state, new)
 
 
 def controlled(state: State, seats: Seats, table_bp: Array) -> Control:
     """The slots before a call of decoding."""
     left_b = jnp.where(seats.runs_b != OFF, state.left_b, 0)
-    drafts_bn = jnp.where((seats.runs_b == ON)[:, None], state.drafts_bn, NONE)
+    before_bn = jnp.zeros((len(left_b), 0), jnp.int32) if state.drafts_bn is None else state.drafts_bn
+    drafts_bn = jnp.where((seats.runs_b == ON)[:, None], before_bn, NONE)
     # Slots that do not decode have no token of the vocabulary, as padding in `Pieces`.
     token_b = jnp.where(left_b > 0, state.token_b, NONE)
     return Control(token_b, jnp.where(left_b > 0, state.place_b, 0), left_b, drafts_bn, seats.ends_be, table_bp)
@@ -124,6 +126,6 @@ def carried(state: State, before: Control, after: Control, rows: Rows) -> State:
         chosen(after.token_b, state.token_b),
         chosen(after.place_b, state.place_b),
         chosen(after.left_b, state.left_b),
-        chosen(after.drafts_bn, state.drafts_bn),
+        None if state.drafts_bn is None else chosen(after.drafts_bn, state.drafts_bn),
         Rows(**kept),
     )
