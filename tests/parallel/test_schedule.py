@@ -255,9 +255,9 @@ def test_buffers_do_not_grow_with_microbatches(kind: str, virtual: int):
 @given(schedules())
 def test_one_slot_of_each_inbox_is_enough(schedule: Schedule):
     """None on the first stage of a single chunk for what comes forward, nor on the last for what comes back."""
-    ends = (0 if schedule.virtual == 1 else 1,)
-    assert schedule.forward_slots == ends + (1,) * (schedule.stages - 1)
-    assert schedule.backward_slots == (1,) * (schedule.stages - 1) + ends
+    first = (0 if schedule.virtual == 1 else 1,)
+    assert schedule.forward_slots == first + (1,) * (schedule.stages - 1)
+    assert schedule.backward_slots == (1,) * (schedule.stages - 1) + first
 
 
 # Refusals
@@ -294,8 +294,8 @@ def test_refusals(arguments: tuple, message: str):
 COST = {"M": 2.0, "*": 5.0, "E": 3.0, "-": 1.0, "m": 0.0}
 
 
-def cut(pattern: str, count: int, **ends: float) -> tuple[str, ...]:
-    return segments(parse_pattern(pattern), count, COST.__getitem__, **ends)
+def cut(pattern: str, count: int, **outer: float) -> tuple[str, ...]:
+    return segments(parse_pattern(pattern), count, COST.__getitem__, **outer)
 
 
 def test_a_written_cut_is_kept():

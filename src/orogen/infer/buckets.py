@@ -108,9 +108,11 @@ class Buckets:
             if left <= 2 * shorter:
                 length = shorter
             count = min(left, length)
-            ends = count == left
+            complete = count == left
             yield (
-                piece._replace(start=start, count=count, last=piece.last and ends, row=piece.row if ends else None),
+                piece._replace(
+                    start=start, count=count, last=piece.last and complete, row=piece.row if complete else None
+                ),
                 length,
             )
             start, left = start + count, left - count

@@ -199,7 +199,7 @@ def _lightest(
             memory = [
                 stage
                 for here in places
-                for stage in stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
+                for stage in stage_memory(here, config.optimizer, layers, flight, alike=alike, outermost=True)
             ]
             if max(stage.total for stage in memory) <= hardware.memory_bytes:
                 return tried

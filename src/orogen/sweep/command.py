@@ -100,8 +100,8 @@ def _best_rates(config: "SweepConfig", searches: "list[Run]", results: "Results"
             found.setdefault(run.arm.name, {})[run.config.optimizer.learning_rate] = result["value"]
     choose = min if config.lower_is_better else max
     best = {arm: choose(values, key=values.__getitem__) for arm, values in found.items()}
-    ends = (min(config.learning_rates, default=None), max(config.learning_rates, default=None))
-    return best, [arm for arm, rate in best.items() if rate in ends]
+    extremes = (min(config.learning_rates, default=None), max(config.learning_rates, default=None))
+    return best, [arm for arm, rate in best.items() if rate in extremes]
 
 
 def _unfinished(options: argparse.Namespace, runner: "Runner") -> int:

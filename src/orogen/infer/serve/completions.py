@@ -197,7 +197,7 @@ def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Reque
     for prompt, text in prompts:
         parts.check_length(len(prompt), tokens)
         for number in range(of):
-            requests.append(forms.request(body, prompt, number, parts.ends, **(others if number else fields)))
+            requests.append(forms.request(body, prompt, number, parts.end_ids, **(others if number else fields)))
             choices.append(Choice(prompt, text if body.get("echo") else ""))
     return choices, requests
 
