@@ -30,9 +30,9 @@ _PLAIN = _Plain()
 @dataclasses.dataclass
 class Slot:
     """A request that runs. seat: the slot that it has. cached: tokens of its prompt that were. pages: its own, in
-    order. end_ids: ids that end it. text, matcher: None without. generated: all ids that have been told. ahead: steps that were dispatched and not told, each
-    of which gives a token at least, if the text goes on. scored: of the pieces of a prompt that is scored, in order,
-    what was reported, the row, and the tokens."""
+    order. end_ids: ids that end it. text, matcher: None without. generated: all ids that have been told. ahead: steps
+    that were dispatched and not told, each of which gives a token at least, if the text goes on. scored: of the pieces
+    of a prompt that is scored, in order, what was reported, the row, and the tokens."""
 
     number: int
     request: Request

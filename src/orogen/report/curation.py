@@ -80,11 +80,11 @@ def _stages_html(stages: Facts) -> str:
             _row(f"· {reason}", None, None, found["documents"], found["bytes"])
             for reason, found in stage["removed"].items()
         ]
-        cut = entered["bytes"] - left["bytes"] - gone
-        if cut > 0:
-            rows.append(_row("· cut out of documents that stay", None, None, None, cut))
-        elif cut < 0:
-            rows.append(_row("· added to documents", None, None, None, cut))
+        trimmed = entered["bytes"] - left["bytes"] - gone
+        if trimmed > 0:
+            rows.append(_row("· cut out of documents that stay", None, None, None, trimmed))
+        elif trimmed < 0:
+            rows.append(_row("· added to documents", None, None, None, trimmed))
     heads = ("stage", "documents left", "bytes left", "documents removed", "bytes removed")
     return _table(heads, rows)
 
