@@ -70,8 +70,8 @@ class Engine:
         assert number == min(self.waiting, key=lambda n: (self.waiting[n][0].priority, n)), "nobody is passed"
         request, salt = self.waiting.pop(number)
         assert slot not in self.running and length < len(request.prompt)
-        places = len(request.prompt) + request.max_tokens + self.room.drafts
-        assert len(set(pages)) == len(pages) == (-(-places // self.room.page) if self.room.pages else 0)
+        tokens = len(request.prompt) + request.max_tokens + self.room.drafts
+        assert len(set(pages)) == len(pages) == (-(-tokens // self.room.page) if self.room.pages else 0)
         shared = length // self.room.page if self.room.pages else 0
         for place, page in enumerate(pages[:shared]):
             assert self.pages[rank, page] == self.content(request.prompt, salt, place)

@@ -195,10 +195,10 @@ def _lightest(
         for remat in REMATS:
             tried = dataclasses.replace(plan, fsdp=fsdp, remat=remat)
             alike, dynamic = bool(software.one_program), bool(software.dynamic)
-            places = [local(model, tried, work, dynamic=dynamic, imbalance=uneven) for work in works]
+            held = [local(model, tried, work, dynamic=dynamic, imbalance=uneven) for work in works]
             memory = [
                 stage
-                for here in places
+                for here in held
                 for stage in stage_memory(here, config.optimizer, layers, flight, alike=alike, outermost=True)
             ]
             if max(stage.total for stage in memory) <= hardware.memory_bytes:

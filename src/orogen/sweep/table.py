@@ -149,14 +149,14 @@ def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
 
 
 def _draw_number(left: "Axes", right: "Axes", table: Sequence[Row], label: str) -> None:
-    places = np.arange(len(table))[::-1]
-    for place, row in zip(places, table, strict=True):
+    heights = np.arange(len(table))[::-1]
+    for place, row in zip(heights, table, strict=True):
         left.plot(row.metric_n, [place] * len(row.metric_n), "o", color=LIGHT.faint, markersize=6)
         left.plot(row.metric_n.mean(), place, "|", color=LIGHT.strong, markersize=16, markeredgewidth=2)
         if row.effect is not None:
             _draw_effect(right, row.effect, place)
     right.axvline(0, color=LIGHT.ink, linewidth=0.8)
-    left.set_yticks(places, [row.name for row in table])
+    left.set_yticks(heights, [row.name for row in table])
     left.set(xlabel=f"{label}; | is the mean")
     for axes in (left, right):
         axes.grid(axis="x", color=LIGHT.grid)
