@@ -134,10 +134,10 @@ def _backward(plan, options, saved, cotangents):
         dq_first += jnp.where(ahead, dq_a, 0)
         dq_second += jnp.where(ahead, dq_b, dq_a + dq_b)
 
-        def share(a, b):  # both blocks have the first part's keys, or one block has each part's
+        def of_parts(a, b):  # both blocks have the first part's keys, or one block has each part's
             return rejoined(jnp.where(ahead, a + b, a), jnp.where(ahead, 0, b))
 
-        return (dq_first, dq_second), jax.tree.map(share, d_a, d_b)
+        return (dq_first, dq_second), jax.tree.map(of_parts, d_a, d_b)
 
     dq_bthk, dkv = method.pull_own(query_side, Keys(*own, queries.index_t))
     dq, (dk_btgk, dv_btgk) = _visits(plan)(step, halves(dq_bthk), own, dkv, plan)

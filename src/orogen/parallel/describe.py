@@ -50,7 +50,7 @@ def _held(staged: Sequence[tuple[str, nnx.Variable]], filled: Mapping[str, float
     sizes = [(filled[letter], math.prod(leaf.get_value().shape[1:])) for letter, leaf in staged]
     return {
         "layer_parameters": sum(size for _, size in sizes),
-        "layer_parameters_if_even": round(sum(share * size for share, size in sizes)),
+        "layer_parameters_if_even": round(sum(layers * size for layers, size in sizes)),
     }
 
 

@@ -23,8 +23,8 @@ class HeldoutTasks:
     ) -> None:  # fmt: skip
         self._rollouts, self._repeated = rollouts, repeated
         self._all = {name: list(numbers) for name, numbers in tasks.items() if len(numbers)}
-        share = -(-rows // max(1, len(self._all)))
-        self._some = {name: _spread(numbers, share) for name, numbers in self._all.items()}
+        per_environment = -(-rows // max(1, len(self._all)))
+        self._some = {name: _spread(numbers, per_environment) for name, numbers in self._all.items()}
         names = [f"{REWARD}/{name}" for name in self._all]
         self.sampled = (FAILURE, REWARD, *names)
         self.whole = tuple(WHOLE + name for name in self.sampled)

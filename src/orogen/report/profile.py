@@ -71,7 +71,7 @@ class Row(NamedTuple):
     collective: str | None
 
 
-class Share(NamedTuple):
+class Breakdown(NamedTuple):
     """Nanoseconds of one device. alone: of each row while nothing but its kind ran: computation, or communication with
     no computation beside it, split equally between rows that ran at once. waiting: what of that passed before a
     collective's last device had begun. hidden: communication beside computation. counts: events. window: from the first
@@ -109,29 +109,30 @@ def count_steps(events: Sequence[Event]) -> int:
 def tabulate(devices: Mapping[str, Sequence[Event]], steps: int) -> dict[str, Any]:
     """`step_table` of the events of each device."""
     begun = last_starts(devices.values())
-    shares = {name: share(events, begun) for name, events in devices.items()}
+    breakdowns = {name: breakdown(events, begun) for name, events in devices.items()}
     per_step = lambda ns: round(ns / steps / 1e6, 4)  # noqa: E731
-    mean = lambda field, row: per_step(sum(getattr(s, field).get(row, 0) for s in shares.values()) / len(shares))  # noqa: E731
-    rows = list(dict.fromkeys(row for s in shares.values() for row in s.counts))
+    every = list(breakdowns.values())
+    mean = lambda field, row: per_step(sum(getattr(one, field).get(row, 0) for one in every) / len(every))  # noqa: E731
+    rows = list(dict.fromkeys(row for one in every for row in one.counts))
     compute = [{**row.scope._asdict(), "ms": mean("alone", row)} for row in rows if row.collective is None]
     communication = [
         {
             "operation": row.collective, **row.scope._asdict(), "exposed_ms": mean("alone", row),
             "waiting_ms": mean("waiting", row), "hidden_ms": mean("hidden", row),
-            "count": round(sum(s.counts.get(row, 0) for s in shares.values()) / len(shares) / steps, 2),
+            "count": round(sum(one.counts.get(row, 0) for one in every) / len(every) / steps, 2),
         }
         for row in rows if row.collective is not None
     ]  # fmt: skip
     return {
         "steps": steps,
-        "devices": {name: _device(s, per_step) for name, s in shares.items()},
+        "devices": {name: _device(s, per_step) for name, s in breakdowns.items()},
         "compute": sorted(compute, key=lambda r: -r["ms"]),
         "communication": sorted(communication, key=lambda r: (-r["exposed_ms"], -r["hidden_ms"])),
         "unknown": _unknown(devices.values(), per_step),
     }
 
 
-def _device(found: Share, per_step: Callable[[float], float]) -> dict[str, float]:
+def _device(found: Breakdown, per_step: Callable[[float], float]) -> dict[str, float]:
     total = lambda times, wanted: per_step(sum(ns for row, ns in times.items() if wanted(row)))  # noqa: E731
     return {
         "step_ms": per_step(found.window),
@@ -171,7 +172,7 @@ def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int]
     return found
 
 
-def share(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) -> Share:
+def breakdown(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) -> Breakdown:
     """How the time of one device is spent. events: in order of start. begun: see `last_starts`."""
     edges: list[tuple[float, int, Row, bool]] = []  # time, +1 or -1, row, whether it waits
     counts: collections.Counter[Row] = collections.Counter()
@@ -191,7 +192,7 @@ def share(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) 
     return _swept(sorted(edges, key=lambda edge: edge[:2]), counts)
 
 
-def _swept(edges: Sequence[tuple[float, int, Row, bool]], counts: dict[Row, int]) -> Share:
+def _swept(edges: Sequence[tuple[float, int, Row, bool]], counts: dict[Row, int]) -> Breakdown:
     alone, waiting, hidden = (collections.defaultdict[Row, float](float) for _ in range(3))
     computing: collections.Counter[Row] = collections.Counter()
     sending: collections.Counter[tuple[Row, bool]] = collections.Counter()
@@ -214,7 +215,7 @@ def _swept(edges: Sequence[tuple[float, int, Row, bool]], counts: dict[Row, int]
         if not active[key]:
             del active[key]
     window = edges[-1][0] - edges[0][0] if edges else 0.0
-    return Share(dict(alone), dict(waiting), dict(hidden), dict(counts), window, idle)
+    return Breakdown(dict(alone), dict(waiting), dict(hidden), dict(counts), window, idle)
 
 
 def _rows(pairs: Mapping[tuple[Row, bool], int]) -> dict[Row, int]:

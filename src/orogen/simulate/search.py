@@ -135,7 +135,7 @@ def _with_microbatches(
     config: RunConfig, base: PlanConfig, sizes: dict[str, int], written: int
 ) -> Iterator[PlanConfig]:
     """The plans of these sizes: for each number of sequences per microbatch, and each number of chunks per stage."""
-    stage, share = sizes["stage"], _smallest(config) // sizes["data"]
+    stage, per_rank = sizes["stage"], _smallest(config) // sizes["data"]
     fields: dict[str, Any] = {**sizes, "expert_tensor": 1, "virtual": None, "schedule": "1f1b", "remat": "none"}
     fields |= {
         "offload": (),
@@ -148,9 +148,9 @@ def _with_microbatches(
     if not _legal(config, dataclasses.replace(base, **fields, microbatches=1)):
         return
     for rows in ROWS:
-        if share % rows:
+        if per_rank % rows:
             continue
-        microbatches = share // rows
+        microbatches = per_rank // rows
         chunks = (written // stage,) if written > 1 else CHUNKS if stage > 1 else (1,)
         for virtual in chunks:
             if virtual > 1 and (microbatches % stage or virtual * stage > len(config.model.layers.main)):
