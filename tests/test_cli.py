@@ -71,8 +71,8 @@ def test_plan_tells_what_is_sent(recipe, capsys):
     (up_down,) = (r for r in facts["collectives"]["units"]["-"] if r["part"] == "gradients")
     assert up_down["axes"] == ["data"] and up_down["bytes"] == (2 * 12 * 14 + 12) * 4
     assert facts["flops_overhead"] == 0
-    for rows in facts["compiled"].values():
-        assert rows and all(row["analytic"] == row["compiled"] for row in rows)
+    for collectives in facts["compiled"].values():
+        assert collectives and all(row["analytic"] == row["compiled"] for row in collectives)
 
 
 def test_several_gin_files_are_read_in_order(recipe, tmp_path, capsys):

@@ -72,7 +72,7 @@ class Toy(nnx.Module):
 @pytest.fixture
 def toy(monkeypatch):
     """The letter t, in every table."""
-    rows = {
+    entries = {
         "MIXERS": Toy,
         "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH,
         "LAYER_COLLECTIVES": block,
@@ -89,7 +89,7 @@ def toy(monkeypatch):
     monkeypatch.setitem(LAYERS, "t", "toy")
     monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import
     monkeypatch.setitem(NAMES, "toy", Intermediate("t", "the hidden units"))
-    for name, row in rows.items():
+    for name, row in entries.items():
         monkeypatch.setitem(TABLES[name], "t", row)
 
 

@@ -37,8 +37,8 @@ def schedules(draw: st.DrawFn, kinds: tuple[str, ...] = SCHEDULES) -> Schedule:
 def ticks_of(schedule: Schedule, stage: int) -> str:
     """What a stage does, tick by tick: F3 is microbatch 3 (of 1, 2, ...) forward, B3b backward through chunk b."""
     letters = ["", *"bcdefgh"]
-    rows = zip(*(table[:, stage] for table in schedule.tables[:3]), strict=True)
-    return " ".join("." if o == IDLE else f"{'FB'[o - 1]}{m + 1}{letters[c]}" for o, m, c in rows)
+    ticks = zip(*(table[:, stage] for table in schedule.tables[:3]), strict=True)
+    return " ".join("." if o == IDLE else f"{'FB'[o - 1]}{m + 1}{letters[c]}" for o, m, c in ticks)
 
 
 def order_of(schedule: Schedule, stage: int) -> str:

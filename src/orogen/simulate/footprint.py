@@ -144,9 +144,9 @@ def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Hel
     """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters."""
     model, plan = here.model, here.plan
     widest = max((sum(named_bytes(letter, here).values()) for letter in set(letters)), default=0.0)
-    rows = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
+    tokens = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
     columns = plan.vocab_rows(model.vocab_size) // plan.tensor
-    loss = LOGITS * rows * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
+    loss = LOGITS * tokens * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
     gathered = 0.0
     if plan.fsdp == "parameters":
         whole = held.ledger.sizes["fsdp"], held.ledger.sizes["expert_fsdp"]

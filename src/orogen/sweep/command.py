@@ -127,17 +127,17 @@ def _report(
     for run in runs:
         if (result := results.of(run)) is not None:
             done[run.arm.values][run.config.train.seed] = result
-    rows = table.rows(config, done)
-    if rows:
-        text = table.markdown(config, rows)
+    compared = table.compared(config, done)
+    if compared:
+        text = table.markdown(config, compared)
         write_atomically(options.run / "table.md", text.encode())
-        table.draw(options.run / "figure.png", config, rows)
+        table.draw(options.run / "figure.png", config, compared)
     if runner.failures or runner.submitted:
         return _unfinished(options, runner)
     notes = [f"the best learning rate of {arm} is an end of SweepConfig.learning_rates" for arm in edges]
-    facts = [_facts(row, config) for row in rows]
+    facts = [_facts(row, config) for row in compared]
     for number in config.further:
-        for fact, row in zip(facts, table.rows(config, done, number), strict=True):
+        for fact, row in zip(facts, table.compared(config, done, number), strict=True):
             fact.setdefault("further", {})[number] = _effect_facts(row)
     answer(options, {"finished": True, "metric": config.metric, "arms": facts, "notes": notes},
            [text.rstrip(), *notes, f"picture: {options.run / 'figure.png'}"])  # fmt: skip

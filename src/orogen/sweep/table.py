@@ -39,7 +39,7 @@ class Row(NamedTuple):
         return np.array([result["value"] for result in self.results.values()], np.float64)
 
 
-def rows(
+def compared(
     sweep: SweepConfig, results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]], number: str | None = None
 ) -> list[Row]:
     """A row per arm that has a result, the control first. results: by the arm's values, by seed. number: the one that
@@ -82,7 +82,7 @@ def markdown(sweep: SweepConfig, table: Sequence[Row]) -> str:
     lines += _main_lines(sweep, table)
     done = {row.values: row.results for row in table}
     for number in sweep.further:
-        lines += _further_lines(number, control, rows(sweep, done, number))
+        lines += _further_lines(number, control, compared(sweep, done, number))
     return "\n".join(lines) + "\n"
 
 
@@ -143,7 +143,7 @@ def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
     panels = figure.subplots(count, 2, sharey=True, squeeze=False)
     for number, (left, right) in zip(sweep.numbers, panels, strict=True):
         label = f"{number} ({better} is better)" if number == sweep.metric else number
-        _draw_number(left, right, rows(sweep, done, number), label)
+        _draw_number(left, right, compared(sweep, done, number), label)
         right.set(xlabel=f"difference from {'+'.join(sweep.control)}, paired by seed, {CONFIDENCE:.0%} interval")
     write_atomically(path, png(figure))
 
