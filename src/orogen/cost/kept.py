@@ -24,7 +24,7 @@ PRODUCTS = {
     "m": ("in_proj", "x_proj"),
     "-": ("up",),
     "g": ("up", "branch"),
-    "x": ("query", "attention", "branch"),
+    "x": ("query", "key", "value", "attention", "branch"),
     "E": ("router", "latent", "expert_activation", "shared_up", "chosen"),
 }
 
@@ -127,11 +127,13 @@ def _core(here: Local, out: int) -> dict[str, float]:
 
 
 def _cross_attention(here: Local) -> dict[str, float]:
-    """With one image per sequence; more add to `core`. What the resampler keeps is left out."""
-    heads, size = here.split(here.model.num_attention_heads), here.itemsize
-    queries = here.tokens * heads * here.model.head_dim * size
-    core = heads * here.tokens * here.model.image_vectors * size
-    return {"query": queries, "core": core, "attention": queries, **_branch(here)}
+    """With one image per sequence; more add to `core`, `key` and `value`. What the resampler keeps is left out."""
+    model, size = here.model, here.itemsize
+    heads, groups = here.split(model.num_attention_heads), here.split(model.num_key_value_heads)
+    queries = here.tokens * heads * model.head_dim * size
+    keys = here.rows * model.image_vectors * groups * model.head_dim * size
+    core = heads * here.tokens * model.image_vectors * size
+    return {"query": queries, "key": keys, "value": keys, "core": core, "attention": queries, **_branch(here)}
 
 
 def _branch(here: Local) -> dict[str, float]:
