@@ -17,7 +17,7 @@ FLOAT32 = INT32 = 4
 # Tokens per chunk of Mamba-1's scan (model/mamba1.py).
 SCAN_CHUNK = 32
 # What `elementwise` keeps: outputs of products with weights and of fused kernels.
-PRODUCTS = {
+LAYER_PRODUCTS = {
     **dict.fromkeys("*w", ("query", "key", "value", "attention")),
     "+": ("latent", "query", "key", "value", "attention"),
     "M": ("in_proj",),
@@ -88,7 +88,7 @@ def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     named = named_bytes(letter, here)
     held = {"input": named["input"]}
     if remat.kind == "elementwise":
-        held |= {name: named[name] for name in PRODUCTS.get(letter, ()) if name in named}
+        held |= {name: named[name] for name in LAYER_PRODUCTS[letter] if name in named}
     elif remat.kind == "names":
         names = (name for name in named if name not in remat.again and name not in ("chosen", *_behind(letter, model)))
         held |= {name: named[name] for name in names}
