@@ -18,8 +18,8 @@ class LoraConfig:
     A is drawn uniformly from ±1/√inputs and B is zero, as in PEFT, so the model first computes what it did.
     Besides the adapters, only the parts that `OptimizerConfig.trained` names are trained, whole. A run folder opens as
     the model with the products added to its weights; `orogen convert to-peft` writes the adapters alone.
-    weights: named by what they do, as in `PrecisionConfig.keep`. Each expert has factors of its own. PEFT reads no adapters
-    of routed experts or of mamba_out.
+    weights: named by what they do, as in `PrecisionConfig.keep`. Each expert has factors of its own. PEFT reads no
+    adapters of routed experts or of mamba_out.
     """
 
     rank: Annotated[int, "columns of A, rows of B"]
