@@ -141,8 +141,8 @@ class Nesting:
         return product
 
     def _of_present(self, name: str, axes: tuple[str | None, ...], present: Array, mask: Array) -> Array:
-        """The mask of a parameter of a removable layer: of what the layer writes to the stream, exactly once, and of the
-        first row of a router's gate, which tells the router (`Router.present`). The other rows still route tokens."""
+        """The mask of a parameter of a removable layer: of what it writes to the stream, exactly once, and of the first
+        row of a router's gate, which tells the router (`Router.present`). The other rows still route tokens."""
         if name == "router.gate":
             first_d1 = (np.arange(self.config.hidden_size) == 0)[:, None]
             return jnp.where(first_d1, lax.stop_gradient(present), 1) * mask
