@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import MODEL, bound, write_recipe
 
-from orogen.cli import COMMANDS, main, make_parser
+from orogen.cli import COMMANDS, FIRST, main, make_parser
 from orogen.config.run import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +222,7 @@ def test_help_names_every_task(capsys):
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert all(task in out for task in ("train", "params", "plan", "verify", "generate"))
+    assert "examples:\n" + "".join(f"  {example}\n" for example in FIRST) in out and len(FIRST) >= 2
 
 
 def test_help_imports_nothing_slow():
