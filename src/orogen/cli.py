@@ -106,7 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="orogen",
         description="Hybrid Mamba-Transformer mixture-of-experts language models, on one device or a mesh of them.",
-        epilog="\n  ".join(("examples:", *FIRST)) + "\n\n`orogen TASK --help` shows a task's options, with examples.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n  ".join(("examples:", *FIRST)) + "\n\n`orogen TASK --help` shows a task's options, with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     tasks = parser.add_subparsers(required=True, metavar="TASK")
