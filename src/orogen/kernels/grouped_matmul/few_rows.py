@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
 from orogen.kernels.grouped_matmul.operands import RowGroups
-from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
+from orogen.kernels.grouped_matmul.reference import grouped_matmul_reference
 from orogen.kernels.pallas_triton import SMALLEST_TILE, both, call, dot, inside, load, require_gpu, store, tile
 
 PROGRAMS = 264  # wanted: two on each multiprocessor of an H100
@@ -105,7 +105,7 @@ def _forward(rows_nd, weights_edf, group_sizes, interpret):
 def _backward(interpret, residuals, grad_nf):
     del interpret
     rows_nd, weights_edf, group_sizes = residuals
-    product: Any = grouped_matmul_masked if isinstance(group_sizes, RowGroups) else grouped_matmul_blocks
+    product: Any = grouped_matmul_reference if isinstance(group_sizes, RowGroups) else grouped_matmul_blocks
     run = lambda rows_nd, weights_edf: product(rows_nd, weights_edf, group_sizes)  # noqa: E731
     return *jax.vjp(run, rows_nd, weights_edf)[1](grad_nf), None
 
