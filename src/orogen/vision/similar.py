@@ -32,7 +32,7 @@ def similar_pairs(
     most similar stands next to the example (Re-ViLM, arXiv:2302.04858).
 
     Left out: the pair itself, images of at least the cosine `guard`, and equal captions. guarded: the numbers of the
-    pairs for which images and captions are left out; None: all. Fewer if no more are left.
+    pairs for which images and captions are left out; None: all. Fewer than `count` if no more are left.
     """
     guards = set(range(len(captions)) if guarded is None else guarded)
     unit_ne, known_m = unit(np.asarray(embedding_ne)), np.asarray(known, np.int64)
