@@ -96,8 +96,8 @@ class RolloutSource:
         samples, resampled = self._groups(engine)
         wrote = time.perf_counter()
         groups = _by_group(samples)
-        per_update = len(groups) // self._rl.updates
-        parts = [sum(groups[n * per_update : (n + 1) * per_update], []) for n in range(self._rl.updates)]
+        share = len(groups) // self._rl.updates
+        parts = [sum(groups[n * share : (n + 1) * share], []) for n in range(self._rl.updates)]
         made = [self._batch(part, state, engine) for part in parts]
         mismatch = Mismatch()
         for _, one in made:
