@@ -34,7 +34,7 @@ class Study(NamedTuple):
         for line in self.lines:
             if not line["search"]:
                 done[tuple(line["arm"])][line["seed"]] = line
-        return table.rows(self.sweep, done, number)
+        return table.compared(self.sweep, done, number)
 
 
 def studies() -> list[Study]:

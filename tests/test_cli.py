@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.helpers import MODEL, bound, write_recipe
 
-from orogen.cli import COMMANDS, main, make_parser
+from orogen.cli import COMMANDS, FIRST, main, make_parser
 from orogen.config.run import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +71,8 @@ def test_plan_tells_what_is_sent(recipe, capsys):
     (up_down,) = (r for r in facts["collectives"]["units"]["-"] if r["part"] == "gradients")
     assert up_down["axes"] == ["data"] and up_down["bytes"] == (2 * 12 * 14 + 12) * 4
     assert facts["flops_overhead"] == 0
-    for rows in facts["compiled"].values():
-        assert rows and all(row["analytic"] == row["compiled"] for row in rows)
+    for collectives in facts["compiled"].values():
+        assert collectives and all(row["analytic"] == row["compiled"] for row in collectives)
 
 
 def test_several_gin_files_are_read_in_order(recipe, tmp_path, capsys):
@@ -222,6 +222,7 @@ def test_help_names_every_task(capsys):
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert all(task in out for task in ("train", "params", "plan", "verify", "generate"))
+    assert "examples:\n" + "".join(f"  {example}\n" for example in FIRST) in out and len(FIRST) >= 2
 
 
 def test_help_imports_nothing_slow():

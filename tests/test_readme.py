@@ -54,8 +54,8 @@ def experiment(file):
 
 def test_the_tables_of_cache_parity_are_those_of_its_results():
     run = experiment("cache_parity/run")
-    rows, page = run.read(), (ROOT / "experiments/cache_parity/README.md").read_text()
-    assert rows and all(run.table(rows, exact=exact) in page for exact in (False, True))
+    results, page = run.read(), (ROOT / "experiments/cache_parity/README.md").read_text()
+    assert results and all(run.table(results, exact=exact) in page for exact in (False, True))
 
 
 @pytest.fixture(scope="module")

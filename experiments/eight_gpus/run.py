@@ -18,7 +18,7 @@ from cases import PARTS, UNEVEN, Case, full_size, prediction
 from plans import DEVICES, MEMORY_FRACTION, MEMORY_GIB
 from routed import measure as measure_routed
 
-from orogen.bench.turns import Rows, Turn, in_turn
+from orogen.bench.turns import Results, Turn, in_turn
 from orogen.config.files import write_atomically
 
 HERE = Path(__file__).parent
@@ -92,7 +92,7 @@ def _configure(devices: int, *, small: bool) -> None:
     configure(DEVICES if small else None)
 
 
-def predictions() -> Rows:
+def predictions() -> Results:
     """What the simulator says of all cases that are timed."""
     rows = []
     for hardware in MEMORY_GIB:
@@ -105,7 +105,7 @@ def predictions() -> Rows:
     return rows
 
 
-def table(rows: Rows, predicted: Mapping[str, Mapping[str, Any]]) -> str:
+def table(rows: Results, predicted: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows of a part that was timed, as Markdown. predicted: by case. `share`: the rate per GPU over that of the
     case it is compared with."""
     rates = {row["case"]: row["tokens_per_second"] / row["devices"] for row in rows}
@@ -137,16 +137,16 @@ def run(options: argparse.Namespace) -> int:
     command += ["--steps", str(options.steps), "--training", str(options.training), *["--small"] * options.small]
     outcome = in_turn(chosen, command, limit_s=options.limit)
     options.out.mkdir(parents=True, exist_ok=True)
-    _write(options.out / f"results_{options.part}.jsonl", outcome.rows)
+    _write(options.out / f"results_{options.part}.jsonl", outcome.results)
     for name, why in outcome.failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     if options.part == "verify":
-        passed = sum(row["passed"] for row in outcome.rows)
+        passed = sum(row["passed"] for row in outcome.results)
         print(f"{passed} of {len(chosen)} plans equal one device")
         return int(passed < len(chosen))
     known = [json.loads(line) for line in PREDICTED.read_text().splitlines()] if PREDICTED.is_file() else []
     of = {r["case"]: r for r in known if (r["part"], r["hardware"]) == (options.part, options.hardware)}
-    print(table(outcome.rows, {} if options.small else of))
+    print(table(outcome.results, {} if options.small else of))
     return int(bool(outcome.failures))
 
 

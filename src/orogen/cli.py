@@ -36,6 +36,7 @@ COMMANDS = (
     TRAIN, SFT, DPO, RL, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CAPTION, DATABASE,
     CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PRUNE, QUANTIZE, SEARCH, GRAFT, PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
+FIRST = TRAIN.examples[0], GENERATE.examples[0]  # of the commands, for whoever knows none
 # None: an error that our own code raises, which names a missing file.
 PATH_ERRORS = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
@@ -105,8 +106,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="orogen",
         description="Hybrid Mamba-Transformer mixture-of-experts language models, on one device or a mesh of them.",
-        epilog="`orogen TASK --help` shows the options of a task, with examples.",
-    )
+        epilog="\n  ".join(("examples:", *FIRST)) + "\n\n`orogen TASK --help` shows a task's options, with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     tasks = parser.add_subparsers(required=True, metavar="TASK")
     for command in COMMANDS:

@@ -24,8 +24,8 @@ def script(monkeypatch):
 
 @pytest.mark.parametrize("hardware", ["h100", "h200"])
 def test_every_case_that_is_timed_has_a_prediction_and_a_toy(script, hardware):
-    rows = [json.loads(line) for line in script.PREDICTED.read_text().splitlines()]
-    predicted = {(row["part"], row["case"]): row for row in rows if row["hardware"] == hardware}
+    predictions = [json.loads(line) for line in script.PREDICTED.read_text().splitlines()]
+    predicted = {(row["part"], row["case"]): row for row in predictions if row["hardware"] == hardware}
     cases = {
         (part, name): c for part in (*script.PARTS, "routed") for name, c in script.cases_of(part, hardware).items()
     }

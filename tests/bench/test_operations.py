@@ -52,7 +52,7 @@ def test_every_work_is_right_and_timed(name):
     assert set(facts["ceilings"]) == {"matmul_tflops", "copy_tb_per_second"}
 
 
-def places(name, array, operands):
+def indices(name, array, operands):
     """Indices of three parts of a result: the first, a middle one and the last."""
     if name == "grouped_matmul":
         sizes_e = operands.host_sizes_e
@@ -74,7 +74,7 @@ def test_a_wrong_part_of_a_result_is_not_timed(name, chosen):
     result = made[chosen].start()
     arrays = result if isinstance(result, tuple) else (result,)
     for index, array in enumerate(arrays):
-        for place in places(name, array, operands):
+        for place in indices(name, array, operands):
             wrong = (*arrays[:index], array.at[place].set(2 * array[place] + 0.01), *arrays[index + 1 :])
             read = lambda _, wrong=wrong: wrong if isinstance(result, tuple) else wrong[0]  # noqa: E731
             spoiled = {**made, chosen: made[chosen]._replace(read=read)}

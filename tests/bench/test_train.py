@@ -1,6 +1,7 @@
 """The benchmark of whole models at sizes that compile in seconds, on CPU, with the kernels that run there."""
 
 import dataclasses
+import functools
 import json
 from types import SimpleNamespace
 
@@ -34,8 +35,20 @@ def tiny(part: str = "forward_backward", /, **changes: object) -> Workload:
     return Workload(rows=2, sequence_length=24, part=part, bindings=bindings)
 
 
+SMALL = {"ModelConfig.pattern": "'M*E'", "TrainConfig.compute_dtype": "'float32'"}
+
+
+@functools.cache
+def loss_alone(rows: int) -> float:
+    """Of one device's forward and backward pass of SMALL."""
+    work = dataclasses.replace(tiny(**SMALL), rows=rows)
+    return train.prepare(work, work.config()).loss
+
+
 @pytest.mark.parametrize("part", ["forward_backward", "whole_step"])
-def test_facts(part):
+def test_facts(part, monkeypatch):
+    honest, made = train.prepare, []
+    monkeypatch.setattr(train, "prepare", lambda *work, **how: made.append(honest(*work, **how)) or made[-1])
     facts = json.loads(json.dumps(train.bench(tiny(part), steps=2, deterministic=part == "forward_backward")))
     found = facts[part]
     assert 3 < found["loss"] < 6 and found["best_ms"] <= found["ms"] <= found["worst_ms"]
@@ -45,19 +58,14 @@ def test_facts(part):
     assert facts["plan"] == usual | (whole if part == "whole_step" else {})
     assert found.get("same_bits") is (True if part == "forward_backward" else None)
     assert facts.get("moment_dtype") == ("bfloat16" if part == "whole_step" else None)
+    assert [one.tokens for one in made] == [4 * 48 if part == "whole_step" else 48]  # of all microbatches
 
 
 def test_a_whole_step_starts_from_the_loss_of_the_passes():
-    one = {"PlanConfig.microbatches": 1, "TrainConfig.compute_dtype": "'float32'"}
-    works = [tiny(part, **one) for part in ("forward_backward", "whole_step")]
-    first, second = (train.prepare(work, work.config()) for work in works)
-    assert first.loss == pytest.approx(second.loss, rel=1e-6)
-    assert first.tokens == second.tokens == 48
-
-
-def test_tokens_of_a_step_are_those_of_all_microbatches():
-    work = tiny("whole_step")
-    assert train.prepare(work, work.config()).tokens == 4 * 48
+    work = tiny("whole_step", **SMALL, **{"PlanConfig.microbatches": 1})
+    step = train.prepare(work, work.config())
+    assert loss_alone(2) == pytest.approx(step.loss, rel=1e-6)
+    assert step.tokens == 48
 
 
 @pytest.mark.parametrize(
@@ -71,14 +79,12 @@ def test_tokens_of_a_step_are_those_of_all_microbatches():
 def test_several_devices_compute_the_loss_of_one(part, plan):
     """`rows` counts the global batch, so a plan changes neither the tokens nor the loss; only a pipeline's pass has all
     of its microbatches."""
-    small = {"ModelConfig.pattern": "'M*E'", "TrainConfig.compute_dtype": "'float32'"}
-    work = tiny(part, **{**small, "PlanConfig.microbatches": 1, **plan})
+    work = tiny(part, **{**SMALL, "PlanConfig.microbatches": 1, **plan})
     runs = 2 if "PlanConfig.stage" in plan else 1
-    alone = dataclasses.replace(tiny(**small), rows=runs * 2)
     config = work.config()
     found = train.prepare(work, config)
     assert found.tokens == runs * 48
-    assert found.loss == pytest.approx(train.prepare(alone, alone.config()).loss, rel=1e-5)
+    assert found.loss == pytest.approx(loss_alone(runs * 2), rel=1e-5)
     assert all(len(a.sharding.device_set) == 2 for a in jax.tree.leaves(found.start()))
     facts = train.describe(work, config) | train.summarise(found, [0.5], config)
     assert (facts["devices"], facts["rows"], facts["sequence_length"]) == (2, 2, 24)

@@ -47,7 +47,7 @@ def test_cases_run_alone_and_in_order_once_all_are_compiled(run):
     outcome, log = run("first", "slow", "last")
     assert sorted(log[:3]) == ["compiled first", "compiled last", "compiled slow"]
     assert log[3:] == [f"{what} {name}" for name in ("first", "slow", "last") for what in ("begins", "ends")]
-    assert [(row["case"], row["number"]) for row in outcome.rows] == [
+    assert [(row["case"], row["number"]) for row in outcome.results] == [
         (name, number) for name in ("first", "slow", "last") for number in range(2)
     ]
     assert outcome.failures == {}
@@ -60,14 +60,14 @@ def test_cases_that_fail_hold_up_nobody(run):
         "breaks": "exit status 1: out of memory",
         "is killed": "exit status -9: nothing was printed",
     }
-    assert {row["case"] for row in outcome.rows} == {"last"}
+    assert {row["case"] for row in outcome.results} == {"last"}
 
 
 def test_a_limit_ends_what_still_runs_and_keeps_the_rest(run):
     outcome, log = run("first", "hangs", limit_s=3)
     assert "begins hangs" in log and "ends hangs" not in log
     assert outcome.failures == {"hangs": "ended after the limit of 3 s"}
-    assert {row["case"] for row in outcome.rows} == {"first"}
+    assert {row["case"] for row in outcome.results} == {"first"}
 
 
 def test_names_are_those_of_files(run):

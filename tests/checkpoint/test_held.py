@@ -45,8 +45,8 @@ def test_they_are_the_decoded_numbers(tmp_path, name, plan):
             assert held[path].values.dtype == jnp.float8_e4m3fn
             assert held[path].values.sharding == held[path].scale.sharding == value.sharding
             scale = np.asarray(held[path].scale)
-            rows = np.repeat(scale, value.shape[-2] // scale.shape[-2], axis=-2)
-            numbers = np.asarray(held[path].values).astype(np.float32) * rows
+            spread = np.repeat(scale, value.shape[-2] // scale.shape[-2], axis=-2)
+            numbers = np.asarray(held[path].values).astype(np.float32) * spread
             np.testing.assert_array_equal(numbers, value, err_msg=str(path))
         else:
             np.testing.assert_array_equal(held[path], value)

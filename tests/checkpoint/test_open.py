@@ -97,8 +97,8 @@ class TestOpenModel:
             assert (leaf.shape, leaf.sharding) == (wanted.shape, sharding)
         for leaf in leaves_of(opened.params).values():  # the plan's padding rows
             if (dim := vocab_dim(leaf)) is not None:
-                rows = np.moveaxis(np.asarray(leaf.get_value()), dim, 0)
-                assert len(rows) == built.vocab_rows and not rows[WORDS:].any()
+                vectors = np.moveaxis(np.asarray(leaf.get_value()), dim, 0)
+                assert len(vectors) == built.vocab_rows and not vectors[WORDS:].any()
         wide, held = leaves_of(built.buffers).keys(), numbers(folders["orogen"])
         whole = [jax.jit(built.whole)(tree) for tree in (opened.params, opened.buffers)]
         for path, leaf in leaves_of(*whole).items():

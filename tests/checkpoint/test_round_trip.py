@@ -95,8 +95,8 @@ def test_fused_tensors_are_split_in_the_right_places(tmp_path):
     np.testing.assert_array_equal(ours[f"{path}.gate"][1], interleaved[..., 0::2])
     np.testing.assert_array_equal(ours[f"{path}.up"][1], interleaved[..., 1::2])
     before, ours = found["mamba"]
-    rows = before["backbone.layers.2.mixer.x_proj.weight"]  # rank 3, B and C of 6 states
-    for name, block in {"dt_down": rows[:3], "B": rows[3:9], "C": rows[9:]}.items():
+    fused = before["backbone.layers.2.mixer.x_proj.weight"]  # rank 3, B and C of 6 states
+    for name, block in {"dt_down": fused[:3], "B": fused[3:9], "C": fused[9:]}.items():
         np.testing.assert_array_equal(ours[f"backbone.children.0.children.0.mixer.{name}"][2], block.T)
 
 

@@ -116,9 +116,9 @@ def test_compressed_tensors(tmp_path, form, strategy, make, kind, inputs):
     description = describe("compressed-tensors", dict.fromkeys(chosen, kind), linear, inputs={kind: inputs}, cache=True)
     found, config, other = written(case, description, tmp_path, family="qwen3_moe")
     if kind == "fp8_channel":  # theirs are bfloat16 (rows, 1)
-        rows = {n for n in found if n.endswith("weight_scale")}
-        assert all(found[n].ndim == 1 and found[n].dtype == np.float32 for n in rows)
-        case.tensors.update({n: found[n] for n in rows | {n.replace("_scale", "") for n in rows}})
+        scales = {n for n in found if n.endswith("weight_scale")}
+        assert all(found[n].ndim == 1 and found[n].dtype == np.float32 for n in scales)
+        case.tensors.update({n: found[n] for n in scales | {n.replace("_scale", "") for n in scales}})
     reshaped = {n: a.reshape(found[n].shape) for n, a in case.tensors.items()}
     assert_same(found, reshaped)
     assert other is None

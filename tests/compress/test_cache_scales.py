@@ -105,11 +105,11 @@ def test_padding_does_not_count_and_latent_attention_has_one_scale(tmp_path):
     assert not (batch.tokens_bt == PADDING).any()
     (pair,) = cache_scales(opened, [batch])
     assert pair is not None and pair[0] == pair[1] > 0
-    ends = np.arange(24) >= 12
-    padded = batch._replace(tokens_bt=np.where(ends, PADDING, batch.tokens_bt))
+    late = np.arange(24) >= 12
+    padded = batch._replace(tokens_bt=np.where(late, PADDING, batch.tokens_bt))
     ((largest, _),) = cache_scales(opened, [padded])
     assert largest > 10 * pair[0]
-    ((less, _),) = cache_scales(opened, [padded._replace(segments_bt=np.where(ends, 0, batch.segments_bt))])
+    ((less, _),) = cache_scales(opened, [padded._replace(segments_bt=np.where(late, 0, batch.segments_bt))])
     assert 1e-30 < less <= pair[0]
     ((none, _),) = cache_scales(opened, [padded._replace(segments_bt=np.zeros_like(batch.segments_bt))])
     assert none < 1e-30

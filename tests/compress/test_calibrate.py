@@ -286,9 +286,9 @@ def test_one_mlp_alone_is_narrowed():
     down = params["backbone"]["children"][0]["children"][0]["mixer"]["down"]
     gone = np.argsort(units[2]["mlp"])[: 20 - 9]
     params["backbone"]["children"][0]["children"][0]["mixer"]["down"] = down.replace(down[...].at[1, gone].set(0))
-    cut = Calibration(Opened(config, plan, built, params, buffers, None)).finals(BATCHES)
+    narrower = Calibration(Opened(config, plan, built, params, buffers, None)).finals(BATCHES)
     head_dv, distance, size = np.asarray(params["head"]["weight"][...], np.float64), 0.0, 0.0
-    for (one, before), (_, after) in zip(finals, cut, strict=True):
+    for (one, before), (_, after) in zip(finals, narrower, strict=True):
         logits = [np.asarray(x, np.float64)[np.asarray(one.segments_bt) != 0] @ head_dv for x in (before, after)]
         distance, size = distance + ((logits[1] - logits[0]) ** 2).sum(), size + (logits[0] ** 2).sum()
     assert lines[3][2] == pytest.approx(distance / size, rel=1e-3) and lines[3][2] > 1e-6

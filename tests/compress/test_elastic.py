@@ -295,14 +295,14 @@ def test_a_run_goes_on_to_the_bit_and_its_submodel_is_cut_out(text, capsys):
     assert whole["loss"] == parts["loss"] and whole["whole_heldout_loss_at_0.7"] == parts["whole_heldout_loss_at_0.7"]
     file = text / "whole" / "budget_0.7.gin"
     assert file.read_text() == (text / "parts" / "budget_0.7.gin").read_text()
-    asked = ["prune", "--checkpoint", str(text / "whole"), "--gin_file", str(file), "--out", str(text / "cut")]
+    asked = ["prune", "--checkpoint", str(text / "whole"), "--gin_file", str(file), "--out", str(text / "submodel")]
     assert main(asked) == 0
-    cut, model = open_model(text / "cut"), load([text / "student.gin"])[0].model
-    share = count(cut.config)["total"] / count(model)["total"]
+    submodel, model = open_model(text / "submodel"), load([text / "student.gin"])[0].model
+    share = count(submodel.config)["total"] / count(model)["total"]
     assert share <= 0.7 and f"# {share:.4f} of the model's parameters" in file.read_text()
     # The slice has the loss that the run measured by masks.
-    again = [str(text / "cut"), "--gin_file", str(text / "teacher.gin"), "--run", str(text / "again")]
-    sizes = {name: getattr(cut.config, name) for name in ("pattern", "hidden_size", "mamba_num_heads")}
+    again = [str(text / "submodel"), "--gin_file", str(text / "teacher.gin"), "--run", str(text / "again")]
+    sizes = {name: getattr(submodel.config, name) for name in ("pattern", "hidden_size", "mamba_num_heads")}
     fields = [f"ModelConfig.{name} = {value!r}" for name, value in sizes.items()]
     still = ["OptimizerConfig.learning_rate = 1e-30", "TrainConfig.steps = 1", "OptimizerConfig.weight_decay = 0.0"]
     assert main(["train", "--checkpoint", *again, *bound(*fields, *still)]) == 0

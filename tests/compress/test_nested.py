@@ -88,7 +88,7 @@ def nesting(model, sizes):
     )
 
 
-def cut(folder, settings, target):
+def sliced(folder, settings, target):
     with open_folder(folder) as before:
         choice = decide(before.config, settings, random_found(before.config, settings), PlanConfig())
         source = Source(before)
@@ -109,7 +109,7 @@ def logits(opened, params, *, nested=False):
 def both(folder, model, sizes, target):
     """Logits of a submodel by masks and by slices."""
     nested, opened = nesting(model, sizes), open_model(folder)
-    small = cut(folder, nested.settings(sizes), target)
+    small = sliced(folder, nested.settings(sizes), target)
     by_slices = logits(small, small.params)
     assert np.ptp(by_slices) > 1
     return logits(opened, nested.masked(opened.params, nested.picks(sizes)), nested=True), by_slices
@@ -139,7 +139,7 @@ def test_the_whole_model_keeps_its_logits_and_so_does_another_order_of_units(fol
     whole = nested.masked(opened.params, nested.picks({}))
     np.testing.assert_array_equal(logits(opened, whole, nested=True), before)
     own = {field: getattr(WIDE, field) for field in sizes}
-    turned = cut(folders[WIDE], PruneConfig(**own, width_scores="random"), tmp_path / "turned")
+    turned = sliced(folders[WIDE], PruneConfig(**own, width_scores="random"), tmp_path / "turned")
     weights: Any = [leaves_of(one.params)["norm", "weight"].get_value() for one in (turned, opened)]
     assert turned.config == WIDE and not np.array_equal(*weights)
     np.testing.assert_allclose(logits(turned, turned.params), before, atol=2e-6 * np.ptp(before))
@@ -185,7 +185,7 @@ def test_what_a_mask_leaves_has_the_bits_of_the_slice(tmp_path, model, sizes):
     folder, nested = save(tmp_path / "model", model), nesting(model, sizes)
     opened = open_model(folder)
     found = leaves_of(nested.masked(opened.params, nested.picks(sizes)))
-    cut(folder, nested.settings(sizes), tmp_path / "small")
+    sliced(folder, nested.settings(sizes), tmp_path / "small")
     arrays = load_file(tmp_path / "small" / "model.safetensors")
     assert len(found) > 20
     for path, leaf in found.items():

@@ -39,9 +39,9 @@ def at(axis, units, value=0.0):
     return change
 
 
-# Units of the old model that do nothing, by the size that leaves them out: changes of parameters by the ends of their
-# names. Query heads 0, 3, 5, 6, 8 and 11 are two of each key head's four: their sinks take all attention. Two heads of
-# each of Mamba's six runs of three, which share both B and C and a group of the norm, read nothing.
+# Units of the old model that do nothing, by the size that leaves them out: changes of parameters by the suffixes of
+# their names. Query heads 0, 3, 5, 6, 8 and 11 are two of each key head's four: their sinks take all attention. Two
+# heads of each of Mamba's six runs of three, which share both B and C and a group of the norm, read nothing.
 CHANNELS = [0, 4, 7, 13, 20, 21]
 MAMBA_HEADS = [0, 5, 8, 10, 12, 15]
 inner = lambda units: [at(-1, units), ("x", "x_bias", "conv_x.bias")]  # noqa: E731
@@ -69,8 +69,8 @@ SIZES = {
 def planted(*fields):
     def change(name, array):
         for field in fields:
-            _, (zero, ends) = PLANTED[field]
-            if any(f".{name}".endswith(f".{end}") for end in ends):
+            _, (zero, suffixes) = PLANTED[field]
+            if any(f".{name}".endswith(f".{end}") for end in suffixes):
                 array = zero(array)
         return array
 
@@ -123,9 +123,9 @@ def test_each_size_alone_leaves_the_others(tmp_path, field):
     assert config == dataclasses.replace(MODEL, **{field: SIZES[field]}, **more)
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     changed = [name for name in old if old[name].shape != new[name].shape]
-    _, (_, ends) = PLANTED[field]
+    _, (_, suffixes) = PLANTED[field]
     assert changed and all(np.array_equal(old[name], new[name]) for name in old if name not in changed)
-    assert all(any(f".{name}".endswith(f".{end}") for name in changed) for end in ends)
+    assert all(any(f".{name}".endswith(f".{end}") for name in changed) for end in suffixes)
 
 
 def test_mamba_heads_are_really_pruned(tmp_path):

@@ -118,7 +118,7 @@ def test_refusals(asked, found, refused, tmp_path):
     with pytest.raises(ConfigError, match="has no whole_heldout_loss after its last step; expected DataConfig.heldout"):
         retrain(found, PARENT, asked._replace(run=tmp_path / "new"), commands(asked, found, heldout=False))
     same = found[0]._replace(model=PARENT, widths={})
-    with pytest.raises(ConfigError, match="the model itself is a candidate; expected budgets that it does not keep"):
+    with pytest.raises(ConfigError, match="the model itself is a candidate; expected budgets that it exceeds"):
         retrain([same], PARENT, asked._replace(run=tmp_path / "whole"), call)
     line = refused("search", "--gin_file", "gin_configs/search/nemotron_nano2.gin", "--run", tmp_path / "x")
     assert "--checkpoint and --scores and --training missing; expected" in line

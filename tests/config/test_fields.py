@@ -68,10 +68,10 @@ def test_a_field_is_named_typed_and_has_its_default(capsys, part, field, kind, d
 
 
 def test_meanings_say_something_of_their_own(capsys):
-    for part, rows in json.loads(printed(capsys, "--json")).items():
-        meanings = [row["meaning"] for row in rows]
+    for part, fields in json.loads(printed(capsys, "--json")).items():
+        meanings = [row["meaning"] for row in fields]
         assert len(set(meanings)) == len(meanings), part
-        for row in rows:
+        for row in fields:
             assert re.search(r"\w+ \w+", row["meaning"]) and "\n" not in row["meaning"], (part, row["name"])
 
 

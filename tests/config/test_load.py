@@ -292,8 +292,8 @@ def test_missing_file_is_named(tmp_path):
 
 def test_missing_include_is_named_with_where_it_was_expected(write):
     file = write(MAMBA + "include 'none.gin'\n")
-    places = f"{file.parent} or {file.parent.parent}"
-    assert refusal(file) == f"{file}, line 9: include 'none.gin' does not exist; expected it in {places}"
+    folders = f"{file.parent} or {file.parent.parent}"
+    assert refusal(file) == f"{file}, line 9: include 'none.gin' does not exist; expected it in {folders}"
 
 
 def test_an_include_from_the_parent_folder_logs_nothing(write, caplog):

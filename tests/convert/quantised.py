@@ -120,9 +120,9 @@ def nvfp4(w, inverse=False):
         at = slice(16 * j, min(16 * j + 16, into))
         scales[i, j] = e4m3(np.abs(w[i, at]).max() / (6 * factor))
         by = np.float64(scales[i, j]) * factor
-        places = nearest(np.abs(w[i, at]) / by, E2M1)
-        codes[i, at] = places + 8 * (w[i, at] < 0)
-        numbers[i, at] = np.where(w[i, at] < 0, -1, 1) * E2M1[places] * by
+        indices = nearest(np.abs(w[i, at]) / by, E2M1)
+        codes[i, at] = indices + 8 * (w[i, at] < 0)
+        numbers[i, at] = np.where(w[i, at] < 0, -1, 1) * E2M1[indices] * by
     packed = codes[:, 0::2] + 16 * codes[:, 1::2]
     return packed, np.float32(numbers), scales, whole
 

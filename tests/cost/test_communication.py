@@ -16,7 +16,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.run import TrainConfig
 from orogen.cost.communication import collective_lines, describe_collectives, unit_collectives
 from orogen.cost.communication import step_collectives as analytic
-from orogen.cost.ledger import ENDS, PIPELINE, Collective, Workload, sent_bytes
+from orogen.cost.ledger import OUTER, PIPELINE, Collective, Workload, sent_bytes
 from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
 from orogen.model.lm import build
 from orogen.parallel.plan import make_plan
@@ -97,9 +97,9 @@ def inside(records: list[Collective]) -> list[Collective]:
 # and way to shard: all units of the first, whose masters XLA's partitioner gathers, and some of each other, so that
 # every unit is compiled under several plans.
 COMPILED = {
-    "data-tensor": ("M", "E", "*", "-", "m", "w", "+", ENDS), "copies": ("M", "E", "*", ENDS),
-    "capacity": ("E", "-", "m"), "zero-2": ("*", "+", ENDS), "shared-alltoall": ("M", "E", "w"),
-    "state": ("M", "m", "w", "+", ENDS),
+    "data-tensor": ("M", "E", "*", "-", "m", "w", "+", OUTER), "copies": ("M", "E", "*", OUTER),
+    "capacity": ("E", "-", "m"), "zero-2": ("*", "+", OUTER), "shared-alltoall": ("M", "E", "w"),
+    "state": ("M", "m", "w", "+", OUTER),
 }  # fmt: skip
 CASES = [(name, EVERY) for name in PLANS] + [(name, FULLER) for name in ("data-tensor", "copies", "whole")]
 
@@ -112,7 +112,7 @@ def test_compiled_plans_have_every_axis_dispatch_and_way_to_shard():
         assert {getattr(plan, field) for plan in compared} == {getattr(PlanConfig(**p), field) for p in PLANS.values()}
     assert any(plan.fsdp_size and plan.fsdp != "none" for plan in compared)
     assert any(plan.capacity_factor for plan in compared)
-    for unit in (*EVERY.layers.main, ENDS):
+    for unit in (*EVERY.layers.main, OUTER):
         assert sum(unit in units for units in COMPILED.values()) >= 2, unit
 
 
@@ -129,14 +129,14 @@ def test_each_unit_sends_what_the_table_says(name, model):
     # On one context rank a window sends what all attention does: a few plans show that, with FSDP and a whole stream.
     windows = config.context > 1 or name in {*COMPILED, "whole"}
     letters = [letter for letter in model.layers.main if letter != "w" or windows]
-    for unit in (*letters, ENDS):
+    for unit in (*letters, OUTER):
         records = unit_collectives(unit, model, config, WORK)
         built = unit_of(unit, model, plan, WORK)
         same(traced(built, plan), table_of(inside(records), config, model))
         if unit not in COMPILED.get(name, ()):
             continue
         # XLA:CPU drops the barrier between the two passes around a ring and merges their first turns, which are equal.
-        check = at_most if unit in (ENDS, *"*w+") and config.context > 1 else same
+        check = at_most if unit in (OUTER, *"*w+") and config.context > 1 else same
         check(compiled(built, plan), table_of(records, config, model))
 
 
@@ -295,12 +295,12 @@ def test_stages_pass_on_what_the_table_says(choices, changes, over):
     (key,) = passed
     assert key == ("collective-permute", ("stage",))
     assert found[key] == passed[key]
-    summed = table_of([r for r in table[ENDS] if r.part == "gradients"], config, model)
+    summed = table_of([r for r in table[OUTER] if r.part == "gradients"], config, model)
     assert {axes for _, axes in summed} == over
     # Layers sum over data too, as do statistics of every tick; the vocabulary's part is what grows with its size.
     wider = dataclasses.replace(model, vocab_size=2 * model.vocab_size)
     more = step_collectives(wider, make_plan(config, wider), config.data * 4 * WORK.rows, WORK.tokens)
-    grown = table_of([r for r in analytic(wider, config, WORK)[ENDS] if r.part == "gradients"], config, wider)
+    grown = table_of([r for r in analytic(wider, config, WORK)[OUTER] if r.part == "gradients"], config, wider)
     for key, traffic in summed.items():
         if "stage" in key[1]:
             assert found[key].bytes == pytest.approx(traffic.bytes, rel=1e-12), key
@@ -393,5 +393,5 @@ def test_facts_are_json_and_lines_name_every_unit():
 def test_a_context_rank_gets_targets_from_its_neighbours(shift):
     config = PlanConfig(context=2, tensor=2, shift=shift)
     plan = make_plan(config, EVERY, abstract=True)
-    expected = table_of(unit_collectives(ENDS, EVERY, config, WORK), config, EVERY)
-    same(traced(unit_of(ENDS, EVERY, plan, WORK), plan), expected)
+    expected = table_of(unit_collectives(OUTER, EVERY, config, WORK), config, EVERY)
+    same(traced(unit_of(OUTER, EVERY, plan, WORK), plan), expected)

@@ -34,7 +34,7 @@ def bad_corpora():
     parquet.write_table(pa.table({"text": ["x"] * 9 + [None] + ["y"] * 5}), table)
     columns = pa.BufferOutputStream()
     parquet.write_table(pa.table({"body": ["x"]}), columns)
-    rows = table.getvalue().to_pybytes()
+    content = table.getvalue().to_pybytes()
     numbers = lines + b'\n{"text": 7}\n{"body": "a"}\n["text"]\n{"text": "later"}\n{"text": "\\ud800"}'
     yield "empty jsonl", "z.jsonl", b"", 0, None, 0
     yield "empty text", "z.txt", b"", 0, None, 1
@@ -61,8 +61,8 @@ def bad_corpora():
     yield "truncated zstd", "z.jsonl.zst", zstandard.compress(lines)[:-9], 1, "undamaged file", None
     yield "truncated xz", "z.txt.xz", lzma.compress(lines)[:-30], 1, "expected a whole, undamaged file", 0
     yield "not gzip", "z.txt.gz", b"plain", 1, "expected a whole, undamaged file", 0
-    yield "truncated Parquet", "z.parquet", rows[:-20], 1, "expected a whole, undamaged file", 0
-    yield "a null row", "z.parquet", rows, 1, "z.parquet:10: 'text' is None: expected a string", 14
+    yield "truncated Parquet", "z.parquet", content[:-20], 1, "expected a whole, undamaged file", 0
+    yield "a null row", "z.parquet", content, 1, "z.parquet:10: 'text' is None: expected a string", 14
     yield "no column", "z.parquet", columns.getvalue().to_pybytes(), 1, "expected a column 'text'", 0
     yield "truncated JSON", "z.jsonl", b'{"text": "a"}\n{"text": "b', 1, "z.jsonl:2: ", 1
     yield "two compressed texts", "z.txt.xz", lzma.compress(b"one") + lzma.compress(b" text"), 0, None, 1

@@ -124,7 +124,7 @@ def test_a_run_puts_bos_in_front_whatever_its_tokenizer_came_from(tmp_path):
     assert tokenizer.prompt_ids("ab") == [268]
 
 
-# name: (tokenizer_config.json, other files, pad, bos, eos, ends)
+# name: (tokenizer_config.json, other files, pad, bos, eos, end_ids)
 PLACES = {
     "the tokenizer's own": (BOTH, {}, 2, 1, 2, {2}),
     "special_tokens_map.json": ({}, {"special_tokens_map": BOTH}, 2, 1, 2, {2}),
@@ -161,10 +161,10 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_specials_are_found_where_folders_name_them(tmp_path, name):
-    settings, files, pad, bos, eos, ends = PLACES[name]
+    settings, files, pad, bos, eos, end_ids = PLACES[name]
     tokenizer = Tokenizer.load(folder_of(tmp_path, settings, **files))
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (pad, bos, eos)
-    assert tokenizer.end_ids == ends
+    assert tokenizer.end_ids == end_ids
 
 
 def test_a_checkpoint_folder_keeps_the_ends_above_its_tokenizer(tmp_path):

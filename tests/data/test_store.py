@@ -101,15 +101,15 @@ def test_the_files_are_megatrons(whole):
     one = max((s for s in manifest["shards"] if s["split"] == "train"), key=lambda s: s["documents"])
     index, data = ((folder / f"{one['name']}.{end}").read_bytes() for end in ("idx", "bin"))
     assert index[:9] == b"MMIDIDX\x00\x00" and struct.unpack("<Q", index[9:17]) == (1,) and index[17] == 8  # uint16
-    count, ends = struct.unpack("<QQ", index[18:34])
-    assert (count, ends) == (one["documents"], one["documents"] + 1) and count > 2
+    count, boundaries = struct.unpack("<QQ", index[18:34])
+    assert (count, boundaries) == (one["documents"], one["documents"] + 1) and count > 2
     lengths = struct.unpack(f"<{count}i", index[34 : 34 + 4 * count])
-    places = struct.unpack(f"<{count}q", index[34 + 4 * count : 34 + 12 * count])
-    assert struct.unpack(f"<{ends}q", index[34 + 12 * count :]) == tuple(range(count + 1))
+    offsets = struct.unpack(f"<{count}q", index[34 + 4 * count : 34 + 12 * count])
+    assert struct.unpack(f"<{boundaries}q", index[34 + 12 * count :]) == tuple(range(count + 1))
     assert sum(lengths) == one["tokens"] and len(data) == 2 * one["tokens"]
     first = sum(s["documents"] for s in manifest["shards"] if s["split"] == "train" and s["name"] < one["name"])
     for number in range(count):
-        tokens = struct.unpack_from(f"<{lengths[number]}H", data, places[number])
+        tokens = struct.unpack_from(f"<{lengths[number]}H", data, offsets[number])
         assert tokens[-1] == stored.tokenizer.eos_id
         assert stored.splits["train"][first + number].tokens_t.tolist() == [stored.tokenizer.bos_id, *tokens]
 

@@ -64,10 +64,10 @@ def write_index(prefix, documents):
     """Megatron's files, by the layout that it documents; each document is a list of sequences."""
     sequences = [np.array(one, "<u2") for document in documents for one in document]
     lengths = [len(one) for one in sequences]
-    places = [2 * sum(lengths[:i]) for i in range(len(lengths))]
+    offsets = [2 * sum(lengths[:i]) for i in range(len(lengths))]
     ends = np.cumsum([0, *(len(document) for document in documents)])
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(lengths), len(ends))
-    body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(places)}q", *places)
+    body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(offsets)}q", *offsets)
     prefix.with_suffix(".idx").write_bytes(head + body + struct.pack(f"<{len(ends)}q", *ends))
     prefix.with_suffix(".bin").write_bytes(b"".join(one.tobytes() for one in sequences))
 

@@ -88,8 +88,8 @@ def write_tasks(folder: Path, hugging_face) -> None:
         "write": "output_type: generate_until\ndoc_to_text: q\ndoc_to_target: a\nmetric_list:\n- metric: exact_match\n"
         "generation_kwargs:\n  until: [\"\\n\", \"a\"]\n  max_gen_toks: 9\n",
     }  # fmt: skip
-    for name, rows in documents.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, records in documents.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / name}.jsonl\n"
         (folder / f"{name}.yaml").write_text(f"{head}test_split: test\n{forms[name]}")
 

@@ -35,10 +35,10 @@ def expected(model, made: list[Row]) -> list[tuple[float, int, int]]:
         logits_tv = logits_of(model, [row.tokens_t.tolist()], max(LENGTHS))[0].astype(np.float64)
         logits_tv -= logits_tv.max(-1, keepdims=True)
         likelihood_tv = logits_tv - np.log(np.exp(logits_tv).sum(-1, keepdims=True))
-        places = np.flatnonzero(row.asked_t)
-        total = sum(likelihood_tv[place - 1, row.tokens_t[place]] for place in places)
-        hits = sum(int(likelihood_tv[place - 1].argmax() == row.tokens_t[place]) for place in places)
-        found.append((float(total), hits, len(places)))
+        indices = np.flatnonzero(row.asked_t)
+        total = sum(likelihood_tv[place - 1, row.tokens_t[place]] for place in indices)
+        hits = sum(int(likelihood_tv[place - 1].argmax() == row.tokens_t[place]) for place in indices)
+        found.append((float(total), hits, len(indices)))
     return found
 
 

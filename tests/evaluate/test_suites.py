@@ -44,10 +44,10 @@ def test_every_key_has_its_value_when_it_comes_again(length):
 
 
 def test_queries_are_mostly_near_their_pairs():
-    places = [
+    indices = [
         np.flatnonzero(recall.mqar(generator(n), IDS, start=1, length=128).asked_t) for n in range(200)
     ]  # 8 pairs in 16 places; queries at 55 places, of which half the weight is on the first seven
-    assert 30 < np.median(np.concatenate(places)) < 45
+    assert 30 < np.median(np.concatenate(indices)) < 45
 
 
 def test_induction_and_copying_repeat_what_was_there():

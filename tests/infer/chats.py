@@ -28,9 +28,9 @@ def backend() -> tokenizers.Tokenizer:
 @functools.cache
 def tokenizer() -> Tokenizer:
     """The backend as a Tokenizer, which ends texts with `</s>` and `<|im_end|>`."""
-    ends = [backend().token_to_id("<|im_end|>")]
+    end_ids = [backend().token_to_id("<|im_end|>")]
     own = tokenizers.Tokenizer.from_str(backend().to_str())  # which it changes to keep specials out of texts
-    return Tokenizer(own, pad="<unk>", bos="<s>", eos="</s>", ends=ends)
+    return Tokenizer(own, pad="<unk>", bos="<s>", eos="</s>", end_ids=end_ids)
 
 
 def ids_of(*parts: str) -> list[int]:

@@ -137,6 +137,6 @@ def leaked(engine: Engine) -> list[int]:
     found = []
     for rank in engine.scheduler.ranks:
         pages = rank.pages.count - rank.pages.free - rank.prefix.evictable_pages if rank.pages else 0
-        rows = rank.snapshots.count - rank.snapshots.free - rank.prefix.evictable_snapshots if rank.snapshots else 0
-        found += [pages, rows]
+        kept, evictable = rank.snapshots, rank.prefix.evictable_snapshots
+        found += [pages, kept.count - kept.free - evictable if kept else 0]
     return found

@@ -70,8 +70,8 @@ class Engine:
         assert number == min(self.waiting, key=lambda n: (self.waiting[n][0].priority, n)), "nobody is passed"
         request, salt = self.waiting.pop(number)
         assert slot not in self.running and length < len(request.prompt)
-        places = len(request.prompt) + request.max_tokens + self.room.drafts
-        assert len(set(pages)) == len(pages) == (-(-places // self.room.page) if self.room.pages else 0)
+        tokens = len(request.prompt) + request.max_tokens + self.room.drafts
+        assert len(set(pages)) == len(pages) == (-(-tokens // self.room.page) if self.room.pages else 0)
         shared = length // self.room.page if self.room.pages else 0
         for place, page in enumerate(pages[:shared]):
             assert self.pages[rank, page] == self.content(request.prompt, salt, place)
@@ -116,12 +116,12 @@ class Engine:
             self.rows[self.rank(slot), row] = job["salt"], job["tokens"][:border]
         del self.running[slot]
 
-    def step(self, *, ends: bool = False):
-        """A whole round; with `ends`, all that decode end."""
+    def step(self, *, finish: bool = False):
+        """A whole round; with `finish`, all that decode end."""
         plan = self.plan()
         for piece in plan.pieces:
             self.prefill(piece.slot)
-        for slot in plan.decoding if ends else ():
+        for slot in plan.decoding if finish else ():
             self.finish(slot)
         return plan
 
@@ -132,7 +132,7 @@ class Engine:
         for _ in range(2 * left + 4 * (len(self.waiting) + len(self.running)) + 1):
             if not self.scheduler.busy:
                 break
-            self.step(ends=True)
+            self.step(finish=True)
         assert not self.scheduler.busy and not self.waiting and not self.running
 
     def nothing_is_lost(self):

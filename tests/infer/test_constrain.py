@@ -59,11 +59,11 @@ def drawn(matcher, tokenizer: Tokenizer, seed: int, most: int = 400) -> tuple[st
     random, ids = np.random.default_rng(seed), []
     for _ in range(most):
         choices = allowed(matcher, tokenizer.vocab_size)
-        ends = [i for i in choices if i in tokenizer.end_ids]
-        if matcher.finished or ends and random.random() < 0.3:
-            assert ends, "the end may follow a finished text"
+        end_ids = [i for i in choices if i in tokenizer.end_ids]
+        if matcher.finished or end_ids and random.random() < 0.3:
+            assert end_ids, "the end may follow a finished text"
             return tokenizer.decode(ids, after=[tokenizer.encode("a")[0]]), True
-        ids.append(int(random.choice([i for i in choices if i not in ends])))
+        ids.append(int(random.choice([i for i in choices if i not in end_ids])))
         assert matcher.advance(ids[-1]) is None
     return tokenizer.decode(ids), False
 

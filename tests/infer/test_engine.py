@@ -71,13 +71,13 @@ def test_tokens_do_not_depend_on_neighbours(hybrid):
 
 
 def test_prefix_hits_change_no_answer(hybrid):
-    """A prompt again, with other ends, and what was generated for it; other salts share nothing."""
+    """A prompt again, with other tails, and what was generated for it; other salts share nothing."""
     model, _ = hybrid
     engine = engine_of(model)
     prompt = random_prompt(5, 24)
     # The third parts where no snapshot is, and leaves one there.
-    ends = (prompt[9:], prompt[9:], (1, 2), (3, 4, 5))
-    requests = [asked((*prompt[:9], *end), 8) for end in ends]
+    tails = (prompt[9:], prompt[9:], (1, 2), (3, 4, 5))
+    requests = [asked((*prompt[:9], *end), 8) for end in tails]
     found = [engine.run([request])[0] for request in requests]
     check_greedy(model, requests, found, LENGTH_OF_TEXTS)
     assert engine.stats.cached_tokens == 16 + 0 + 8

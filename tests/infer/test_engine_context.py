@@ -51,7 +51,7 @@ def test_tokens_are_those_of_one_device(name):
     found = engine.run([*requests, *drawn])
     check_greedy(one, requests, found[:6], LENGTH)
     assert ids(found[6]) == ids(found[7]) and len(ids(found[6])) == 9
-    again = [asked((*requests[n].prompt[:cut], 3, 5), 7) for n, cut in ((2, 33), (4, 17), (2, 36))]
+    again = [asked((*requests[n].prompt[:length], 3, 5), 7) for n, length in ((2, 33), (4, 17), (2, 36))]
     again.append(asked((*requests[4].prompt, *ids(found[4]), 3), 7))
     before = engine.stats.cached_tokens
     check_greedy(one, again, engine.run(again), LENGTH)

@@ -34,9 +34,9 @@ def test_stop_strings_and_ends(engine):
     assert len(whole) == 16 and plain[-1].finish == LENGTH
     place = next(n for n in range(3, 13) if whole.index(whole[n : n + 3]) == n)
     requests = [wanted("abc", stop=("zzz", whole[place : place + 3])), wanted("abc", stop=(whole[1:17] + "z",))]
-    ends = ((EOS, 100.0),)
+    eos_bias = ((EOS, 100.0),)
     stopped, held, ended, ignored = engine.run(
-        [*requests, wanted("abc", 5, ends), wanted("abc", 5, ends, ignore_eos=True)]
+        [*requests, wanted("abc", 5, eos_bias), wanted("abc", 5, eos_bias, ignore_eos=True)]
     )
     assert text(stopped) == whole[:place] and stopped[-1].finish == STOP
     assert text(held) == whole and held[-1].finish == LENGTH, "what could have begun a stop string comes at the end"
@@ -46,8 +46,8 @@ def test_stop_strings_and_ends(engine):
 
 
 def test_ends_are_held_back_for_as_long_as_was_asked(engine):
-    ends = ((EOS, 100.0),)
-    (held,) = engine.run([held_back(wanted("abc", 7, ends, min_tokens=4), [EOS])])
+    eos_bias = ((EOS, 100.0),)
+    (held,) = engine.run([held_back(wanted("abc", 7, eos_bias, min_tokens=4), [EOS])])
     assert ids(held).index(EOS) == 4 and (held[-1].finish, held[-1].stop) == (STOP, None)
 
 

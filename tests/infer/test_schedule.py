@@ -46,7 +46,7 @@ def test_priority_goes_before_arrival():
     numbers = [engine.submit([i], priority=p) for i, p in enumerate((1, 0, -5, 0))]
     order = []
     while engine.scheduler.busy:
-        order += [a.number for a in engine.step(ends=True).admitted]
+        order += [a.number for a in engine.step(finish=True).admitted]
     assert order == [numbers[i] for i in (2, 1, 3, 0)]
 
 

@@ -117,13 +117,13 @@ def test_an_engine_that_raises_ends_every_stream_and_takes_no_more():
 
     async def use(service):
         good, bad = await service.submit(ask(5, tokens=50)), await service.submit(ask(7))
-        ends = [[output async for output in stream][-1] for stream in (good, bad)]
+        finals = [[output async for output in stream][-1] for stream in (good, bad)]
         with pytest.raises(ClosedError, match="engine failed"):
             await service.submit(ask(5))
-        return ends, service.open
+        return finals, service.open
 
-    ends, left = serve(engine, use)
-    assert [(end.finish, end.error) for end in ends] == [(ERROR, "the engine failed: the device is gone")] * 2
+    finals, left = serve(engine, use)
+    assert [(end.finish, end.error) for end in finals] == [(ERROR, "the engine failed: the device is gone")] * 2
     assert left == 0
 
 

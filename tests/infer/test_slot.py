@@ -17,9 +17,9 @@ def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text).tolist()
 
 
-def slot(*, tokens: int = 9, stop: tuple[str, ...] = (), ends: tuple[int, ...] = (), matcher=None, **fields) -> Slot:
+def slot(*, tokens: int = 9, stop: tuple[str, ...] = (), end_ids: tuple[int, ...] = (), matcher=None, **fields) -> Slot:
     request = Request(prompt=(1, *ids("p")), max_tokens=tokens, stop=stop, **fields)
-    return Slot(4, request, (0,), ends, Texts(TOKENIZER).stream(after=request.prompt, stops=stop), matcher)
+    return Slot(4, request, (0,), end_ids, Texts(TOKENIZER).stream(after=request.prompt, stops=stop), matcher)
 
 
 def told(one: Slot, text: str, *, each: int, bad: bool = False) -> tuple[str, str, str | None, str | None]:
@@ -52,13 +52,13 @@ def test_no_stop_string_is_looked_for_in_the_first_tokens(each):
 def test_what_ended_a_text_is_told():
     (stop_id,) = ids("c")
     assert slot(stop=("x", "bc")).advance(plain(ids("abc")), bad=False).stop == "bc"
-    assert slot(ends=(stop_id,), stop_ids=(stop_id,)).advance(plain(ids("abc")), bad=False).stop == stop_id
-    assert slot(ends=(stop_id,)).advance(plain(ids("abc")), bad=False).stop is None, "an end of the model's own"
+    assert slot(end_ids=(stop_id,), stop_ids=(stop_id,)).advance(plain(ids("abc")), bad=False).stop == stop_id
+    assert slot(end_ids=(stop_id,)).advance(plain(ids("abc")), bad=False).stop is None, "an end of the model's own"
     assert slot(tokens=2).advance(plain(ids("ab")), bad=False).stop is None
 
 
 def test_a_token_that_ends_the_text_is_no_part_of_it():
-    assert told(slot(ends=tuple(ids("c"))), "abc", each=3) == ("abc", "ab", STOP, None)
+    assert told(slot(end_ids=tuple(ids("c"))), "abc", each=3) == ("abc", "ab", STOP, None)
 
 
 def test_bad_logits_end_it_before_their_token():

@@ -30,8 +30,8 @@ BYTES = st.sampled_from([b + 3 for b in "é漢🙂 a\n".encode()] + [0xFF + 3, 0
 def split(ids: list[int], seed: int) -> list[list[int]]:
     """The ids in parts of random sizes, some empty."""
     random = np.random.default_rng(seed)
-    places = sorted(random.integers(0, len(ids) + 1, random.integers(0, len(ids) + 2)).tolist())
-    return [ids[a:b] for a, b in zip([0, *places], [*places, len(ids)], strict=True)]
+    offsets = sorted(random.integers(0, len(ids) + 1, random.integers(0, len(ids) + 2)).tolist())
+    return [ids[a:b] for a, b in zip([0, *offsets], [*offsets, len(ids)], strict=True)]
 
 
 def streamed(name: str, parts: list[list[int]], **given) -> tuple[list[str], str | None]:

@@ -22,12 +22,12 @@ def calls(triton: str) -> dict[str, tuple[Callable[..., Any], list[tuple[int, ..
     """By name: the operation, the shapes of its operands, and the number of its kernels forward and backward. triton:
     the name of the implementation."""
     by = {"implementation": triton}
-    places = {"slots_nk": jnp.zeros((4, 2), jnp.int32), "source_r": jnp.zeros(8, jnp.int32)}
+    ticket = {"slots_nk": jnp.zeros((4, 2), jnp.int32), "source_r": jnp.zeros(8, jnp.int32)}
     return {
         "causal_conv1d": (functools.partial(causal_conv1d, activation="silu", **by), [(1, 4, 3), (3, 2)], 2),
         "rms_norm": (functools.partial(rms_norm, group_size=4, epsilon=1e-5, **by), [(3, 8), (8,), (3, 8)], 2),
-        "take_rows": (functools.partial(take_rows, **places, **by), [(4, 8)], 2),
-        "sum_rows": (functools.partial(sum_rows, **places, **by), [(8, 8), (4, 2)], 2),
+        "take_rows": (functools.partial(take_rows, **ticket, **by), [(4, 8)], 2),
+        "sum_rows": (functools.partial(sum_rows, **ticket, **by), [(8, 8), (4, 2)], 2),
         # Operands are rounded once forward, x and the weight, and the gradient once backward.
         "fp8_matmul": (lambda x, w: fp8_matmul(x, (w,), quantize=triton)[0], [(4, 8), (8, 3)], 3),
         # Backward it walks once, looks at pairs once and at states once.

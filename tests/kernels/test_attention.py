@@ -208,7 +208,7 @@ class TestAttention:
         whole = attend(name, q_bthk, k_bsgk, v_bsgk, segments_bt=segments_bt, window=window)
         q_index_bt = jnp.array([[9, 2, 6], [0, 10, 7]])
         k_index_bs = jnp.stack([jax.random.permutation(jax.random.key(i), TIME) for i in range(BATCH)])
-        pick = lambda a, index: jnp.stack([row[places] for row, places in zip(a, index, strict=True)])  # noqa: E731
+        pick = lambda a, index: jnp.stack([row[indices] for row, indices in zip(a, index, strict=True)])  # noqa: E731
         part = attend(
             name,
             pick(q_bthk, q_index_bt),
@@ -226,8 +226,8 @@ class TestAttention:
     def test_query_that_sees_no_key_gives_zeros(self, name, sink):
         inputs, sinks_h = operands(), None if sink is None else jnp.full(HEADS, sink)
         index_t = jnp.arange(TIME)
-        places = {"q_index": index_t, "k_index": index_t + 3}
-        y_bthk, *gradients = with_gradients(name, *inputs, sinks_h=sinks_h, **places)
+        indices = {"q_index": index_t, "k_index": index_t + 3}
+        y_bthk, *gradients = with_gradients(name, *inputs, sinks_h=sinks_h, **indices)
         assert (y_bthk != 0).any((0, 2, 3)).tolist() == [t >= 3 for t in range(TIME)]
         assert (gradients[0] != 0).any((0, 2, 3)).tolist() == [t > 3 for t in range(TIME)]  # one key: no choice
         assert all(jnp.isfinite(g).all() for g in gradients)

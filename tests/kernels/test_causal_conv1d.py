@@ -108,17 +108,17 @@ class TestSegments:
 
     def test_a_halo_joins_two_halves(self, implementation: str):
         x_btc, w_ck = draw(BATCH, TIME, CHANNELS), draw(CHANNELS, TAPS)
-        # The cut is inside a document of one row, and at a boundary of the other.
-        segments_bt, cut = packed((4, 9), (8, 7)), 8
-        halo = slice(cut - TAPS + 1, cut)
+        # The middle is inside a document of one row, and at a boundary of the other.
+        segments_bt, half = packed((4, 9), (8, 7)), 8
+        halo = slice(half - TAPS + 1, half)
         run = functools.partial(causal_conv1d, w_ck=w_ck, implementation=implementation)
         second = run(
-            x_btc[:, cut:],
-            segments_bt=segments_bt[:, cut:],
+            x_btc[:, half:],
+            segments_bt=segments_bt[:, half:],
             halo_bkc=x_btc[:, halo],
             halo_segments_bk=segments_bt[:, halo],
         )
-        np.testing.assert_array_equal(second, run(x_btc, segments_bt=segments_bt)[:, cut:])
+        np.testing.assert_array_equal(second, run(x_btc, segments_bt=segments_bt)[:, half:])
 
     def test_a_halo_without_segments_goes_with_the_first_token(self, implementation: str):
         x_btc, w_ck = draw(BATCH, TIME, CHANNELS), draw(CHANNELS, TAPS)

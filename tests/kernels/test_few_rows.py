@@ -116,7 +116,7 @@ def test_every_row_is_in_one_block(seed):
     sizes_e = rng.multinomial(rng.integers(1, 200), rng.dirichlet(np.full(9, 0.4)))
     rows = int(sizes_e.sum() + rng.integers(0, 40))
     launch = few_rows.Launch(
-        rows=16, columns=32, depth=16, splits=1, blocks=rows // 16 + 10, share=0, sizes=(5, 7, 9, rows)
+        rows=16, columns=32, depth=16, splits=1, blocks=rows // 16 + 10, results_per_row=0, sizes=(5, 7, 9, rows)
     )
 
     def kernel(sizes_ref, found_ref):

@@ -47,11 +47,11 @@ def operands(dtype=jnp.float32, *, lengths=(1, 18, 59), t=1, h=6, g=2, k=5, j=7,
 def expected(q_bthk, k_nsgk, v_nsgk, table_bp, length_b, *, window=None, sinks_h=None):
     """By loops over tokens, in float64."""
     q, k, v = (np.asarray(a.astype(jnp.float32), np.float64) for a in (q_bthk, k_nsgk, v_nsgk))
-    y, places = np.zeros((*q.shape[:3], v.shape[3])), k.shape[1]
+    y, page = np.zeros((*q.shape[:3], v.shape[3])), k.shape[1]
     for row, t, h in np.ndindex(q.shape[:3]):
         own, group = int(length_b[row]) - q.shape[1] + t, h // (q.shape[2] // k.shape[2])
         first = 0 if window is None else max(0, own - window + 1)
-        at = [(int(table_bp[row, i // places]), i % places, group) for i in range(first, own + 1)]
+        at = [(int(table_bp[row, i // page]), i % page, group) for i in range(first, own + 1)]
         if not at:
             continue
         scores = np.array([SCALE * q[row, t, h] @ k[place] for place in at])
@@ -173,8 +173,8 @@ class TestTriton:
     @pytest.mark.parametrize("window", [None, 1, 40])
     def test_splits_cover_every_step_once(self, length: int, window: int | None):
         walk = triton.Walk(3, 2, 5, 5, page_size=4, step=16, splits=7, scale=1.0, window=window)
-        first, begin, end, share = (int(number) for number in triton._steps(jnp.int32(length), walk))
-        steps = [s for i in range(7) for s in range(begin + i * share, min(begin + (i + 1) * share, end))]
+        first, begin, end, per_split = (int(number) for number in triton._steps(jnp.int32(length), walk))
+        steps = [s for i in range(7) for s in range(begin + i * per_split, min(begin + (i + 1) * per_split, end))]
         seen = range(first, length)
         assert steps == sorted({token // 16 for token in seen})
 

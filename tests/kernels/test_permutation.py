@@ -25,7 +25,7 @@ def draw(*shape: int, seed: int) -> Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def places(tokens: int, k: int, rows: int, share: float) -> tuple[Array, Array]:
+def ticket(tokens: int, k: int, rows: int, share: float) -> tuple[Array, Array]:
     """slots (n, k) and source (r,), each other's inverse."""
     rng = np.random.default_rng(6)
     flat, source = np.full(tokens * k, rows), np.full(rows, tokens * k)
@@ -42,7 +42,7 @@ class TestEveryImplementation:
     """Values and gradients, at each of the sizes."""
 
     def test_rows_are_taken(self, implementation: str, tokens: int, k: int, width: int, rows: int, share: float):
-        slots_nk, source_r = places(tokens, k, rows, share)
+        slots_nk, source_r = ticket(tokens, k, rows, share)
         x_nd, g_rd = draw(tokens, width, seed=0), draw(rows, width, seed=1)
         rows_rd, pullback = jax.vjp(lambda x: take_rows(x, slots_nk, source_r, implementation=implementation), x_nd)
         want, want_gradient = np.zeros((rows, width)), np.zeros((tokens, width))
@@ -54,7 +54,7 @@ class TestEveryImplementation:
         np.testing.assert_allclose(pullback(g_rd)[0], want_gradient, rtol=0, atol=4e-7 * k)
 
     def test_rows_are_added_up(self, implementation: str, tokens: int, k: int, width: int, rows: int, share: float):
-        slots_nk, source_r = places(tokens, k, rows, share)
+        slots_nk, source_r = ticket(tokens, k, rows, share)
         rows_rd, w_nk, g_nd = draw(rows, width, seed=0), draw(tokens, k, seed=1), draw(tokens, width, seed=2)
         run = functools.partial(sum_rows, slots_nk=slots_nk, source_r=source_r, implementation=implementation)
         y_nd, pullback = jax.vjp(run, rows_rd, w_nk)
@@ -73,7 +73,7 @@ class TestEveryImplementation:
     def test_bfloat16_is_rounded_at_the_end(
         self, implementation: str, tokens: int, k: int, width: int, rows: int, share: float
     ):
-        slots_nk, source_r = places(tokens, k, rows, share)
+        slots_nk, source_r = ticket(tokens, k, rows, share)
         rows_rd, w_nk = draw(rows, width, seed=0).astype(jnp.bfloat16), draw(tokens, k, seed=1)
         run = functools.partial(sum_rows, slots_nk=slots_nk, source_r=source_r, implementation=implementation)
         g_nd = draw(tokens, width, seed=2).astype(jnp.bfloat16)
@@ -90,14 +90,14 @@ class TestEveryImplementation:
 @several_devices
 @pytest.mark.parametrize("implementation", implementations(set(TAKE) - {"triton_interpreted"}))
 def test_gradients_inside_shard_map(implementation: str):
-    slots_nk, source_r = places(6, 2, 14, 0.8)
+    slots_nk, source_r = ticket(6, 2, 14, 0.8)
 
     def loss(x, w, slots, source):
         rows = take_rows(x, slots, source, implementation=implementation)
         return jnp.sum(sum_rows(jnp.tanh(rows), w, slots, source, implementation=implementation) ** 2)
 
     def each(gradient):
-        """Two shards with the same places and different rows."""
+        """Two shards with the same tickets and different rows."""
         return [jnp.concatenate([a, 2 * a]) for a in gradient]
 
     halves = PartitionSpec("data")

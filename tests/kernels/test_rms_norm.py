@@ -90,12 +90,12 @@ class TestEveryImplementation:
         for number, (array, gradient) in enumerate(zip(arrays, gradients, strict=True)):
             # Along a random direction, in float64: the gradient's product with it.
             direction, step = np.asarray(draw(*array.shape, seed=5 + number), np.float64), 1e-5
-            ends = []
+            sides = []
             for sign in (1, -1):
                 moved = [np.asarray(a, np.float64) for a in arrays]
                 moved[number] = moved[number] + sign * step * direction
-                ends.append(np.sum(formula(*moved, **settings) * np.asarray(dy_nc)))
-            want = (ends[0] - ends[1]) / (2 * step)
+                sides.append(np.sum(formula(*moved, **settings) * np.asarray(dy_nc)))
+            want = (sides[0] - sides[1]) / (2 * step)
             scale = np.linalg.norm(np.asarray(gradient) * direction)
             assert abs(np.sum(np.asarray(gradient, np.float64) * direction) - want) <= 1e-5 * scale * np.sqrt(tokens)
 

@@ -47,8 +47,8 @@ def draw(mixture: str, time: int):
 def exact(arrays, segments_bt):
     """The recurrence and its adjoint, token by token in float64."""
     x, dt, a_h, b_btgn, c_btgn, state, dy, dstate = arrays
-    share = SIZES["h"] // SIZES["g"]
-    b_bthn, c_bthn = (np.repeat(array, share, axis=2) for array in (b_btgn, c_btgn))
+    per_group = SIZES["h"] // SIZES["g"]
+    b_bthn, c_bthn = (np.repeat(array, per_group, axis=2) for array in (b_btgn, c_btgn))
     decay_bth = np.exp(dt * a_h)
     decay_bth[:, 1:] *= (segments_bt[:, 1:] == segments_bt[:, :-1])[..., None]
     y, dx, ddt, db, dc, states = (
@@ -71,7 +71,7 @@ def exact(arrays, segments_bt):
         ddt[:, t] = np.einsum("bhp,bhp->bh", read, x[:, t]) + dlog * a_h
         db[:, t] = dt[:, t, :, None] * np.einsum("bhpn,bhp->bhn", dstate, x[:, t])
         dstate = decay_bth[:, t, :, None, None] * dstate
-    of_groups = lambda d: d.reshape(*b_btgn.shape[:3], share, -1).sum(3)  # noqa: E731
+    of_groups = lambda d: d.reshape(*b_btgn.shape[:3], per_group, -1).sum(3)  # noqa: E731
     return y, final, dx, ddt, da_h, of_groups(db), of_groups(dc), dstate
 
 

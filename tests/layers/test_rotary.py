@@ -87,9 +87,9 @@ def test_yarn_by_hand():
 
 
 def test_yarn_truncates_to_whole_frequencies():
-    # The same ends, moved inside: 1.25 and 2.75 become 1 and 3 again.
-    ends = [63 / (2 * math.pi * 10 ** (2 * f / 5)) for f in (1.25, 2.75)]
-    yarn = {"yarn_factor": 4.0, "yarn_original_positions": 63, "yarn_beta_fast": ends[0], "yarn_beta_slow": ends[1]}
+    # The same bounds, moved inside: 1.25 and 2.75 become 1 and 3 again.
+    bounds = [63 / (2 * math.pi * 10 ** (2 * f / 5)) for f in (1.25, 2.75)]
+    yarn = {"yarn_factor": 4.0, "yarn_original_positions": 63, "yarn_beta_fast": bounds[0], "yarn_beta_slow": bounds[1]}
     whole, exact = (make_rotary(config(**yarn, yarn_truncate=t), 10).frequencies for t in (True, False))
     assert whole[2] == pytest.approx(exact[2])
     assert whole[1] == exact[1] and whole[3] == exact[3]
@@ -100,7 +100,7 @@ def test_yarn_truncates_to_whole_frequencies():
 
 
 @pytest.mark.parametrize(
-    ("ends", "shares"),
+    ("bounds", "shares"),
     [
         ((3, 7), [0, 0, 0, 0, 1 / 4]),  # past the last frequency, up to the number of them twice over
         ((3, 20), [0, 0, 0, 0, 1 / 6]),  # but no further than 9
@@ -108,8 +108,8 @@ def test_yarn_truncates_to_whole_frequencies():
         ((2, 2), [0, 0, 0, 1, 1]),  # a step
     ],
 )
-def test_yarn_bounds_its_range(ends, shares):
-    fast, slow = (63 / (2 * math.pi * 10 ** (2 * f / 5)) for f in ends)
+def test_yarn_bounds_its_range(bounds, shares):
+    fast, slow = (63 / (2 * math.pi * 10 ** (2 * f / 5)) for f in bounds)
     turns = {"yarn_beta_fast": fast, "yarn_beta_slow": slow, "yarn_truncate": False}
     rotary = make_rotary(config(yarn_factor=4.0, yarn_original_positions=63, **turns), 10)
     expected = [10 ** (-2 * f / 5) * (1 - 3 / 4 * s) for f, s in enumerate(shares)]

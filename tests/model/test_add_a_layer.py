@@ -15,12 +15,14 @@ from tests.model.small import randomised
 from orogen.config import remat
 from orogen.config.model import LAYERS, ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.config.products import PRODUCTS
 from orogen.config.readers import LETTERS
 from orogen.config.remat import NAMES, Intermediate
+from orogen.config.rounded import LETTER_KINDS
 from orogen.cost.collectives import LAYER_COLLECTIVES, block
 from orogen.cost.communication import step_collectives
 from orogen.cost.flops import LAYER_FLOPS, forward_flops_per_token
-from orogen.cost.kept import LAYER_KEPT
+from orogen.cost.kept import LAYER_KEPT, LAYER_PRODUCTS, kept_bytes, local
 from orogen.cost.ledger import Workload
 from orogen.cost.weights import LAYER_WEIGHTS, Weight, weights
 from orogen.layers.documents import Documents, documents
@@ -46,7 +48,10 @@ TABLES: dict[str, dict[str, Any]] = {
     "LAYER_COLLECTIVES": LAYER_COLLECTIVES,
     "LAYER_WEIGHTS": LAYER_WEIGHTS,
     "LAYER_KEPT": LAYER_KEPT,
+    "LAYER_PRODUCTS": LAYER_PRODUCTS,
     "LAYER_OPERATIONS": LAYER_OPERATIONS,
+    "LETTER_KINDS": LETTER_KINDS,
+    "PRODUCTS": PRODUCTS,
 }  # fmt: skip
 WIDTH = 32
 
@@ -72,7 +77,7 @@ class Toy(nnx.Module):
 @pytest.fixture
 def toy(monkeypatch):
     """The letter t, in every table."""
-    rows = {
+    entries = {
         "MIXERS": Toy,
         "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH,
         "LAYER_COLLECTIVES": block,
@@ -81,6 +86,9 @@ def toy(monkeypatch):
             Weight((model.hidden_size, WIDTH), ("embed", "mlp")),
         ],
         "LAYER_KEPT": lambda here: {"toy": here.tokens * here.split(WIDTH) * here.itemsize},
+        "LAYER_PRODUCTS": ("toy",),
+        "LETTER_KINDS": (),
+        "PRODUCTS": {},
         "LAYER_OPERATIONS": lambda here: [
             product("up", here.tokens, here.model.hidden_size, here.split(WIDTH), here.itemsize, makes="toy"),
             product("down", here.tokens, here.split(WIDTH), here.model.hidden_size, here.itemsize, last=True),
@@ -89,7 +97,7 @@ def toy(monkeypatch):
     monkeypatch.setitem(LAYERS, "t", "toy")
     monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import
     monkeypatch.setitem(NAMES, "toy", Intermediate("t", "the hidden units"))
-    for name, row in rows.items():
+    for name, row in entries.items():
         monkeypatch.setitem(TABLES[name], "t", row)
 
 
@@ -140,6 +148,8 @@ def test_a_new_letter_is_counted(toy):
     units = step_collectives(two, config.plan, Workload(rows=4, tokens=16, itemsize=4))
     assert {record.operation for record in units["t"] if record.bytes} >= {"all-gather", "reduce-scatter"}
     assert predict(config).step_seconds > predict(run_config(one, plan={"tensor": 2})).step_seconds
+    sizes = PlanConfig(remat="elementwise")
+    assert kept_bytes("t", local(two, sizes, Workload(rows=4, tokens=16, itemsize=4)))[0]["toy"] == 64 * WIDTH * 4
 
 
 def test_a_new_letter_starts_beside_layers_with_memory(toy):

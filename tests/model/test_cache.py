@@ -139,11 +139,11 @@ def test_pieces_on_a_mesh_equal_the_row_on_one_device():
             given = caches(kept)
         return found
 
-    cuts = [slice(0, 4), slice(4, 6), slice(6, 12)]
-    pieces = [jax.tree.map(lambda a, cut=cut: a[:, cut], (x_btd, documents(segments_bt))) for cut in cuts]
+    spans = [slice(0, 4), slice(4, 6), slice(6, 12)]
+    pieces = [jax.tree.map(lambda a, span=span: a[:, span], (x_btd, documents(segments_bt))) for span in spans]
     tokens, ids = plan.spec(*STREAM, None), plan.spec("batch", "context")
-    inputs = (plan.specs(state), *[(tokens, Documents(ids, ids))] * len(cuts))
-    found = jax.jit(plan.run(device, inputs=inputs, outputs=[tokens] * len(cuts)))(state, *pieces)
+    inputs = (plan.specs(state), *[(tokens, Documents(ids, ids))] * len(spans))
+    found = jax.jit(plan.run(device, inputs=inputs, outputs=[tokens] * len(spans)))(state, *pieces)
     valid = segments_bt != 0
     np.testing.assert_allclose(jnp.concatenate(found, 1)[valid], expected_btd[valid], rtol=1e-5, atol=1e-5)
 

@@ -26,7 +26,7 @@ BATCH, HEADS, GROUPS, SIZE, SCALE = 2, 6, 2, 5, 0.37
 METHODS = ("ring", "allgather")
 PLANS = {"2": {"context": 2}, "4": {"context": 4}, "4 gathered": {"context": 4, "context_attention": "allgather"}}
 # Lengths of each row's documents, by name; the last ends in padding where the name says so.
-ROWS = {
+PACKINGS = {
     "one document each": ((72,), (72,)),
     "two crossing, and one": ((25, 47), (72,)),
     "on borders, inside parts, many": ((9, 9, 1, 2, 3, 21, 18, 4, 5), (18, 18, 36)),
@@ -81,21 +81,21 @@ def slow_kernel(monkeypatch):
     monkeypatch.setitem(context_fused.KERNELS, "cudnn", (attend_slowly, pull_slowly))
 
 
-def operands(rows: str) -> SimpleNamespace:
-    lengths = ROWS[rows]
+def operands(packing: str) -> SimpleNamespace:
+    lengths = PACKINGS[packing]
     segments_bt = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(np.int32)
-    if rows == "padding":
+    if packing == "padding":
         segments_bt[0, -7:] = segments_bt[1, -1:] = 0
-    rng = np.random.default_rng(len(rows))
+    rng = np.random.default_rng(len(packing))
     shapes = [(*segments_bt.shape, n, SIZE) for n in (HEADS, GROUPS, GROUPS, HEADS)]
     q, k, v, g = (rng.normal(size=s).astype(np.float32) for s in shapes)
     return SimpleNamespace(qkv=(2 * q, 2 * k, v), cotangent=g, segments_bt=numbered(segments_bt))
 
 
 @functools.cache
-def expected(rows: str):
+def expected(packing: str):
     """Outputs and gradients of q, k and v on one device."""
-    given = operands(rows)
+    given = operands(packing)
     return one_device(*given.qkv, given.cotangent, given.segments_bt)
 
 
@@ -122,25 +122,25 @@ def on_ranks(kernels, choices: tuple):
     return jax.jit(plan.run(device, inputs=(tokens,) * 5, outputs=(tokens,) * 4)), plan.size("context")
 
 
-def found(rows: str, **choices):
+def found(packing: str, **choices):
     """What is expected, by context ranks."""
-    given = operands(rows)
+    given = operands(packing)
     run, ranks = on_ranks(context_fused.KERNELS["cudnn"], tuple(choices.items()))
     order = zigzag(given.segments_bt.shape[1], ranks)
     results = run(*(a[:, order] for a in (*given.qkv, given.cotangent, given.segments_bt)))
     return [np.asarray(a)[:, np.argsort(order)] for a in results]
 
 
-def check(rows: str, **choices) -> None:
-    for a, b in zip(found(rows, **choices), expected(rows), strict=True):
+def check(packing: str, **choices) -> None:
+    for a, b in zip(found(packing, **choices), expected(packing), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.usefixtures("slow_kernel")
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("rows", ROWS)
-def test_equals_one_device(rows, plan):
-    check(rows, **PLANS[plan])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_equals_one_device(packing, plan):
+    check(packing, **PLANS[plan])
 
 
 @pytest.mark.usefixtures("slow_kernel")

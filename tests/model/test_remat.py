@@ -19,6 +19,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.remat import EVERY, NAMES, SELECTIVE
 from orogen.cost.activations import WEIGHTS, activation_bytes, bytes_by_name, kept_by_layer
+from orogen.cost.kept import kept_bytes, local
 from orogen.cost.ledger import Workload
 from orogen.kernels.grouped_matmul import mosaic
 from orogen.layers.documents import documents
@@ -35,7 +36,7 @@ VECTORS = 5  # of a row's images
 HALF, SINGLE, WHOLE = 2, 4, 4  # bytes of bfloat16, float32 and int32
 EXTRA: dict[str, Any] = {
     "sliding_window": 3, "head_dim": 6, "rope_theta": 30.0, "kv_lora_rank": 7, "q_lora_rank": 9, "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4, "v_head_dim": 3, "image_feature_size": 3, "image_features": 2, "resampler_latents": 4,
+    "qk_rope_head_dim": 4, "v_head_dim": 3, "image_feature_size": 3, "image_features": 2, "resampler_latents": 5,
     "resampler_layers": 1,
 }  # fmt: skip
 
@@ -107,6 +108,25 @@ def test_attention_by_name_with_fewer_keys():
         "key": HALF * keys * tokens,
         "value": HALF * keys * tokens,
     }
+
+
+def test_cross_attention_by_name():
+    """As by its formula, for one image per row."""
+    model, tokens = every("x"), ROWS * TOKENS
+    queries, keys = 4 * 6, 2 * 6
+    expected = {
+        "core": HALF * 4 * VECTORS * tokens,
+        "query": HALF * queries * tokens,
+        "attention": HALF * queries * tokens,
+        "branch": HALF * 12 * tokens,
+        "input": HALF * 12 * tokens,
+        "norm": HALF * 12 * tokens,
+        "key": HALF * keys * VECTORS * ROWS,
+        "value": HALF * keys * VECTORS * ROWS,
+    }
+    assert bytes_by_name(kept("x", model, "paper")) == expected
+    sizes = local(model, PlanConfig(remat="paper"), Workload(ROWS, TOKENS, HALF))
+    assert kept_bytes("x", sizes) == (expected, 0)
 
 
 def test_mamba2_by_name():
@@ -274,10 +294,8 @@ def test_weights_stand_before_no_barrier_unless_much_is_made_of_them(remat, plan
 
 @pytest.mark.parametrize("letter", EVERY)
 def test_nothing_is_multiplied_again_while_every_name_is_kept(letter):
-    """But for the keys and values of a row's few image vectors, which have no names."""
     flops = lambda remat: product_flops(layer_jaxpr(letter, every(letter), remat))  # noqa: E731
-    keys = 2 * ROWS * VECTORS * 12 * (2 * 6)
-    assert flops("paper") - flops("none") == (2 * keys if letter == "x" else 0)
+    assert flops("paper") == flops("none")
 
 
 def test_selective_recomputation_multiplies_queries_and_keys_again():

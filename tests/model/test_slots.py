@@ -128,7 +128,7 @@ def test_pieces_of_rows_equal_the_rows(pattern, replay, dtype):
 def test_a_kernel_that_reads_pages_sees_nothing_beyond_a_rows_last_token():
     """Pieces of which rows have three, one, no and all of their four tokens; everything else in the pages is NaN."""
     rng, counts_b, first_b = np.random.default_rng(2), np.array([3, 1, 0, 4]), np.array([5, 0, 0, 2])
-    rows, tokens, groups, share, size, page = 4, 4, 2, 3, 8, 2
+    rows, tokens, groups, per_group, size, page = 4, 4, 2, 3, 8, 2
     table_bp = rng.permutation(rows * 5).reshape(rows, 5).astype(np.int32)
     k_bsgk, v_bsgk = rng.normal(size=(2, rows, 10, groups, size)).astype(np.float32)
     known_bs = np.arange(10) < (first_b + counts_b)[:, None]
@@ -137,7 +137,7 @@ def test_a_kernel_that_reads_pages_sees_nothing_beyond_a_rows_last_token():
         pool = np.full((rows * 5, page, groups, size), np.nan, np.float32)
         pool[table_bp] = np.where(known_bs[..., None, None], a_bsgk, np.nan).reshape(rows, 5, page, groups, size)
         pools.append(jnp.asarray(pool))
-    q_bthk = rng.normal(size=(rows, tokens, groups * share, size)).astype(np.float32)
+    q_bthk = rng.normal(size=(rows, tokens, groups * per_group, size)).astype(np.float32)
     valid_bt = np.arange(tokens) < counts_b[:, None]
     docs = Documents(jnp.asarray(valid_bt, jnp.int32), jnp.asarray(first_b[:, None] + np.arange(tokens), jnp.int32))
     plan = dataclasses.replace(one_device(config(pattern="*", mtp_depths=0)), decode_kernels="triton_interpreted")
@@ -145,8 +145,8 @@ def test_a_kernel_that_reads_pages_sees_nothing_beyond_a_rows_last_token():
     y_bthk = cache.attend(jnp.asarray(q_bthk), docs, plan, sinks_h=None, window=None, scale=0.3)
     for row, time in zip(*np.nonzero(valid_bt), strict=True):
         seen = first_b[row] + time + 1
-        for head in range(groups * share):
-            score_s = 0.3 * k_bsgk[row, :seen, head // share] @ q_bthk[row, time, head]
+        for head in range(groups * per_group):
+            score_s = 0.3 * k_bsgk[row, :seen, head // per_group] @ q_bthk[row, time, head]
             weight_s = np.exp(score_s - score_s.max())
-            expected_k = weight_s @ v_bsgk[row, :seen, head // share] / weight_s.sum()
+            expected_k = weight_s @ v_bsgk[row, :seen, head // per_group] / weight_s.sum()
             np.testing.assert_allclose(y_bthk[row, time, head], expected_k, atol=2e-6)

@@ -57,9 +57,9 @@ def test_a_layer_lies_where_its_segment_is(state):
     split, keys = laid_out(SEGMENTS[0], 2)[0], state[0]
     heads_pvrd = split["layers"]["*"]["mixer"]["query"][...]
     assert heads_pvrd.shape[:3] == (2, 2, 2)
-    places = _leaves(keys, "query")
-    assert np.array_equal(heads_pvrd[1, 0, 0], places[0]), "segment 1 has the first attention layer"
-    assert np.array_equal(heads_pvrd[1, 1, 0], places[1]), "segment 3, chunk 1 of stage 1, has the second"
+    queries = _leaves(keys, "query")
+    assert np.array_equal(heads_pvrd[1, 0, 0], queries[0]), "segment 1 has the first attention layer"
+    assert np.array_equal(heads_pvrd[1, 1, 0], queries[1]), "segment 3, chunk 1 of stage 1, has the second"
     assert np.array_equal(heads_pvrd[1, 1, 1], keys["mtp"]["layers"]["children"][0]["mixer"]["query"][...])
     assert not np.any(heads_pvrd[0])
     assert split["layers"]["E"]["mixer"]["router"]["gate"].get_metadata()["staged"]

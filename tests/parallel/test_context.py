@@ -45,9 +45,9 @@ def test_order_by_hand():
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_places_are_the_order(name):
+def test_indices_are_the_order(name):
     plan = plan_of(name)
-    found = run(plan, lambda x: jnp.broadcast_to(context.places(x.shape[1], plan), x.shape[:2]), rows())
+    found = run(plan, lambda x: jnp.broadcast_to(context.indices(x.shape[1], plan), x.shape[:2]), rows())
     np.testing.assert_array_equal(found[0], context.zigzag(LENGTH, plan.size("context")))
 
 

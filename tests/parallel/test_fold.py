@@ -35,7 +35,7 @@ def test_experts_over_every_axis():
 
 
 def test_experts_that_cut_data_in_two():
-    """data 4 x tensor 2 beside expert_data 2 x expert 4: cuts at 2, 4 and 8 devices."""
+    """data 4 x tensor 2 beside expert_data 2 x expert 4: boundaries at 2, 4 and 8 devices."""
     folding = folded(data=4, tensor=2, expert=4)
     assert folding.axes == (("data.0", 2), ("data.1", 2), ("tensor", 2))
     assert nonempty(folding) == {
@@ -59,7 +59,7 @@ def test_expert_tensor_that_cuts_tensor_in_two():
 
 
 def test_sizes_that_are_no_powers_of_two():
-    """data 2 x tensor 6 beside expert_data 4 x expert 3: cuts at 3, 6 and 12 devices."""
+    """data 2 x tensor 6 beside expert_data 4 x expert 3: boundaries at 3, 6 and 12 devices."""
     folding = folded(data=2, tensor=6, expert=3)
     assert folding.axes == (("data", 2), ("tensor.0", 2), ("tensor.1", 3))
     assert folding.logical["expert_data"] == ("data", "tensor.0")
@@ -125,14 +125,14 @@ def test_a_run_that_does_not_divide_is_refused_with_those_that_do():
 
 def test_a_run_that_crosses_the_context_is_refused_with_those_that_fold():
     with pytest.raises(
-        FoldError, match=r"fsdp_size 3: .* cuts at 2 and 3 devices cross; .*: fsdp_size 2, fsdp_size 6$"
+        FoldError, match=r"fsdp_size 3: .* boundaries at 2 and 3 devices cross; .*: fsdp_size 2, fsdp_size 6$"
     ):
         folded(data=3, context=2, fsdp_size=3)
 
 
 def test_a_run_that_crosses_the_experts_is_refused_with_those_that_fold():
     with pytest.raises(
-        FoldError, match=r"fsdp_size 3: .* cuts at 2 and 3 devices cross; .*: fsdp_size 2, fsdp_size 6$"
+        FoldError, match=r"fsdp_size 3: .* boundaries at 2 and 3 devices cross; .*: fsdp_size 2, fsdp_size 6$"
     ):
         folded(data=6, expert=2, fsdp_size=3)
 
@@ -153,7 +153,7 @@ def test_one_key_head_is_copied_to_every_rank():
     assert folding.logical["kv_heads_copies"] == ("tensor",)
 
 
-def test_two_cuts_of_one_axis():
+def test_two_boundaries_in_one_axis():
     folding = folded(tensor=8, outer={"kv_heads": ("tensor", 2), "groups": ("tensor", 4)})
     assert folding.axes == (("tensor.0", 2), ("tensor.1", 2), ("tensor.2", 2))
     assert folding.logical["kv_heads"] == ("tensor.0",)
@@ -161,7 +161,7 @@ def test_two_cuts_of_one_axis():
     assert folding.logical["groups_copies"] == ("tensor.2",)
 
 
-def test_a_cut_that_does_not_divide_is_refused():
+def test_a_boundary_that_does_not_divide_is_refused():
     with pytest.raises(FoldError) as caught:
         folded(tensor=4, outer={"kv_heads": ("tensor", 3)})
     assert str(caught.value) == (
@@ -169,7 +169,7 @@ def test_a_cut_that_does_not_divide_is_refused():
     )
 
 
-def test_two_cuts_that_cross_are_refused():
+def test_two_boundaries_that_cross_are_refused():
     crossing = r"kv_heads 2 x kv_heads_copies 3 and .*groups 3 x groups_copies 2 share no mesh: "
     with pytest.raises(FoldError, match=crossing + r".*; nearest legal: groups 2, groups 6$"):
         folded(tensor=6, outer={"kv_heads": ("tensor", 2), "groups": ("tensor", 3)})
@@ -179,7 +179,8 @@ def test_factorizations_without_a_common_mesh_are_both_named():
     with pytest.raises(FoldError) as caught:
         folded(data=4, tensor=3, expert=4)
     assert str(caught.value).startswith(
-        "data 4 x tensor 3 and expert_data 3 x expert 4 share no mesh: cuts at 3 and 4 devices cross; nearest legal: "
+        "data 4 x tensor 3 and expert_data 3 x expert 4 share no mesh: boundaries at 3 and 4 devices cross; "
+        "nearest legal: "
     )
 
 
@@ -231,15 +232,15 @@ def test_what_a_refusal_suggests_is_legal(plan):
 
 
 @given(plans, sizes)
-def test_a_run_is_refused_exactly_when_its_cut_crosses_for_those_that_are_legal(plan, fsdp_size):
+def test_a_run_is_refused_exactly_when_its_boundary_crosses_for_those_that_are_legal(plan, fsdp_size):
     try:
         fold(**plan)
     except FoldError:
         assume(False)
     ranks, experts = plan["data"] * plan["context"], plan["expert"] * plan["expert_tensor"]
     others = [plan["tensor"] * plan["context"], plan["expert_tensor"], experts]
-    cut = plan["tensor"] * fsdp_size
-    legal = ranks % fsdp_size == 0 and all(cut % other == 0 or other % cut == 0 for other in others)
+    boundary = plan["tensor"] * fsdp_size
+    legal = ranks % fsdp_size == 0 and all(boundary % other == 0 or other % boundary == 0 for other in others)
     try:
         folding = fold(**plan, fsdp_size=fsdp_size)
     except FoldError as error:
@@ -252,11 +253,11 @@ def test_a_run_is_refused_exactly_when_its_cut_crosses_for_those_that_are_legal(
     assert legal
     lengths = dict(folding.axes)
     length = lambda axis: math.prod(lengths[name] for name in folding.logical[axis])  # noqa: E731
-    assert length("fsdp") == fsdp_size and length("expert_fsdp") == max(1, cut // experts)
+    assert length("fsdp") == fsdp_size and length("expert_fsdp") == max(1, boundary // experts)
     devices = ranks * plan["tensor"] * plan["stage"]
     expected = np.arange(devices) // plan["tensor"] % fsdp_size
     np.testing.assert_array_equal(folded_coordinates(folding, "fsdp", devices), expected)
-    inside = np.arange(devices) // experts % max(1, cut // experts)
+    inside = np.arange(devices) // experts % max(1, boundary // experts)
     np.testing.assert_array_equal(folded_coordinates(folding, "expert_fsdp", devices), inside)
 
 
@@ -313,8 +314,8 @@ def test_the_mesh_is_the_coarsest(plan):
 
 
 @given(plans)
-def test_a_fold_is_refused_exactly_when_cuts_cross(plan):
-    """By definition: some cut of one factorization neither divides nor is divided by a cut of the other."""
+def test_a_fold_is_refused_exactly_when_boundaries_cross(plan):
+    """By definition: some boundary of one factorization neither divides nor is divided by a boundary of the other."""
     ranks = plan["data"] * plan["context"] * plan["tensor"]
     inner = [plan["tensor"], plan["tensor"] * plan["context"], ranks]
     expert = [plan["expert_tensor"], plan["expert_tensor"] * plan["expert"]]

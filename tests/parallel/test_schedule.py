@@ -37,8 +37,8 @@ def schedules(draw: st.DrawFn, kinds: tuple[str, ...] = SCHEDULES) -> Schedule:
 def ticks_of(schedule: Schedule, stage: int) -> str:
     """What a stage does, tick by tick: F3 is microbatch 3 (of 1, 2, ...) forward, B3b backward through chunk b."""
     letters = ["", *"bcdefgh"]
-    rows = zip(*(table[:, stage] for table in schedule.tables[:3]), strict=True)
-    return " ".join("." if o == IDLE else f"{'FB'[o - 1]}{m + 1}{letters[c]}" for o, m, c in rows)
+    ticks = zip(*(table[:, stage] for table in schedule.tables[:3]), strict=True)
+    return " ".join("." if o == IDLE else f"{'FB'[o - 1]}{m + 1}{letters[c]}" for o, m, c in ticks)
 
 
 def order_of(schedule: Schedule, stage: int) -> str:
@@ -255,9 +255,9 @@ def test_buffers_do_not_grow_with_microbatches(kind: str, virtual: int):
 @given(schedules())
 def test_one_slot_of_each_inbox_is_enough(schedule: Schedule):
     """None on the first stage of a single chunk for what comes forward, nor on the last for what comes back."""
-    ends = (0 if schedule.virtual == 1 else 1,)
-    assert schedule.forward_slots == ends + (1,) * (schedule.stages - 1)
-    assert schedule.backward_slots == (1,) * (schedule.stages - 1) + ends
+    first = (0 if schedule.virtual == 1 else 1,)
+    assert schedule.forward_slots == first + (1,) * (schedule.stages - 1)
+    assert schedule.backward_slots == (1,) * (schedule.stages - 1) + first
 
 
 # Refusals
@@ -294,40 +294,40 @@ def test_refusals(arguments: tuple, message: str):
 COST = {"M": 2.0, "*": 5.0, "E": 3.0, "-": 1.0, "m": 0.0}
 
 
-def cut(pattern: str, count: int, **ends: float) -> tuple[str, ...]:
-    return segments(parse_pattern(pattern), count, COST.__getitem__, **ends)
+def split(pattern: str, count: int, **outer: float) -> tuple[str, ...]:
+    return segments(parse_pattern(pattern), count, COST.__getitem__, **outer)
 
 
-def test_a_written_cut_is_kept():
-    assert cut("M|E*||-M/*E", 4) == ("M", "E*", "", "-M")
+def test_a_written_split_is_kept():
+    assert split("M|E*||-M/*E", 4) == ("M", "E*", "", "-M")
 
 
-def test_a_written_cut_into_another_number_is_refused():
+def test_a_written_split_into_another_number_is_refused():
     message = r"^ModelConfig.pattern is 'M\|E\*', of 2 segments; expected 4, stages times chunks per stage, or no"
     with pytest.raises(ConfigError, match=message):
-        cut("M|E*", 4)
+        split("M|E*", 4)
 
 
 def test_balanced_by_cost():
-    assert cut("MM*E-*EEM", 3) == ("MM*", "E-*", "EEM")  # 9, 9 and 8
-    assert cut("*MMMMM--", 3) == ("*", "MMM", "MM--")  # 5, 6 and 6
-    assert cut("*-*E--", 3) == ("*", "-*", "E--")  # 6 bounds: 6, 5 and 5 and 5, 6 and 5 are as even
+    assert split("MM*E-*EEM", 3) == ("MM*", "E-*", "EEM")  # 9, 9 and 8
+    assert split("*MMMMM--", 3) == ("*", "MMM", "MM--")  # 5, 6 and 6
+    assert split("*-*E--", 3) == ("*", "-*", "E--")  # 6 bounds: 6, 5 and 5 and 5, 6 and 5 are as even
 
 
 def test_the_embedding_and_the_head_take_layers_away():
-    assert cut("MMMMMM", 3) == ("MM", "MM", "MM")
-    assert cut("MMMMMM", 3, last=4.0) == ("MM", "MMM", "M")
-    assert cut("MMMMMM", 3, first=6.0) == ("", "MMM", "MMM")
-    assert cut("MM", 2, last=7.0) == ("MM", "")
+    assert split("MMMMMM", 3) == ("MM", "MM", "MM")
+    assert split("MMMMMM", 3, last=4.0) == ("MM", "MMM", "M")
+    assert split("MMMMMM", 3, first=6.0) == ("", "MMM", "MMM")
+    assert split("MM", 2, last=7.0) == ("MM", "")
 
 
 def test_more_segments_than_layers():
-    found = cut("M*", 4)
+    found = split("M*", 4)
     assert "".join(found) == "M*" and sorted(found) == ["", "", "*", "M"]
 
 
 def test_one_segment_is_the_whole():
-    assert cut("M*E", 1, first=1.0, last=1.0) == ("M*E",)
+    assert split("M*E", 1, first=1.0, last=1.0) == ("M*E",)
 
 
 @given(
@@ -336,8 +336,8 @@ def test_one_segment_is_the_whole():
     st.sampled_from((0.0, 1.0, 4.5)),
     st.sampled_from((0.0, 2.0, 7.5)),
 )
-def test_no_other_cut_is_more_even(pattern: str, count: int, first: float, last: float):
-    """Against every cut there is: the least maximum, and among those the least sum of squares."""
+def test_no_other_split_is_more_even(pattern: str, count: int, first: float, last: float):
+    """Against every split there is: the least maximum, and among those the least sum of squares."""
 
     def score(ends: tuple[int, ...]) -> tuple[float, float]:
         bounds = [0, *ends, len(pattern)]
@@ -346,14 +346,14 @@ def test_no_other_cut_is_more_even(pattern: str, count: int, first: float, last:
         costs[-1] += last
         return max(costs), sum(c * c for c in costs)
 
-    found = cut(pattern, count, first=first, last=last)
+    found = split(pattern, count, first=first, last=last)
     assert "".join(found) == pattern and len(found) == count
     ends = tuple(itertools.accumulate(map(len, found)))[:-1]
-    cuts = itertools.combinations_with_replacement(range(len(pattern) + 1), count - 1)
-    assert score(ends) == min(map(score, cuts))
+    splits = itertools.combinations_with_replacement(range(len(pattern) + 1), count - 1)
+    assert score(ends) == min(map(score, splits))
 
 
-def test_an_even_cut_is_not_lost_to_the_last_bit():
-    """0.2 + 0.7 and 0.7 + 0.2 bound both cuts, but as differences of running sums they are not the same number."""
+def test_an_even_split_is_not_lost_to_the_last_bit():
+    """0.2 + 0.7 and 0.7 + 0.2 bound both splits, but as differences of running sums they are not the same number."""
     found = segments(parse_pattern("--**-*"), 4, {"-": 0.7, "*": 0.2}.__getitem__)
     assert found == ("-", "-", "**", "-*")  # not - | -* | *- | *

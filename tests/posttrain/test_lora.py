@@ -1,6 +1,7 @@
 """Low-rank adapters: what they compute, what they train, and what a run with them is as a checkpoint."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -47,16 +48,22 @@ MODEL = hybrid(
 LORA = LoraConfig(rank=3, alpha=6.0, weights=EVERYTHING)
 
 
-def logits(model, params, buffers):
+@functools.cache
+def program(model):
+    """The logits of a batch, of parameters and buffers."""
     rng = np.random.default_rng(0)
     tokens_bt = jnp.asarray(rng.integers(0, model.vocab_size, (2, 11)), jnp.int32)
     docs = Documents(jnp.asarray([[1] * 4 + [2] * 7, [1] * 8 + [0] * 3]), jnp.asarray([[*range(4), *range(7)]] * 2))
-    graph, plan = build(model).graph, single_device_plan(PlanConfig(dispatch="allgather"), model)
+    built, plan = build(model), single_device_plan(PlanConfig(dispatch="allgather"), model)
     run = plan.run(
-        lambda p, b: nnx.merge(graph, p, b).logits(tokens_bt, docs, plan),
-        inputs=(plan.specs(params), plan.specs(buffers)), outputs=plan.spec(),
+        lambda p, b: nnx.merge(built.graph, p, b).logits(tokens_bt, docs, plan),
+        inputs=(plan.specs(built.params), plan.specs(built.buffers)), outputs=plan.spec(),
     )  # fmt: skip
-    return np.asarray(jax.jit(run)(params, buffers))
+    return jax.jit(run)
+
+
+def logits(model, params, buffers):
+    return np.asarray(program(model)(params, buffers))
 
 
 @pytest.fixture(scope="module")

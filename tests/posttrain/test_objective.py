@@ -51,13 +51,13 @@ def numbers():
 
 def expected(extras, terms):
     """Loss and gradient of the head (2, 3), by hand: dL/dlog π of each token, times h (one-hot - π)."""
-    places = [(b, i) for b in range(2) for i in range(7) if CHOSEN[b, i]]
-    now = {(b, i): np.log(LIKELIHOOD[TOKENS[b, i], TOKENS[b, i + 1]]) for b, i in places}
+    chosen = [(b, i) for b in range(2) for i in range(7) if CHOSEN[b, i]]
+    now = {(b, i): np.log(LIKELIHOOD[TOKENS[b, i], TOKENS[b, i + 1]]) for b, i in chosen}
     groups = {}
-    for b, i in places:
+    for b, i in chosen:
         groups.setdefault((b, SEGMENTS[b, i]), []).append((b, i))
-    total = sum(extras[WEIGHT][p] for p in places)
-    loss, slope, cut = 0.0, dict.fromkeys(places, 0.0), 0
+    total = sum(extras[WEIGHT][p] for p in chosen)
+    loss, slope, clipped = 0.0, dict.fromkeys(chosen, 0.0), 0
     for members in groups.values():
         changes = {p: 0.0 if terms.on_policy else now[p] - extras[OLD][p] for p in members}
         for p in members:
@@ -68,15 +68,15 @@ def expected(extras, terms):
             value, derivative = -a * ratio, -a * ratio
             if -a * bounded > value:
                 value, derivative = -a * bounded, 0.0
-                cut += 1
+                clipped += 1
             if terms.dual_clip is not None and a < 0 and value > -a * terms.dual_clip:
-                value, cut = -a * terms.dual_clip, cut + (derivative != 0)
+                value, clipped = -a * terms.dual_clip, clipped + (derivative != 0)
                 derivative = 0.0
             scale = extras[WEIGHT][p] * extras[IMPORTANCE][p] / total
             loss += scale * value
             for q in shared:
                 slope[q] += scale * derivative / len(shared)
-    for p in places if terms.kl else ():
+    for p in chosen if terms.kl else ():
         gap = extras[REFERENCE][p] - now[p]
         scale = terms.kl * extras[WEIGHT][p] / total
         loss += scale * (gap**2 / 2 if terms.kl_estimator == "k2" else np.exp(gap) - gap - 1)
@@ -85,8 +85,8 @@ def expected(extras, terms):
     for (b, i), value in slope.items():
         token, following = TOKENS[b, i], TOKENS[b, i + 1]
         gradient += value * np.outer(HIDDEN[token], np.eye(3)[following] - LIKELIHOOD[token])
-    gap = np.mean([abs(now[p] - extras[ROLLOUT][p]) for p in places])
-    return loss, gradient, cut / len(places), -np.mean([now[p] for p in places]), gap
+    gap = np.mean([abs(now[p] - extras[ROLLOUT][p]) for p in chosen])
+    return loss, gradient, clipped / len(chosen), -np.mean([now[p] for p in chosen]), gap
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_loss_and_gradient_equal_the_formulas(changes):
     )  # fmt: skip
     function = jax.jit(gradients(built, policy_objective(terms), MODEL, plan, "float32"))
     loss, grads, counts, sums = function(params, built.buffers, batch_to_devices(batch, plan))
-    loss_now, gradient, cut, entropy, gap = expected(extras, terms)
+    loss_now, gradient, clipped, entropy, gap = expected(extras, terms)
     assert float(loss) == pytest.approx(loss_now, rel=2e-6)
     np.testing.assert_allclose(grads["head"]["weight"][...], gradient, rtol=2e-5, atol=1e-7)
     mean = {name: float(sums.metrics[name] / counts.metrics[name]) for name in sums.metrics}
-    assert mean["clipped"] == pytest.approx(cut) and mean["entropy"] == pytest.approx(entropy, rel=1e-6)
+    assert mean["clipped"] == pytest.approx(clipped) and mean["entropy"] == pytest.approx(entropy, rel=1e-6)
     assert mean["gap"] == pytest.approx(gap, rel=1e-6)
     assert ("divergence" in mean) == bool(terms.kl)
 

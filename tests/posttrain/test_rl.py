@@ -96,15 +96,15 @@ def test_a_run_goes_on_to_the_bit_and_counts_no_sample_twice(recipe, tmp_path):
     check_records(lines, [json.loads(line) for file in tables for line in file.read_text().splitlines()])
 
 
-def check_records(lines, rows):
+def check_records(lines, samples):
     first, second, third, _ = lines
     assert {"reward", "reward/digits", "reward/desk", "answer_tokens/desk", "mismatch_max", "entropy"} <= first.keys()
     assert "reward" not in second and "reward" in third  # one rollout for two updates
     assert first["clipped"] == 0 and first["mismatch_max"] < 1e-4 and 0 <= first["zero_gradient_groups"] <= 1
     assert {"heldout_failure", "heldout_reward", "heldout_reward/digits", "heldout_reward/desk"} <= second.keys()
     assert second["heldout_failure"] == pytest.approx(1 - second["heldout_reward"])
-    assert len(rows) == 10 and {row["environment"] for row in rows} == {"digits", "desk"}
-    assert all(row["tokens"] <= 4 and row["reward"] == sum(row["rewards"].values()) for row in rows)
+    assert len(samples) == 10 and {row["environment"] for row in samples} == {"digits", "desk"}
+    assert all(row["tokens"] <= 4 and row["reward"] == sum(row["rewards"].values()) for row in samples)
 
 
 def test_exact_rollouts_and_their_trainer_differ_by_nothing(recipe, tmp_path):

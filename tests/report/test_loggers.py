@@ -200,9 +200,9 @@ def test_trackio_on_this_machine(tmp_path, monkeypatch, capfd):
     assert write(folder, "trackio", range(4, 6), resume_step=3) == []
     own = (folder / "run_id").read_text().strip()
     with sqlite3.connect(tmp_path / "trackio" / "project.db") as database:
-        rows = database.execute("select run_id, run_name, step, metrics from metrics order by id").fetchall()
-    assert len({row[0] for row in rows}) == 1
-    assert [(name, step, json.loads(metrics)["loss"]) for _, name, step, metrics in rows] == [
+        records = database.execute("select run_id, run_name, step, metrics from metrics order by id").fetchall()
+    assert len({row[0] for row in records}) == 1
+    assert [(name, step, json.loads(metrics)["loss"]) for _, name, step, metrics in records] == [
         (f"run-{own}", step, 10.0 - step) for step in range(1, 6)
     ]
     assert capfd.readouterr().out == ""

@@ -50,27 +50,27 @@ def test_arrays_become_numbers(tmp_path):
 @pytest.mark.parametrize("killed_at", [5, 6, 9])
 def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, killed_at):
     whole = run(tmp_path / "whole", range(1, 13))
-    run(tmp_path / "cut", range(1, killed_at + 1))
-    assert run(tmp_path / "cut", range(6, 13), resume_step=5) == whole
+    run(tmp_path / "killed", range(1, killed_at + 1))
+    assert run(tmp_path / "killed", range(6, 13), resume_step=5) == whole
 
 
 @pytest.mark.parametrize("bytes_left", [1, 20, -2])
 def test_a_line_torn_by_a_kill_is_removed(tmp_path, bytes_left):
     """The line of step 7 is cut after its first bytes, or just before its closing brace."""
     whole = run(tmp_path / "whole", range(1, 10))
-    run(tmp_path / "cut", range(1, 7))
+    run(tmp_path / "killed", range(1, 7))
     torn = whole.splitlines(keepends=True)[6][:bytes_left]
-    with (tmp_path / "cut" / "metrics.jsonl").open("ab") as file:
+    with (tmp_path / "killed" / "metrics.jsonl").open("ab") as file:
         file.write(torn)
-    assert [r["step"] for r in read_metrics(tmp_path / "cut")] == list(range(1, 7))
-    assert run(tmp_path / "cut", range(7, 10), resume_step=6) == whole
+    assert [r["step"] for r in read_metrics(tmp_path / "killed")] == list(range(1, 7))
+    assert run(tmp_path / "killed", range(7, 10), resume_step=6) == whole
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
     whole = run(tmp_path / "whole", range(1, 8))
-    content = run(tmp_path / "cut", range(1, 6))
-    (tmp_path / "cut" / "metrics.jsonl").write_bytes(content[:-1])
-    assert run(tmp_path / "cut", range(6, 8), resume_step=5) == whole
+    content = run(tmp_path / "killed", range(1, 6))
+    (tmp_path / "killed" / "metrics.jsonl").write_bytes(content[:-1])
+    assert run(tmp_path / "killed", range(6, 8), resume_step=5) == whole
 
 
 @pytest.mark.parametrize("line", ["[1]", "7", "null", '{"loss": 1}', '{"step": "1"}', '{"step": true}'])

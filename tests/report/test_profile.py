@@ -240,10 +240,10 @@ def test_folders_without_a_trace_are_refused(tmp_path):
         step_table(write_trace(tmp_path, {"/host:CPU": [("python", "call", 0, 5, {})]}))
 
 
-@pytest.mark.parametrize("cut", [b"\x0a\x05ab", b"\x80", b"\x0b", b"\x09\x01"])
-def test_what_is_no_protocol_buffer_is_an_error(cut):
+@pytest.mark.parametrize("damaged", [b"\x0a\x05ab", b"\x80", b"\x0b", b"\x09\x01"])
+def test_what_is_no_protocol_buffer_is_an_error(damaged):
     with pytest.raises(ValueError, match="not a protocol buffer"):
-        list(messages(cut))
+        list(messages(damaged))
 
 
 def test_every_scope_of_the_code_is_known():

@@ -6,7 +6,7 @@ import pytest
 
 from orogen.config.load import load
 from orogen.config.plan import PlanConfig
-from orogen.cost.ledger import ENDS, Collective, Ledger, Workload
+from orogen.cost.ledger import OUTER, Collective, Ledger, Workload
 from orogen.simulate.hardware import KINDS, PROGRAMS, Shares
 from orogen.simulate.links import Links, links_of
 
@@ -17,7 +17,7 @@ H100 = dataclasses.replace(KINDS["h100"], shares=PLAIN)
 
 def links(software="megatron", **plan: int) -> Links:
     sizes = PlanConfig(**plan)
-    return links_of(H100, PROGRAMS[software], Ledger(ENDS, sizes, MODEL, Workload(1, 8)))
+    return links_of(H100, PROGRAMS[software], Ledger(OUTER, sizes, MODEL, Workload(1, 8)))
 
 
 def test_folded_experts_stay_in_a_node_where_others_leave_it():
@@ -65,7 +65,7 @@ def test_a_token_is_sent_once_to_a_node_that_has_several_of_its_experts():
     plan = PlanConfig(data=16, expert=16)
     model = dataclasses.replace(MODEL, n_routed_experts=16)
     often, rarely = (
-        links_of(H100, software, Ledger(ENDS, plan, model, Workload(1, 8))).seconds(
+        links_of(H100, software, Ledger(OUTER, plan, model, Workload(1, 8))).seconds(
             Collective("dispatch", "forward", "all-to-all", ("expert",), 1, 15 * 50e9)
         )[0]
         for software in (PROGRAMS["megatron"], once)

@@ -11,7 +11,7 @@ import pytest
 
 from orogen.cli import main
 from orogen.parallel.schedule import BACKWARD, FORWARD
-from orogen.simulate.page import headline, traffic_rows, write_page
+from orogen.simulate.page import headline, traffic_grid, write_page
 from orogen.simulate.pictures import (
     MAX_PASSES,
     Candidate,
@@ -128,7 +128,7 @@ def test_the_headline():
 
 
 def test_the_longest_communication_comes_first():
-    heads, first, second = traffic_rows(prediction())
+    heads, first, second = traffic_grid(prediction())
     assert first == ("data + context", "reduce_scatter", "network", "2.000", "40.00", "0.00")
     assert second == ("tensor", "all_gather", "node", "1.000", "4.00", "1.00")
     assert len(heads) == len(first)

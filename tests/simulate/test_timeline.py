@@ -26,8 +26,8 @@ def test_the_timeline_keeps_to_the_order_of_the_table(schedule: Schedule):
     work = timeline(schedule, hop=0.25)
     for stage in range(schedule.stages):
         mine = [(w.operation, w.microbatch, w.chunk) for w in work if w.stage == stage]
-        rows = zip(*(table[:, stage].tolist() for table in schedule.tables[:3]), strict=True)
-        assert mine == [row for row in rows if row[0] != IDLE]
+        ticks = zip(*(table[:, stage].tolist() for table in schedule.tables[:3]), strict=True)
+        assert mine == [row for row in ticks if row[0] != IDLE]
 
 
 def test_stages_may_cost_differently():

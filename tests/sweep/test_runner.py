@@ -171,8 +171,8 @@ def test_ctrl_c_ends_the_runs(tmp_path):
 def test_runs_at_a_time_share_the_gpus():
     assert environments(3, []) == [{}]
     assert environments(2, ["0", "1"]) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.460"}
-    assert environments(3, ["4", "5"]) == [{"CUDA_VISIBLE_DEVICES": gpu, **share} for gpu in ("4", "5", "4")]
+    part = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.460"}
+    assert environments(3, ["4", "5"]) == [{"CUDA_VISIBLE_DEVICES": gpu, **part} for gpu in ("4", "5", "4")]
 
 
 STUDY = """

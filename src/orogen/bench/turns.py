@@ -4,7 +4,7 @@ Compiling takes most of a benchmark's time and needs no device for itself; timin
 once every case is compiled, or has ended, and the processes of those before it are gone, with their memory.
 
 The caller runs `in_turn` with a command that understands `--one CASE FOLDER`. There, the process makes its `Turn`,
-compiles, calls `wait`, measures, and hands back its rows by `answer`.
+compiles, calls `wait`, measures, and hands back its results by `answer`.
 """
 
 import json
@@ -19,9 +19,9 @@ from orogen.config.files import write_atomically
 
 PATIENCE = 600.0  # seconds that a case waits for its turn
 POLL = 0.1  # seconds
-ORDER, READY, ENDED, ROWS, LOGS = "order.json", "ready", "ended", "rows", "logs"
+ORDER, READY, ENDED, RESULTS, LOGS = "order.json", "ready", "ended", "results", "logs"
 
-Rows = list[dict[str, Any]]
+Results = list[dict[str, Any]]
 
 
 class Turn(NamedTuple):
@@ -43,15 +43,15 @@ class Turn(NamedTuple):
                 raise TimeoutError(f"{self.name} waited {PATIENCE:g} s for the other cases")
             time.sleep(POLL)
 
-    def answer(self, rows: Rows) -> None:
+    def answer(self, results: Results) -> None:
         """Hands the case's results to `in_turn`."""
-        write_atomically(self.folder / ROWS / self.name, json.dumps(rows).encode())
+        write_atomically(self.folder / RESULTS / self.name, json.dumps(results).encode())
 
 
 class Outcome(NamedTuple):
-    """Rows of the cases in their order, and by case why it failed."""
+    """Results of the cases in their order, and by case why it failed."""
 
-    rows: Rows
+    results: Results
     failures: dict[str, str]
 
 
@@ -66,14 +66,14 @@ def in_turn(order: Sequence[str], command: Sequence[str], *, limit_s: float | No
         raise ValueError(f"cases {list(order)!r}; expected different names without a slash")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for part in (READY, ENDED, ROWS, LOGS):
+        for part in (READY, ENDED, RESULTS, LOGS):
             (folder / part).mkdir()
         (folder / ORDER).write_text(json.dumps(list(order)))
         failures = _run({name: [*command, "--one", name, made] for name in order}, folder, limit_s)
-        found = {name: folder / ROWS / name for name in order}
-        rows = [row for file in found.values() if file.is_file() for row in json.loads(file.read_text())]
+        found = {name: folder / RESULTS / name for name in order}
+        results = [row for file in found.values() if file.is_file() for row in json.loads(file.read_text())]
         silent = {name: _last_line(folder, name) for name, file in found.items() if not file.is_file()}
-        return Outcome(rows, {**silent, **failures})
+        return Outcome(results, {**silent, **failures})
 
 
 def _run(commands: Mapping[str, Sequence[str]], folder: Path, limit_s: float | None) -> dict[str, str]:

@@ -87,11 +87,11 @@ def seconds_a_run(start: Callable[[], Any], wait: Callable[[Any], Any], runs: in
     `start` begins a run; `wait` returns once its result is ready. Each run is started while the previous one is still
     running, as in a training loop, so that the host's preparation overlaps with the device's work.
     """
-    ends, running = [], start()
+    finished, running = [], start()
     for _ in range(runs + 1):
         ahead = start()
         wait(running)
-        ends.append(time.perf_counter())
+        finished.append(time.perf_counter())
         running = ahead
     wait(running)
-    return [end - before for before, end in itertools.pairwise(ends)]
+    return [end - before for before, end in itertools.pairwise(finished)]

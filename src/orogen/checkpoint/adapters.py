@@ -36,13 +36,13 @@ MERGE = "to-hf, which adds the adapters to the weights"
 
 
 def with_adapters(folder: Folder, lora: LoraConfig, *, seed: int) -> Folder:
-    """The folder as that of its model with fresh adapters, which change nothing yet. Raises ConfigError if it has no
+    """The folder of the same model with fresh adapters, which change nothing yet. Raises ConfigError if it has no
     weight for them."""
     return _WithAdapters(folder, adapted(folder.config, lora), seed)
 
 
 class _WithAdapters(ExtendedFolder):
-    """A folder whose weights get factors that are drawn."""
+    """A folder whose weights get freshly drawn factors."""
 
     def read(self, built: Built, plan: Plan, dtype: str) -> tuple[nnx.State, nnx.State]:
         """See `Folder.read`. The factors are float32."""
@@ -60,7 +60,7 @@ class _WithAdapters(ExtendedFolder):
 
 
 def _of_base(path: names.Path, adapted: dict[names.Path, Any]) -> names.Path:
-    """Where the model without adapters has the weight of this path."""
+    """The path of the same weight in the model without adapters."""
     return path[:-1] if path[-1] == WEIGHT and (*path[:-1], A) in adapted else path
 
 
@@ -68,9 +68,9 @@ def write_peft(source: Path, target: Path) -> list[str]:
     """Writes the adapters of a run into the new folder `target`, as PEFT reads them: adapter_config.json and
     adapter_model.safetensors, for the Hugging Face model that the run started from.
 
-    A tensor of several of our weights gets their factors side by side: one matrix A of all, and B with a block of rows
-    per weight; its rank and alpha are as many times larger. Returns the tensors of adapters that are left out, those of
-    the multi-token-prediction block, which transformers does not have. Raises ConfigError, also for a run that PEFT
+    A tensor made of several of our weights gets their factors side by side: one matrix A of all, and B with a block of
+    rows per weight; rank and alpha grow in proportion. Returns the tensors whose adapters are left out: those of the
+    multi-token-prediction block, which transformers does not have. Raises ConfigError, also for a run that PEFT
     cannot describe.
     """
     with open_folder(source) as folder:
@@ -130,7 +130,7 @@ def _pair(name: str, tensor: names.Tensor, factors: dict[names.Path, np.ndarray]
 
 
 def _config(lora: LoraConfig, ranks: dict[str, int]) -> dict[str, Any]:
-    """adapter_config.json. ranks: those of the modules."""
+    """The content of adapter_config.json. ranks: by module."""
     times = {module: rank // lora.rank for module, rank in ranks.items() if rank != lora.rank}
     alpha = lora.scale * lora.rank
     return {

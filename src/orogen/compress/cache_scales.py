@@ -1,7 +1,7 @@
 """The largest magnitudes of keys and values over calibration text, which become their scales in FP8.
 
-The stack is given empty caches with room for all of a batch's tokens; what its layers keep is then all that they would
-keep while serving.
+The stack is given empty caches with room for all tokens of a batch, so its layers keep exactly what they would keep
+while serving.
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ def cache_scales(opened: Opened, batches: Iterable[Batch], dtype: str = "float32
     """By layer of the pattern, the scales of keys and of values: the largest magnitude of each over all tokens, heads
     and devices, over E4M3's largest number; None for layers without any. Latent attention has one scale for both.
 
-    Raises ConfigError as `require_keys_and_values`, and for numbers that are not finite.
+    Raises ConfigError as `require_keys_and_values` does, and for numbers that are not finite.
     """
     require_keys_and_values(opened.config, opened.plan.config)
     main = opened.config.layers.main

@@ -109,8 +109,8 @@ class Calibration:
         home, (params, buffers) = homes(self._opened.config)[idle.layer], self._weights
         flat: dict[Any, Any] = {**leaves_of(params)}
         down = flat[path := (*home.path, "mixer", "down")]
-        cut = down[...].at[(*home.index, idle.units)].set(0)
-        flat[path] = down.replace(jax.device_put(cut, down[...].sharding))
+        zeroed = down[...].at[(*home.index, idle.units)].set(0)
+        flat[path] = down.replace(jax.device_put(zeroed, down[...].sharding))
         return nnx.from_flat_state(flat), buffers
 
     def _laid(self, batch: Batch) -> Batch:

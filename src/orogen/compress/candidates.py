@@ -154,14 +154,14 @@ def pattern_of(parent: ModelConfig, kept: Mapping[str, int], removal: Sequence[i
     they may be removed; of kinds that it does not name enough of, evenly spread layers stay."""
     main, removed = parent.layers.main, set()
     for letter, count in kept.items():
-        places = [place for place, one in enumerate(main) if one == letter]
-        excess = len(places) - count
-        named = [place for place in removal if main[place] == letter][:excess]
-        left = [place for place in places if place not in named]
+        indices = [index for index, one in enumerate(main) if one == letter]
+        excess = len(indices) - count
+        named = [index for index in removal if main[index] == letter][:excess]
+        left = [index for index in indices if index not in named]
         stay = (
             {left[(2 * i + 1) * len(left) // (2 * count)] for i in range(count)} if len(named) < excess else set(left)
         )
-        removed |= set(places) - stay
-    pattern = "".join(letter for place, letter in enumerate(main) if place not in removed)
+        removed |= set(indices) - stay
+    pattern = "".join(letter for index, letter in enumerate(main) if index not in removed)
     _, slash, mtp = parent.pattern.partition("/")
     return pattern + slash + mtp

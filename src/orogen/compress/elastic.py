@@ -47,15 +47,14 @@ class Chooser(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A step's submodel: by size, which choice it has, 1 for one and 0 for the others, with the gradient of the
-    probabilities."""
+    """A step's submodel: one-hot choices by size, which carry the gradient of the probabilities."""
 
     picks: dict[str, Array]
 
 
 def make_nesting(model: ModelConfig, elastic: ElasticConfig) -> Nesting:
-    """The submodels of a model. Raises ConfigError for sizes or layers that no submodel can have; the message has the
-    nearest that it can."""
+    """The submodels of a model. Raises ConfigError for sizes or layers that no submodel can have; the message names
+    the nearest ones that are possible."""
     choices = {}
     for field in elastic.sizes:
         whole = len(model.layers.main) if field == LAYERS else getattr(model, field)
@@ -118,9 +117,9 @@ def cost_table(nesting: Nesting, elastic: ElasticConfig) -> np.ndarray:
 
 
 class Elastic:
-    """`task.Submodels` by a router that sees the budget: for each size two layers, then a Gumbel-softmax. A pass takes
-    the likeliest choice, so that it is that of a submodel, and the gradient is that of the probabilities
-    (arXiv:1611.01144, straight-through). The largest budget takes the whole model."""
+    """`task.Submodels` by a router that sees the budget: for each size two layers, then a Gumbel-softmax. The
+    forward pass takes the likeliest choice, so it computes a real submodel; the backward pass takes the gradient of the
+    probabilities (straight-through, arXiv:1611.01144). The largest budget takes the whole model."""
 
     def __init__(self, config: RunConfig):
         self.config, self.elastic = config, config.need("model", "train", "elastic").elastic
@@ -185,7 +184,7 @@ class Elastic:
         return {field: of(part) for field, part in router.items()}
 
     def budget_loss(self, router: Any, budget: Array, step: Array) -> Array:
-        """budget_weight x |expected cost / budget - 1|, 0 within the tolerance and of the whole model."""
+        """budget_weight x |expected cost / budget - 1|, 0 within the tolerance and for the whole model."""
         expected = jnp.asarray(self.costs, jnp.float32)
         for logits_c in self.logits(router, budget, step).values():
             expected = jnp.tensordot(jax.nn.softmax(logits_c), expected, axes=1, precision="highest")
@@ -195,8 +194,8 @@ class Elastic:
         return jnp.where(counts, self.elastic.budget_weight * apart, 0)
 
     def sizes(self, chooser: Chooser, budget: int) -> tuple[dict[str, int], float]:
-        """The likeliest submodel that keeps a budget, and its share of the whole model's cost. If there are any within
-        the tolerance below the budget, one of these: an expected cost may be that of a mixture of far smaller ones."""
+        """The likeliest submodel within a budget, and its share of the whole model's cost. Submodels within the
+        tolerance below the budget come first: an expected cost may be that of a mixture of far smaller ones."""
         if budget == len(self.elastic.budgets) - 1:
             return {field: choices[-1] for field, choices in self.nesting.choices.items()}, 1.0
         total: Any = np.zeros(())
@@ -227,15 +226,15 @@ class Elastic:
             soft_c = jax.nn.softmax((logits_c + noise_c) / temperature)
             whole_c = np.arange(len(logits_c)) == len(logits_c) - 1
             hard_c = jnp.where(budget == last, whole_c, soft_c == soft_c.max())
-            # The whole model is no choice of the router, which learns nothing from it.
+            # The router does not choose the whole model, so it learns nothing from it.
             learned = (budget < last) * (soft_c - jax.lax.stop_gradient(soft_c))
             picks[field] = hard_c.astype(jnp.float32) + learned
         return picks
 
 
 class Budgets:
-    """An `Evaluation` of the whole model, and of each budget's submodel. While it scores a submodel, its masked
-    parameters are one more float32 copy of the model's, which no plan of memory counts."""
+    """An `Evaluation` of the whole model, and of each budget's submodel. While a submodel is scored,
+    its masked parameters are a further float32 copy, which no prediction of memory counts."""
 
     def __init__(self, whole: Evaluation, elastic: Elastic, run_dir: Path):
         self._whole, self._elastic, self._folder = whole, elastic, run_dir
@@ -276,7 +275,7 @@ class Budgets:
 
 
 def elastic_task(task: Task, config: RunConfig, run_dir: Path) -> Task:
-    """The task that trains submodels in place of the whole model. Raises ConfigError for budgets that no submodel keeps
+    """The task that trains submodels in place of the whole model. Raises ConfigError for budgets that no submodel meets
     and sizes that the model's groups do not divide."""
     elastic = Elastic(config)
     expected = "above 0 with ElasticConfig: submodels are compared on held-out text"

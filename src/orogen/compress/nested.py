@@ -1,9 +1,9 @@
 """Submodels of a model whose units are in the order of their importance, as masks of its parameters.
 
 A submodel has the first units of each kind, and the layers that are left when the least important are removed. Its mask
-multiplies the parameters of absent units by 0, and the weights of norms by what a slice multiplies them by
-(`slices.norm_factor`). A plan with `nested` reads such parameters as the submodel's: absent channels are no part of a
-norm's mean, and absent experts are not routed to. Everything else of an absent unit is an exact zero in a sum.
+multiplies the parameters of absent units by 0, and the weights of norms by the factor of a slice
+(`slices.norm_factor`). A plan with `nested` reads such parameters as the submodel's: norms leave absent channels out of
+their means, and no token is routed to an absent expert. Whatever else an absent unit adds to a sum is exactly zero.
 
 Letters: c choices of a size, u units, l layers.
 """
@@ -39,8 +39,8 @@ Picks = Mapping[str, Any]
 
 
 class Nesting:
-    """The submodels of a model: of each size the choices, the largest of which is the model's own. removal: the numbers
-    of the layers in the order in which they are removed."""
+    """The submodels of a model. choices: the values of each size, the largest being the model's own. removal: the
+    numbers of the layers in the order in which they are removed."""
 
     def __init__(self, config: ModelConfig, choices: Mapping[str, Sequence[int]], removal: Sequence[int] = ()):
         self.config, self.choices, self.removal = config, dict(choices), tuple(removal)
@@ -49,22 +49,22 @@ class Nesting:
 
     @functools.cached_property
     def _of_letter(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-        """By letter, `_masks`. Not made before the choices have been checked."""
+        """`_masks` by letter. Computed on first use, since the choices must be checked first."""
         return {letter: self._masks(letter) for letter in dict.fromkeys(home.letter for home in self._homes)}
 
     def settings(self, sizes: Mapping[str, int]) -> PruneConfig:
-        """What cuts out the submodel of these sizes, from `orogen prune` too."""
+        """The settings by which `orogen prune` cuts out the submodel of these sizes."""
         widths: Any = {field: size for field, size in sizes.items() if field != LAYERS}
         widths = widths or {HIDDEN_SIZE: self.config.hidden_size}  # layers alone, all of which may stay
         return PruneConfig(**widths, remove_layers=self.removed(sizes.get(LAYERS)), width_scores="order")
 
     def removed(self, layers: int | None) -> tuple[int, ...]:
-        """The numbers of the layers that a submodel with so many does not have."""
+        """The numbers of the layers that a submodel of so many layers lacks."""
         main = len(self.config.layers.main)
         return tuple(sorted(self.removal[: main - (main if layers is None else layers)]))
 
     def picks(self, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-        """The picks of a submodel with these sizes, which are among the choices; others are the model's own."""
+        """The picks of a submodel with these sizes, which are among the choices; missing ones are the model's own."""
         chosen = {field: sizes.get(field, max(choices)) for field, choices in self.choices.items()}
         return {field: (np.array(self.choices[field]) == size).astype(np.float32) for field, size in chosen.items()}
 
@@ -88,7 +88,7 @@ class Nesting:
                 )
 
     def masked(self, params: nnx.State, picks: Picks) -> nnx.State:
-        """The parameters of the submodel that the picks say: those of the whole model, times masks."""
+        """The parameters of the picked submodel: those of the whole model, times masks."""
         held = {home.path: home.letter for home in self._homes}
         depth = sorted({len(path) for path in held})
 
@@ -110,8 +110,8 @@ class Nesting:
         return jax.tree_util.tree_map_with_path(of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def present_experts(self, picks: Picks) -> list[Array]:
-        """Which experts the submodel has (…, e), for each of the loads in `loss.Sums`: none in a layer that is removed.
-        The axes in front are those of a module's repetitions, or missing if all of these have the same."""
+        """For each load in `loss.Sums`, which experts the submodel has (…, e): none in a removed layer. Leading axes
+        are those of a module's repetitions; they are missing if all repetitions have the same experts."""
         masks = self._of_letter.get("E", {}).get("experts", {})
         present_e = jnp.ones(self.config.n_routed_experts or 0)
         for field, mask_ce in masks.items():
@@ -141,15 +141,15 @@ class Nesting:
         return product
 
     def _of_present(self, name: str, axes: tuple[str | None, ...], present: Array, mask: Array) -> Array:
-        """The mask of a parameter of a layer, which is there or not: what it writes to the stream, once, and the first
-        row of a router's gate, by which the router knows (`Router.present`). Tokens are still routed by the others."""
+        """The mask of a parameter of a removable layer: of what it writes to the stream, exactly once, and of the first
+        row of a router's gate, which tells the router (`Router.present`). The other rows still route tokens."""
         if name == "router.gate":
             first_d1 = (np.arange(self.config.hidden_size) == 0)[:, None]
             return jnp.where(first_d1, lax.stop_gradient(present), 1) * mask
         return present * mask if axes[-1] == HIDDEN or (axes[-1] == "expert_out" and not self._latent) else mask
 
     def _factor(self, masks: Mapping[str, np.ndarray], picks: Picks) -> Array:
-        """What the weight of a norm over such channels is multiplied by."""
+        """The factor of the weight of a norm over these channels."""
         fields = list(masks)
         shares = [mask_cu.mean(1) for mask_cu in masks.values()]
         whole = max((mask_cu.shape[1] for mask_cu in masks.values()), default=1)
@@ -160,7 +160,7 @@ class Nesting:
         return jnp.asarray(table)
 
     def _present(self, home: tuple[Any, ...], axes: int, picks: Picks) -> Array:
-        """Whether the layers of a module are there, with the axes of their repetitions in front of a parameter's."""
+        """Whether the layers of a module are present, with the axes of their repetitions in front of a parameter's."""
         main = len(self.config.layers.main)
         numbers = {h.index: number for number, h in enumerate(self._homes[:main]) if h.path == home}
         present_cl = np.ones((len(self.choices[LAYERS]), main), np.float32)

@@ -185,21 +185,21 @@ def layers_shown(model: ModelConfig, choice: Choice) -> Layers | None:
 
 def table(shown: Axes, layers: Layers | None, sizes: tuple[int, int]) -> list[str]:
     """One line per size that changed: from, to, and the share of the scores' sum that stays, beside that of units."""
-    rows = [("axis", "from", "to", "units", "importance")]
+    grid = [("axis", "from", "to", "units", "importance")]
     for field, axis in shown.items():
         share = f"{axis.importance:.1%}" if axis.curves else ""
-        rows.append((field, f"{axis.before:,}", f"{axis.after:,}", f"{axis.after / axis.before:.1%}", share))
+        grid.append((field, f"{axis.before:,}", f"{axis.after:,}", f"{axis.after / axis.before:.1%}", share))
     if layers is not None:
         left = len(layers.pattern) - len(layers.removed)
         share = f"{layers.importance:.1%}" if layers.scores else ""
-        rows.append(("layers", f"{len(layers.pattern)}", f"{left}", f"{left / len(layers.pattern):.1%}", share))
-    rows.append(("parameters", f"{sizes[0]:,}", f"{sizes[1]:,}", f"{sizes[1] / sizes[0]:.1%}", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        grid.append(("layers", f"{len(layers.pattern)}", f"{left}", f"{left / len(layers.pattern):.1%}", share))
+    grid.append(("parameters", f"{sizes[0]:,}", f"{sizes[1]:,}", f"{sizes[1] / sizes[0]:.1%}", ""))
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
-        for row in rows
+        for row in grid
     ]
     if layers is not None:
         lines.append("removed layers: " + ", ".join(f"{n} ({layers.pattern[n]})" for n in layers.removed))

@@ -136,7 +136,7 @@ class _Program:
         self.size = len(self.options) + len(self.widths)
         self.other, _ = costs(parent, search)
         self.table = np.array([*map(self._costs, self.options), *itertools.starmap(self._elsewhere, self.widths)])
-        self.rows: list[np.ndarray] = []
+        self.constraints: list[np.ndarray] = []
         self.low: list[float] = []
         self.high: list[float] = []
         self._constrain()
@@ -184,12 +184,12 @@ class _Program:
         return (getattr(self.parent, field) if one.field == KEPT else one.value) == value
 
     def _add(self, plus: Sequence[int], low: float, high: float, *, minus: Sequence[int] = ()) -> None:
-        row = np.zeros(self.size)
-        row[list(plus)], row[list(minus)] = 1.0, -1.0
-        self._append(row, low, high)
+        coefficients = np.zeros(self.size)
+        coefficients[list(plus)], coefficients[list(minus)] = 1.0, -1.0
+        self._append(coefficients, low, high)
 
-    def _append(self, row: np.ndarray, low: float, high: float) -> None:
-        self.rows.append(row)
+    def _append(self, coefficients: np.ndarray, low: float, high: float) -> None:
+        self.constraints.append(coefficients)
         self.low.append(low)
         self.high.append(high)
 
@@ -197,12 +197,12 @@ class _Program:
         """The numbers of the variables that are chosen; None if nothing keeps the constraints."""
         objective = np.zeros(self.size)
         objective[: len(self.options)] = [one.score for one in self.options]
-        return self._solve(objective, range(len(self.rows)))
+        return self._solve(objective, range(len(self.constraints)))
 
-    def _solve(self, objective: np.ndarray, rows: Sequence[int]) -> list[int] | None:
-        pick = list(rows)
+    def _solve(self, objective: np.ndarray, constraints: Sequence[int]) -> list[int] | None:
+        pick = list(constraints)
         low, high = (np.array(side)[pick] for side in (self.low, self.high))
-        constraint: Any = LinearConstraint(np.array(self.rows)[pick], low, high)  # type: ignore[arg-type]  # per row
+        constraint: Any = LinearConstraint(np.array(self.constraints)[pick], low, high)  # type: ignore[arg-type]  # per row
         whole = {"integrality": np.ones(self.size), "bounds": Bounds(0, 1), "options": {"mip_rel_gap": 0.0}}
         found = milp(objective, constraints=constraint, **whole)
         if found.x is None:
@@ -232,15 +232,15 @@ class _Program:
     def refusal(self) -> str:
         """The least of each cost that the choices can have, as the nearest feasible budget."""
         budgets = self.search.budgets
-        rows = range(len(self.rows) - len(budgets))  # those of budgets come last
+        constraints = range(len(self.constraints) - len(budgets))  # those of budgets come last
         reached = {}
-        if self._solve(np.zeros(self.size), rows) is None:
+        if self._solve(np.zeros(self.size), constraints) is None:
             expected = "expected other SearchConfig.layers or depth"
             return f"no choice of the scored replacements has so many layers; {expected}"
         for name in budgets:
             column = Costs._fields.index(name)
             objective = self.table[:, column]
-            chosen = self._solve(objective / max(objective.max(), 1), rows)
+            chosen = self._solve(objective / max(objective.max(), 1), constraints)
             assert chosen is not None, "there was a choice above"
             total = self.table[chosen].sum(0) + np.array(self.other)
             reached = {n: np.append(reached.get(n, []), total[Costs._fields.index(n)]) for n in budgets}

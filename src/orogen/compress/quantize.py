@@ -244,15 +244,15 @@ class Quantiser:
 
 def lines_of(record: Mapping[str, Any]) -> list[str]:
     """The record as a table for a terminal."""
-    rows = [("layer", "weights of", "format", "numbers", "error", "sensitivity")]
+    grid = [("layer", "weights of", "format", "numbers", "error", "sensitivity")]
     for row in record["layers"]:
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.2%}"
         scores = "  ".join(f"{name} {score:.3g}" for name, score in row["scores"].items() if name != PLAIN)
-        rows.append(
+        grid.append(
             (f"{row['layer']} {row['letter']}", row["unit"], row["format"], f"{row['weights']:,}", error, scores)
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(len(row[i]) for row in grid) for i in range(6)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in grid]
     change = "" if record["relative_loss"] is None else f", {record['relative_loss']:+.3%}"
     return [
         *lines,

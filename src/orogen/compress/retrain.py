@@ -1,8 +1,8 @@
-"""The best candidates of a search, each pruned and distilled for a while, and ranked by what they then lose on held-out
-text; then the best of them, distilled on. No jax: the work is that of `orogen prune` and `orogen distill`.
+"""Prunes and briefly distils the best candidates of a search, ranks them by their loss on held-out text, and distils
+the best one further. No jax: `orogen prune` and `orogen distill` do the work.
 
-Minitron calls it lightweight retraining: the ranking before it is not the one after it (arXiv:2407.14679, section 3;
-Nemotron-H's 47B was the best of three after 7 B tokens, arXiv:2504.03624, section 4).
+Minitron calls this lightweight retraining; it changes the ranking (arXiv:2407.14679, section 3; Nemotron-H's 47B was
+the best of three after 7 B tokens, arXiv:2504.03624, section 4).
 """
 
 import json
@@ -30,9 +30,9 @@ Call = Callable[[Sequence[str]], dict[str, Any]]
 
 
 class Retraining(NamedTuple):
-    """checkpoint: of the parent, the teacher too; scores: the folder of a pruning of it; training, winner: gin files of
-    `orogen distill`, for each candidate and for the best one (none: it is not distilled on); run: the folder of it
-    all."""
+    """checkpoint: of the parent, which is also the teacher; scores: the folder of an earlier pruning of it; training,
+    winner: gin files of `orogen distill` for each candidate, and for the best one (none: it is not distilled further);
+    run: the folder of all results."""
 
     checkpoint: Path
     scores: Path
@@ -42,8 +42,8 @@ class Retraining(NamedTuple):
 
 
 def retrain(found: Sequence[Found], parent: ModelConfig, asked: Retraining, call: Call) -> list[dict[str, Any]]:
-    """The candidates, the best first, with nats per token of held-out text after distillation. Begun again in the same
-    folder, it goes on where it stopped. Raises ConfigError for candidates other than those of the folder."""
+    """The candidates, the best first, with nats per token of held-out text after distillation. A second call
+    with the same folder continues where the first stopped. Raises ConfigError if the folder has other candidates."""
     _claim(asked, [one.facts() for one in found])
     ranked: list[dict[str, Any]] = []
     for place, one in enumerate(found, 1):
@@ -65,8 +65,8 @@ def retrain(found: Sequence[Found], parent: ModelConfig, asked: Retraining, call
 
 
 def call_orogen(words: Sequence[str]) -> dict[str, Any]:
-    """Runs the command in a process of its own, whose memory is free afterwards. Its lines on stderr are shown. Raises
-    ConfigError if it ends with another status than 0."""
+    """Runs the command in a process of its own, so that its memory is free afterwards. Its stderr is shown. Raises
+    ConfigError unless it exits with status 0."""
     done = subprocess.run([*OROGEN, *words, "--json"], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"orogen {' '.join(words)} ended with status {done.returncode}; expected 0")
@@ -74,7 +74,7 @@ def call_orogen(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _claim(asked: Retraining, candidates: list[dict[str, Any]]) -> None:
-    """Notes the candidates of the folder, or checks that they are those of before."""
+    """Records the candidates in the folder, or checks that they are those recorded there."""
     wanted = {"checkpoint": str(asked.checkpoint), "candidates": candidates}
     file = asked.run / CANDIDATES
     if file.exists() and read_json(file) != json.loads(json.dumps(wanted)):
@@ -89,7 +89,7 @@ def _pruning(one: Found, parent: ModelConfig, asked: Retraining, folder: Path) -
     if one.model.layers.main != parent.layers.main:
         sizes["pattern"] = one.model.layers.main
     if not sizes:
-        raise ConfigError("the model itself is a candidate; expected budgets that it does not keep")
+        raise ConfigError("the model itself is a candidate; expected budgets that it exceeds")
     taken = read_json(asked.scores / PRUNING, Record({"prune": Record(TAKEN)}))["prune"]
     settings = sizes | {name: taken[name] for name in TAKEN}
     lines = [f"PruneConfig.{name} = {value!r}\n" for name, value in settings.items()]

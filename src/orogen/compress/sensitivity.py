@@ -161,12 +161,12 @@ class Passes:
                 name = path[len(home.path) :]
                 if path[: len(home.path)] != home.path or (product := product_of(home.letter, name)) is None:
                     continue
-                axis, share = leaf.get_metadata()["axes"][-2], leaf.get_value().shape[-2]
+                axis, inputs = leaf.get_metadata()["axes"][-2], leaf.get_value().shape[-2]
                 ranks = 1 if axis is None or axis in SHARDED else plan.size(axis)
                 for block in {target.weight.block or 1 for target in layer.get(product[0], ())}:
-                    if ranks > 1 and share // ranks % block:
+                    if ranks > 1 and inputs // ranks % block:
                         raise ConfigError(
-                            f"layer {number}: {ranks} ranks share the {share} inputs of {product[0]}; expected a "
+                            f"layer {number}: {ranks} ranks share the {inputs} inputs of {product[0]}; expected a "
                             f"multiple of {block} for each, the numbers that have one scale"
                         )
 

@@ -33,12 +33,12 @@ class Speed:
         _, slash, mtp = model.pattern.partition("/")
         kinds = list(dict.fromkeys(main))
         whole, held = self._parts(model), np.array([main.count(letter) for letter in kinds])
-        rows = []
+        differences = []
         for letter in kinds:
             place = main.rindex(letter)
             fewer = main[:place] + main[place + 1 :]
-            rows.append(whole - self._parts(with_pattern(model, fewer + slash + mtp)) if fewer else whole)
-        found = whole + (counts_nk - held) @ np.array(rows)
+            differences.append(whole - self._parts(with_pattern(model, fewer + slash + mtp)) if fewer else whole)
+        found = whole + (counts_nk - held) @ np.array(differences)
         return whole[2] / found[:, 0], found[:, 1]
 
     def _parts(self, model: ModelConfig) -> np.ndarray:

@@ -28,10 +28,10 @@ def upcycled_config(model: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
         raise ConfigError(f"ModelConfig.pattern is {model.pattern!r}; expected a model without experts")
     if model.mlp_bias:
         raise ConfigError("ModelConfig.mlp_bias is True; expected False: experts would add their biases several times")
-    width, cuts = model.intermediate_size, upcycle.granularity
-    if width % cuts:
+    width, shards = model.intermediate_size, upcycle.granularity
+    if width % shards:
         raise ConfigError(
-            f"UpcycleConfig.granularity is {cuts}; expected a divisor of ModelConfig.intermediate_size = {width}"
+            f"UpcycleConfig.granularity is {shards}; expected a divisor of ModelConfig.intermediate_size = {width}"
         )
     _factors(model, upcycle)
     numbers = iter(range(len(_letters(model))))
@@ -39,8 +39,8 @@ def upcycled_config(model: ModelConfig, upcycle: UpcycleConfig) -> ModelConfig:
     dense_left = DENSE in pattern
     return dataclasses.replace(
         model, pattern=pattern, intermediate_size=width if dense_left else None,
-        n_routed_experts=upcycle.experts, num_experts_per_tok=upcycle.top_k, moe_intermediate_size=width // cuts,
-        moe_shared_expert_intermediate_size=upcycle.shared * width // cuts or None,
+        n_routed_experts=upcycle.experts, num_experts_per_tok=upcycle.top_k, moe_intermediate_size=width // shards,
+        moe_shared_expert_intermediate_size=upcycle.shared * width // shards or None,
         router_score=upcycle.router_score, norm_topk_prob=upcycle.norm_topk_prob,
         router_correction_bias=upcycle.router_correction_bias, router_aux_loss_coef=upcycle.router_aux_loss_coef,
     )  # fmt: skip

@@ -17,13 +17,13 @@ SIZES = (
 class ElasticConfig:
     """One model that holds smaller ones (Nemotron Elastic, arXiv:2511.16664; Flextron, arXiv:2406.10260).
 
-    A submodel has the first units of each kind, so the student's units must be in the order of their importance: as
-    `orogen prune` leaves them if it is given the model's own sizes. Each step trains the submodel of one budget; a
+    A submodel has the first units of each kind, so the student's units must be sorted by importance, as `orogen prune`
+    leaves them if it is given the model's own sizes. Each step trains the submodel of one budget; a
     router learns its sizes by Gumbel-softmax. budgets: as shares of the whole model's cost; the last is 1.0, the model
     itself. cost: parameters in all, those that one token uses, or GiB in 16 bits with the keys, values and states of a
     text of `context` tokens. A budget has a loss of its own: budget_weight x |expected cost / budget - 1|, 0 within
     `tolerance`.
-    The temperature begins with `temperature` and is multiplied by temperature_decay in each step; the router's logits
+    The temperature starts at `temperature` and is multiplied by temperature_decay in each step; the router's logits
     are multiplied by a factor that rises from 1 to `sharpness` over the run, so that its choices become certain.
     """
 
@@ -46,7 +46,7 @@ class ElasticConfig:
     weights: Annotated[tuple[float, ...], "how often each budget is trained, as shares; empty: all equally"] = ()
     later_weights: Annotated[tuple[float, ...], "the same after later_after steps; empty: no change"] = ()
     later_after: Annotated[int, "steps after which later_weights hold"] = 0
-    budget_weight: Annotated[float, "weight of the loss by which a submodel keeps its budget"] = 1.0
+    budget_weight: Annotated[float, "weight of the loss that holds a submodel to its budget"] = 1.0
     tolerance: Annotated[float, "relative distance from the budget below which that loss is 0"] = 0.05
     router_learning_rate: Annotated[float, "Adam's, of the router"] = 1e-3
     temperature: Annotated[float, "first temperature of the Gumbel-softmax"] = 1.0

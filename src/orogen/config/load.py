@@ -275,8 +275,8 @@ def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ..
         if isinstance(statement, IncludeStatement):
             found = next((f / statement.filename for f in folders if (f / statement.filename).is_file()), None)
             if found is None:
-                places = " or ".join(map(str, folders))
-                raise ConfigError(f"{where}: include {statement.filename!r} does not exist; expected it in {places}")
+                expected = " or ".join(map(str, folders))
+                raise ConfigError(f"{where}: include {statement.filename!r} does not exist; expected it in {expected}")
             if found in (*above, file):
                 raise ConfigError(f"{where}: include {statement.filename!r} leads back to itself")
             keys = _check_statements(found, folders, (*above, file), read)

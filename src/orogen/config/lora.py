@@ -1,4 +1,4 @@
-"""Low-rank adapters: which weights get them, and the model that has them while it is trained."""
+"""Low-rank adapters: which weights get them, and the model with them, as it is trained."""
 
 import dataclasses
 from typing import Annotated
@@ -15,11 +15,11 @@ ADAPTABLE = tuple(group for group in GROUPS if group != "mtp")
 class LoraConfig:
     """Low-rank adaptation (LoRA, arXiv:2106.09685): x W + alpha / rank · x A B, where W stays and A and B are trained.
 
-    A begins uniform within ±1/√inputs and B zero, as in PEFT, so the model first computes what it did. Beside the
-    adapters, only the parts that `OptimizerConfig.trained` names are trained, whole. A run folder opens as the model
-    with the products added to its weights; `orogen convert to-peft` writes the adapters alone.
-    weights: by what they do, as in `PrecisionConfig.keep`. Each expert has factors of its own. PEFT reads no adapters
-    of routed experts and of mamba_out.
+    A is drawn uniformly from ±1/√inputs and B is zero, as in PEFT, so the model first computes what it did.
+    Besides the adapters, only the parts that `OptimizerConfig.trained` names are trained, whole. A run folder opens as
+    the model with the products added to its weights; `orogen convert to-peft` writes the adapters alone.
+    weights: named by what they do, as in `PrecisionConfig.keep`. Each expert has factors of its own. PEFT reads no
+    adapters of routed experts or of mamba_out.
     """
 
     rank: Annotated[int, "columns of A, rows of B"]
@@ -63,7 +63,7 @@ class AdaptedModel(ModelConfig):
 def adapted(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
     """The model with adapters. Raises ConfigError if it has no weight for them."""
     names = {name for name in lora.weights if kinds_of(model) & {*GROUPS.get(name, (name,))}}
-    # Of the default, which names what most models have, some are enough.
+    # The default names what most models have, so some of its weights are enough.
     if not names or (len(names) < len(lora.weights) and lora.weights != LoraConfig.weights):
         found = ", ".join(kind for kind in KINDS if kind in kinds_of(model))
         raise ConfigError(f"LoraConfig.weights is {lora.weights!r}; expected weights that the model has: {found}")

@@ -22,6 +22,7 @@ PRODUCTS: dict[str, dict[str, tuple[str, int]]] = {
     "+": _LATENT,
     "-": {"up": ("dense_up", 0), "gate": ("dense_up", 0), "down": ("dense_down", 0)},
     "E": {"latent_down": ("latent_down", 0), "latent_up": ("latent_up", 0)},
+    **dict.fromkeys("xg", {}),
 }
 _SHARED = {"up": ("shared_up", 0), "gate": ("shared_up", 0), "down": ("shared_down", 0)}
 _ROUTED = {"up": ("routed_up", 0), "gate": ("routed_up", 1), "down": ("routed_down", 0)}
@@ -30,5 +31,5 @@ _ROUTED = {"up": ("routed_up", 0), "gate": ("routed_up", 1), "down": ("routed_do
 def product_of(letter: str, name: Path) -> tuple[str, int] | None:
     """The kind and number of the product that reads a layer's parameter, by its path below the layer; None: no such."""
     tables: dict[Path, dict[str, tuple[str, int]]] = {EXPERTS: _ROUTED, SHARED: _SHARED}
-    table = tables.get(name[:2], PRODUCTS.get(letter, {}) if len(name) == 2 else {})
+    table = tables.get(name[:2], PRODUCTS[letter] if len(name) == 2 else {})
     return table.get(str(name[-1])) if name[0] == "mixer" else None

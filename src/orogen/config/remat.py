@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from orogen.config.checks import ConfigError
 from orogen.config.pattern import LAYERS
 
-ATTENTION, SEEING, EVERY = "*w+", "*w+x", "".join(LAYERS)
+SEEING, EVERY = "*w+x", "".join(LAYERS)
 
 
 class Intermediate(NamedTuple):
@@ -27,8 +27,8 @@ NAMES = {
     "input": Intermediate(EVERY, "the residual stream as it enters the layer; always kept, so only for offload"),
     "norm": Intermediate(EVERY, "the layer's normalised input, for this rank's piece of the sequence"),
     "query": Intermediate(SEEING, "queries as projected, before their norm and rotation"),
-    "key": Intermediate(ATTENTION, "keys as projected"),
-    "value": Intermediate(ATTENTION, "values as projected"),
+    "key": Intermediate(SEEING, "keys as projected, of `x` those of its images"),
+    "value": Intermediate(SEEING, "values as projected, of `x` those of its images"),
     "latent": Intermediate("+E", "the outputs of projections into a latent: MLA's, and a latent MoE's"),
     "core": Intermediate(SEEING, "the softmax's output in the compute dtype, with the implementation `full`"),
     "attention": Intermediate(SEEING, "the attention core's output, and log-sum-exps of a fused or ring core"),

@@ -188,7 +188,7 @@ def _split_experts(ledger: Ledger, held: int) -> None:
     ledger.scatter("combine", axes, held * ledger.ranks(axes), needed=True, name="expert_out")
 
 
-def ends(ledger: Ledger) -> None:
+def outer(ledger: Ledger) -> None:
     """Embedding, head and loss at every depth of prediction, and the batch's counts."""
     plan, model, tokens = ledger.plan, ledger.model, ledger.work.rows * ledger.work.tokens
     depths = 1 + model.mtp_depths

@@ -6,13 +6,13 @@ from typing import Any
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.cost.collectives import LAYER_COLLECTIVES, embedded, ends, load
+from orogen.cost.collectives import LAYER_COLLECTIVES, embedded, load, outer
 from orogen.cost.ledger import (
     COUNTING,
-    ENDS,
     FLOAT32,
     LOAD,
     MTP,
+    OUTER,
     PIPELINE,
     Collective,
     Ledger,
@@ -23,7 +23,7 @@ from orogen.parallel.schedule import plan_schedule
 
 
 def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Workload) -> list[Collective]:
-    """The collectives of one layer of a letter, or of the model's ENDS, MTP or LOAD."""
+    """The collectives of one layer of a letter, or of the model's OUTER, MTP or LOAD."""
     ledger, own = Ledger(unit, plan, model, work), ()
     if unit == LOAD:
         load(ledger)
@@ -32,8 +32,8 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
         ledger.add("stream", "forward", "collective-permute", ("stage",), ledger.own_stream, count=turns)
     elif unit == MTP:
         own = weights(model).mtp
-    elif unit == ENDS:
-        return _ends(ledger)
+    elif unit == OUTER:
+        return _outer(ledger)
     else:
         LAYER_COLLECTIVES[unit](ledger)
         own = weights(model).layers[unit]
@@ -43,9 +43,9 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
     return ledger.records
 
 
-def _ends(ledger: Ledger) -> list[Collective]:
+def _outer(ledger: Ledger) -> list[Collective]:
     """The collectives of embedding, final norm, head and loss, at every depth of prediction."""
-    ends(ledger)
+    outer(ledger)
     parts = weights(ledger.model, ledger.plan.vocab_rows(ledger.model.vocab_size)).parts
     each = [weight for name, part in parts.items() if name != "resampler" for weight in part]
     if ledger.model.tie_word_embeddings:  # the matrix is embedding and head
@@ -65,16 +65,16 @@ def step_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> di
     collective for their counts: the program then has fewer collectives than this table, with the same bytes.
     """
     pattern, depths = model.layers, model.mtp_depths
-    units = [*dict.fromkeys(pattern.main + pattern.mtp), *([MTP] if depths else []), ENDS, LOAD]
+    units = [*dict.fromkeys(pattern.main + pattern.mtp), *([MTP] if depths else []), OUTER, LOAD]
     found = {}
     for unit in units:
         main, deeper = pattern.main.count(unit), pattern.mtp.count(unit)
-        if unit in (ENDS, MTP, LOAD):
+        if unit in (OUTER, MTP, LOAD):
             main, deeper = int(unit != MTP), int(unit == MTP)
         turns = (main + depths * deeper) * plan.microbatches / plan.stage
         records = unit_collectives(unit, model, plan, work)
         # Units other than layers are on every stage.
-        updates = (main + deeper) / (1 if unit in (ENDS, MTP) else plan.stage)
+        updates = (main + deeper) / (1 if unit in (OUTER, MTP) else plan.stage)
         found[unit] = [_times(r, updates if r.phase == "update" else turns) for r in records]
     if plan.stage > 1:
         found[PIPELINE] = unit_collectives(PIPELINE, model, plan, work)
@@ -99,13 +99,13 @@ def _counting(
         ticks = plan_schedule(plan, model)
         share = ticks.forward_only().ticks / ticks.ticks
         return records + [_times(r, share if unit == PIPELINE else 1) for unit, r in forward]
-    records += [r for unit, r in forward if unit != ENDS and r.part != "router statistics"]
-    ends = Ledger(ENDS, plan, model, work)
+    records += [r for unit, r in forward if unit != OUTER and r.part != "router statistics"]
+    outer = Ledger(OUTER, plan, model, work)
     for depth in range(1 + model.mtp_depths):
-        embedded(ends, depth)
+        embedded(outer, depth)
         for weight in weights(model, plan.vocab_rows(model.vocab_size)).parts["embedding"]:
-            ends.gathered(weight)
-    return records + [_times(r, turns) for r in ends.records if r.phase == "forward"]
+            outer.gathered(weight)
+    return records + [_times(r, turns) for r in outer.records if r.phase == "forward"]
 
 
 def describe_collectives(model: ModelConfig, plan: PlanConfig, work: Workload) -> dict[str, Any]:

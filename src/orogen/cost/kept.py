@@ -17,14 +17,14 @@ FLOAT32 = INT32 = 4
 # Tokens per chunk of Mamba-1's scan (model/mamba1.py).
 SCAN_CHUNK = 32
 # What `elementwise` keeps: outputs of products with weights and of fused kernels.
-PRODUCTS = {
+LAYER_PRODUCTS = {
     **dict.fromkeys("*w", ("query", "key", "value", "attention")),
     "+": ("latent", "query", "key", "value", "attention"),
     "M": ("in_proj",),
     "m": ("in_proj", "x_proj"),
     "-": ("up",),
     "g": ("up", "branch"),
-    "x": ("query", "attention", "branch"),
+    "x": ("query", "key", "value", "attention", "branch"),
     "E": ("router", "latent", "expert_activation", "shared_up", "chosen"),
 }
 
@@ -88,7 +88,7 @@ def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     named = named_bytes(letter, here)
     held = {"input": named["input"]}
     if remat.kind == "elementwise":
-        held |= {name: named[name] for name in PRODUCTS.get(letter, ()) if name in named}
+        held |= {name: named[name] for name in LAYER_PRODUCTS[letter] if name in named}
     elif remat.kind == "names":
         names = (name for name in named if name not in remat.again and name not in ("chosen", *_behind(letter, model)))
         held |= {name: named[name] for name in names}
@@ -127,11 +127,13 @@ def _core(here: Local, out: int) -> dict[str, float]:
 
 
 def _cross_attention(here: Local) -> dict[str, float]:
-    """With one image per sequence; more add to `core`. What the resampler keeps is left out."""
-    heads, size = here.split(here.model.num_attention_heads), here.itemsize
-    queries = here.tokens * heads * here.model.head_dim * size
-    core = heads * here.tokens * here.model.image_vectors * size
-    return {"query": queries, "core": core, "attention": queries, **_branch(here)}
+    """With one image per sequence; more add to `core`, `key` and `value`. What the resampler keeps is left out."""
+    model, size = here.model, here.itemsize
+    heads, groups = here.split(model.num_attention_heads), here.split(model.num_key_value_heads)
+    queries = here.tokens * heads * model.head_dim * size
+    keys = here.rows * model.image_vectors * groups * model.head_dim * size
+    core = heads * here.tokens * model.image_vectors * size
+    return {"query": queries, "key": keys, "value": keys, "core": core, "attention": queries, **_branch(here)}
 
 
 def _branch(here: Local) -> dict[str, float]:

@@ -23,7 +23,7 @@ from orogen.parallel.fold import expert_shards
 # projection and norms of the multi-token-prediction block; and each expert's load, counted for the whole batch.
 # PIPELINE is what stages send at every tick, in both directions, whether or not it is used.
 # COUNTING is a pass that only counts assignments.
-ENDS, MTP, LOAD, PIPELINE, COUNTING = "ends", "mtp", "load", "pipeline", "counting"
+OUTER, MTP, LOAD, PIPELINE, COUNTING = "ends", "mtp", "load", "pipeline", "counting"
 FLOAT32 = INT32 = 4
 CONTEXT = ("context",)
 
@@ -72,7 +72,7 @@ class Ledger:
     def __init__(self, unit: str, plan: PlanConfig, model: ModelConfig, work: Workload):
         self.unit, self.plan, self.model, self.work = unit, plan, model, work
         self.records: list[Collective] = []
-        self.remat = plan.layer_remat(unit) if unit not in (ENDS, MTP, LOAD, PIPELINE, COUNTING) else Remat("none")
+        self.remat = plan.layer_remat(unit) if unit not in (OUTER, MTP, LOAD, PIPELINE, COUNTING) else Remat("none")
         norm_groups = model.mamba_norm_groups or model.n_groups
         pieces = {"kv_heads": model.num_key_value_heads, "groups": model.n_groups, "norm_groups": norm_groups}
         # Neighbours hold copies of arrays that have fewer pieces than tensor has ranks.
@@ -210,7 +210,7 @@ class Ledger:
             piece = self.held(weight)
             itemsize = FLOAT32 if weight.float32 else self.work.itemsize
             self.add("weights", "forward", "all-gather", axes, piece * itemsize)
-            if self.plan.stage > 1 and self.remat.kind == "none" and self.unit not in (ENDS, MTP):
+            if self.plan.stage > 1 and self.remat.kind == "none" and self.unit not in (OUTER, MTP):
                 # A pipeline does not keep gathered weights from a microbatch's forward to its backward pass.
                 self.add("weights", "recompute", "all-gather", axes, piece * itemsize)
             self.scattered("weights", "backward", axes, piece, itemsize)
@@ -262,7 +262,7 @@ class Ledger:
             few = next((axis for axis in weight.axes if axis in ("kv_heads", "groups")), None)
             dense = ["fsdp_copies"] if sharded else ["data", "context"]
             everywhere = [*dense, f"{few}_copies" if few else "tensor"]
-        if self.unit in (ENDS, MTP) and not ("vocab" in weight.axes and self.paired):
+        if self.unit in (OUTER, MTP) and not ("vocab" in weight.axes and self.paired):
             everywhere.insert(0, "stage")
         return tuple(axis for axis in everywhere if axis not in split and self.sizes[axis] > 1)
 

@@ -51,7 +51,7 @@ class _Iterator(grain.DatasetIterator):
         super().__init__()
         self._stretches, self._counts = stretches, {name: source.count for name, source in sources.items()}
         self._step, self._length, self._phase = 0, stretches[0].sequence_length, 0
-        self._rows: dict[str, Any] = {
+        self._iterators: dict[str, Any] = {
             name: iter(
                 PackedRows(
                     source.documents, sequence_length=self._length, window_documents=source.count, **settings
@@ -69,7 +69,7 @@ class _Iterator(grain.DatasetIterator):
             "phase": self._phase,
             "seen": dict(self._seen),
             "used_up": dict(self._used_up),
-            "rows": {name: copy.deepcopy(rows.get_state()) for name, rows in self._rows.items()},
+            "rows": {name: copy.deepcopy(iterator.get_state()) for name, iterator in self._iterators.items()},
             "epochs": dict(self._epochs),
         }
 
@@ -77,9 +77,9 @@ class _Iterator(grain.DatasetIterator):
         self._step, self._length, self._phase = state["step"], state["sequence_length"], state["phase"]
         self._seen, self._used_up = dict(state["seen"]), dict(state["used_up"])
         self._epochs = dict(state["epochs"])
-        for name, rows in self._rows.items():
-            rows.resize(self._length)
-            rows.set_state(state["rows"][name])
+        for name, iterator in self._iterators.items():
+            iterator.resize(self._length)
+            iterator.set_state(state["rows"][name])
 
     def __next__(self) -> Batch:
         now = [one for one in self._stretches if one.after <= self._step][-1]
@@ -87,9 +87,9 @@ class _Iterator(grain.DatasetIterator):
             self._phase, self._seen = now.phase, dict.fromkeys(self._seen, 0)
         if now.sequence_length != self._length:
             self._length = now.sequence_length
-            for rows in self._rows.values():
-                rows.leave_window()
-                rows.resize(self._length)
+            for iterator in self._iterators.values():
+                iterator.leave_window()
+                iterator.resize(self._length)
         batch = stack([self._next_row(now.weights) for _ in range(now.batch_size)])
         self._step += 1
         return batch
@@ -98,13 +98,13 @@ class _Iterator(grain.DatasetIterator):
         while True:
             name = self._furthest_behind(weights)
             try:
-                row = next(self._rows[name])
+                row = next(self._iterators[name])
             except StopIteration:
                 # The others keep their shares among each other, counted anew.
                 self._used_up[name], self._seen = 1, dict.fromkeys(self._seen, 0)
                 continue
             self._seen[name] += int(np.count_nonzero(row.segments_bt))
-            self._epochs[name] = self._rows[name].documents_read / self._counts[name]
+            self._epochs[name] = self._iterators[name].documents_read / self._counts[name]
             return row
 
     def _furthest_behind(self, weights: Mapping[str, float]) -> str:

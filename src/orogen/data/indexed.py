@@ -115,16 +115,16 @@ class IndexedTokens:
             size = os.fstat(file.fileno()).st_size
             if len(head) < HEADER.size or HEADER.unpack(head)[:2] != (MAGIC, VERSION):
                 raise ConfigError(f"{self._idx} begins with {head[:9]!r}; expected an index of Megatron's, version 1")
-            _, _, code, count, ends = HEADER.unpack(head)
+            _, _, code, count, boundaries = HEADER.unpack(head)
             if code not in DTYPES:
                 raise ConfigError(f"{self._idx} has tokens of dtype code {code}; expected one of {sorted(DTYPES)}")
-            if (expected := HEADER.size + 12 * count + 8 * ends) != size:
+            if (expected := HEADER.size + 12 * count + 8 * boundaries) != size:
                 raise ConfigError(f"{self._idx} has {size} bytes; expected {expected} for {count} documents")
             self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._dtype, self._count = DTYPES[code], count
         self.length_n = np.frombuffer(self._index, "<i4", count, HEADER.size)
         self._place_n = np.frombuffer(self._index, "<i8", count, HEADER.size + 4 * count)
-        self._end_n = np.frombuffer(self._index, "<i8", ends, HEADER.size + 12 * count)
+        self._end_n = np.frombuffer(self._index, "<i8", boundaries, HEADER.size + 12 * count)
         end = int(self._place_n[-1]) + int(self.length_n[-1]) * self._dtype.itemsize if count else 0
         with self._bin.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != end:

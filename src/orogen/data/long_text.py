@@ -36,7 +36,9 @@ class Cutter:
         start = 0
         while len(text) - start > USUAL:
             size = USUAL
-            while (end := self._last_place(text[start : start + size])) is None and size < min(MOST, len(text) - start):
+            while (end := self._last_offset(text[start : start + size])) is None and size < min(
+                MOST, len(text) - start
+            ):
                 size = min(4 * size, MOST)
             end = min(size, len(text) - start) if end is None else end
             yield text[start : start + end]
@@ -44,13 +46,13 @@ class Cutter:
         if start < len(text) or not text:
             yield text[start:]
 
-    def _last_place(self, window: str) -> int | None:
+    def _last_offset(self, window: str) -> int | None:
         """The last safe split point in a window, above 0 and not near its end."""
         last = len(window) - self._margin
-        places = self._between_words(window, last)
-        for place in places[::-1]:
-            if not self._inside_added(window, int(place)):
-                return int(place)
+        offsets = self._between_words(window, last)
+        for offset in offsets[::-1]:
+            if not self._inside_added(window, int(offset)):
+                return int(offset)
         return None
 
     def _between_words(self, window: str, last: int) -> np.ndarray:
@@ -60,8 +62,8 @@ class Cutter:
         if len(seen) != len(window):  # the offsets of its words are not those of the text
             return np.array([], np.int64)
         words = [start for _, (start, _) in splitter.pre_tokenize_str(seen)] if splitter is not None else []
-        places = np.array(words, np.int64) if len(words) > 1 else self._between_pairs(window)
-        return places[(places > 0) & (places <= last)]
+        offsets = np.array(words, np.int64) if len(words) > 1 else self._between_pairs(window)
+        return offsets[(offsets > 0) & (offsets <= last)]
 
     def _between_pairs(self, text: str) -> np.ndarray:
         """Split points where no token of the vocabulary holds both the byte before and the byte after."""
@@ -71,12 +73,12 @@ class Cutter:
         free[1:] = ~self._joined[data[:-1], data[1:]] & begins[1:]
         return (np.cumsum(begins) - 1)[free]
 
-    def _inside_added(self, window: str, place: int) -> bool:
+    def _inside_added(self, window: str, offset: int) -> bool:
         if self._added is None:
             return False
-        low = max(0, place - self._margin)
-        found = self._added.finditer(window, low, place + self._margin)
-        return any(match.start() < place < match.end() for match in found)
+        low = max(0, offset - self._margin)
+        found = self._added.finditer(window, low, offset + self._margin)
+        return any(match.start() < offset < match.end() for match in found)
 
     @cached_property
     def _joined(self) -> np.ndarray:

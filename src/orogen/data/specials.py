@@ -19,7 +19,7 @@ class Specials(NamedTuple):
     pad: str
     bos: str
     eos: str
-    ends: tuple[int, ...]
+    end_ids: tuple[int, ...]
     front: tuple[int, ...]
     back: tuple[int, ...]
 
@@ -43,7 +43,7 @@ def read_specials(folder: Path, backend: tokenizers.Tokenizer) -> Specials:
         raise ConfigError(f"{folder / SETTINGS}: eos_token is None: expected the name of a token")
     filled = {role: name if name is not None else names["eos"] for role, name in names.items()}
     front, back = _around(settings, named, backend)
-    return Specials(**filled, ends=tuple(ids["eos"]), front=front, back=back)
+    return Specials(**filled, end_ids=tuple(ids["eos"]), front=front, back=back)
 
 
 def _named(folder: Path, settings: dict[str, Any]) -> dict[str, str | None]:

@@ -1,9 +1,9 @@
-"""Tokenized records of other programs' files, and text in ArrayRecord: what `readers` and `units` know of both.
+"""Records tokenized by other programs, and text in ArrayRecord, for `readers` and `units`.
 
-**ArrayRecord** (github.com/google/array_record) is a sequence of byte strings. A record is read as what its bytes are:
-a `tf.train.Example`, as TFDS and MaxText write them, whose feature `DataConfig.text_field` holds one text or the token
-ids; an array as `numpy.save` writes it, of token ids; else UTF-8 text. Ids without any header, as `array.tobytes()`
-gives them, need `DataConfig.record_dtype`. Pickles are never opened: they are not UTF-8, and so broken.
+**ArrayRecord** (github.com/google/array_record) is a sequence of byte strings. The bytes of a record decide how it is
+read: a `tf.train.Example`, as TFDS and MaxText write it, whose feature `DataConfig.text_field` holds one text or token
+ids; an array of token ids, as `numpy.save` writes it; otherwise UTF-8 text. Ids without a header, as `array.tobytes()`
+gives them, need `DataConfig.record_dtype`. Pickles are never opened: they are not UTF-8, so they count as broken.
 
 **Megatron's `.idx`, with its `.bin`** (see `indexed`) holds ids; sequences of one document are joined.
 """
@@ -31,12 +31,12 @@ class Tokens(NamedTuple):
 
     @property
     def size(self) -> int:
-        """About as many characters of text."""
+        """Roughly the number of characters of its text."""
         return 4 * len(self.ids_t)
 
 
 def record_count(file: Path) -> int:
-    """The number of records of an ArrayRecord, or of documents of an index of Megatron's. Raises ValueError for a
+    """The number of records of an ArrayRecord, or of documents of a Megatron index. Raises ValueError for a
     damaged file, OSError for one that cannot be opened."""
     return IndexedTokens(file.with_suffix("")).document_count if file.suffix == ".idx" else _open(file).num_records()
 
@@ -51,7 +51,7 @@ def array_records(file: Path, start: int, stop: int | None) -> Iterator[bytes | 
             last = min(first + AT_ONCE, end)
             try:
                 found = reader.read(first, last)
-            except (RuntimeError, ValueError, IndexError):  # some record of these; each is tried alone
+            except (RuntimeError, ValueError, IndexError):  # at least one is damaged; each is tried alone
                 found = [_alone(reader, file, number) for number in range(first, last)]
             yield from found
     finally:
@@ -61,8 +61,8 @@ def array_records(file: Path, start: int, stop: int | None) -> Iterator[bytes | 
 def _open(file: Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    file.open("rb").close()  # its own reader says neither that a file is missing nor that it may not be read
-    # Without read-ahead, which has threads, a damaged chunk costs its own records alone.
+    file.open("rb").close()  # the reader reports neither a missing file nor one that may not be read
+    # Without read-ahead, which uses threads, a damaged chunk costs only its own records.
     reader = ArrayRecordReader(str(file), "readahead_buffer_size:0")
     if not reader.ok():
         raise ValueError("no ArrayRecord, or one that is cut off")
@@ -106,7 +106,7 @@ def _checked_ids(ids: np.ndarray, where: str) -> np.ndarray:
 def _features(record: bytes) -> Any:
     """The features by name of a serialised `tf.train.Example`; None for any other bytes.
 
-    Protobuf accepts fields that it does not know, and so it accepts some texts. An Example has known fields alone.
+    Protobuf accepts unknown fields, so it accepts some texts too. An Example has only known fields.
     """
     from google.protobuf.message import DecodeError
     from google.protobuf.unknown_fields import UnknownFieldSet
@@ -172,7 +172,7 @@ def _example_class() -> Any:
 
 
 def indexed_documents(file: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
-    """The ids (t,) int32 of the documents [start, stop) of an index of Megatron's. Raises as `IndexedTokens` does."""
+    """The ids (t,) int32 of the documents [start, stop) of a Megatron index. Raises as `IndexedTokens` does."""
     tokens = IndexedTokens(file.with_suffix(""))
     for number in range(start, tokens.document_count if stop is None else stop):
         yield tokens.document(number)

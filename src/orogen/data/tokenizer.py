@@ -58,19 +58,19 @@ class Tokenizer:
         pad: str,
         bos: str,
         eos: str,
-        ends: Iterable[int] = (),
+        end_ids: Iterable[int] = (),
         around: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> None:
         """Wraps a `tokenizers` tokenizer. Raises ConfigError if a token stands for no bytes or a special is missing.
 
-        ends: ids that end a text besides `eos`. around: ids before and after a prompt; None: `bos` before it.
+        end_ids: ids that end a text besides `eos`. around: ids before and after a prompt; None: `bos` before it.
         """
         check_ids(backend)  # first: writing the file goes through every id up to the largest
         self._backend = as_text(exact(backend))
         self._file = json.loads(backend.to_str())
         self.special_names = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
         self.pad_id, self.bos_id, self.eos_id = (special_id(backend, name) for name in (pad, bos, eos))
-        self.end_ids = frozenset((self.eos_id, *ends))
+        self.end_ids = frozenset((self.eos_id, *end_ids))
         self.around = ((self.bos_id,), ()) if around is None else around
         self.bytes_of_token, tokens, self.fallback_of_byte = token_bytes(backend, self._file["model"])
         self.byte_length_v = np.array([len(b) for b in self.bytes_of_token], np.int32)
@@ -245,7 +245,7 @@ class Tokenizer:
         backend = read_backend(file)
         found = read_specials(file.parent, backend)
         names = {"pad": found.pad, "bos": found.bos, "eos": found.eos}
-        return cls(backend, **names, ends=found.ends, around=(found.front, found.back))
+        return cls(backend, **names, end_ids=found.end_ids, around=(found.front, found.back))
 
     def _ids(self, text: str) -> list[int]:
         with panics_refused():

@@ -81,12 +81,12 @@ class Carrier:
         room = 1 << (count - 1).bit_length()  # a power of two of pieces, so that documents share programs
         kept, total = self._starter(at_once, room)(*weights), np.zeros((3, at_once))
         for number in range(count):
-            kept, sums = self._step(*weights, kept, self._cut(rows, number, at_once))
+            kept, sums = self._step(*weights, kept, self._batch(rows, number, at_once))
             total += np.asarray(jax.device_get(sums), np.float64)
             progress()
         return total
 
-    def _cut(self, rows: Sequence[Row], number: int, at_once: int) -> Piece:
+    def _batch(self, rows: Sequence[Row], number: int, at_once: int) -> Piece:
         start, size = number * self._piece, self._piece
         arrays = np.zeros((5, at_once, size), np.int32)
         for place, row in enumerate(rows):

@@ -49,7 +49,7 @@ def measure_text(subject: Subject, path: str) -> dict[str, float]:
     """
     config, total = subject.config, Measured()
     for documents in _batches(_documents(Path(path), config.text_field), subject.tokenizer):
-        streams = [_stream(ids_t, subject.tokenizer, ends=config.score_ends) for _, ids_t in documents]
+        streams = [_stream(ids_t, subject.tokenizer, with_eos=config.score_ends) for _, ids_t in documents]
         if config.method == "carried":
             scores = subject.carry([Row(stream_t, np.arange(len(stream_t)) > 0) for stream_t in streams])
         else:
@@ -114,9 +114,9 @@ def _batches(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[li
         yield held
 
 
-def _stream(ids_t: np.ndarray, tokenizer: Tokenizer, *, ends: bool) -> np.ndarray:
-    """bos, the document and, with `ends`, eos."""
-    return np.concatenate([[tokenizer.bos_id], ids_t, [tokenizer.eos_id] * ends]).astype(np.int32)
+def _stream(ids_t: np.ndarray, tokenizer: Tokenizer, *, with_eos: bool) -> np.ndarray:
+    """bos, the document and, with `with_eos`, eos."""
+    return np.concatenate([[tokenizer.bos_id], ids_t, [tokenizer.eos_id] * with_eos]).astype(np.int32)
 
 
 def _exp(nats: float) -> float:

@@ -14,11 +14,11 @@ from orogen.report.tasks import draw_results
 
 def table(results: Results) -> list[str]:
     """One line per task and metric."""
-    rows = [("task", "metric", "value")]
+    grid = [("task", "metric", "value")]
     for task, metrics in results.items():
-        rows += [(task, metric, _number(value)) for metric, value in metrics.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows]
+        grid += [(task, metric, _number(value)) for metric, value in metrics.items()]
+    widths = [max(len(row[column]) for row in grid) for column in range(3)]
+    return [f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in grid]
 
 
 def plain(results: Results) -> dict[str, dict[str, float | None]]:

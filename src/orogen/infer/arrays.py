@@ -70,7 +70,7 @@ class Arrays:
             entries.slot_r[row], entries.start_r[row] = piece.slot % self._sizes.slots, piece.start
             entries.count_r[row], entries.left_r[row] = piece.count, max(0, slot.request.max_tokens - 1)
             entries.next_r[row] = NONE if piece.last else slot.request.prompt[end]
-            _fill(entries.ends_re[row], slot.ends)
+            _fill(entries.ends_re[row], slot.end_ids)
         return entries
 
     def table(self, lengths: Iterable[int]) -> Any:

@@ -70,7 +70,7 @@ class Buckets:
     def reads(self) -> Iterator[tuple[int, int, int]]:
         """Rows, length and reach of every call that reads prompts."""
         for place, length in enumerate(self.lengths):
-            shortest = 1 if place == 0 else length // 2 + 1  # see `_cut`
+            shortest = 1 if place == 0 else length // 2 + 1  # see `_parts`
             for reach in self.reaches:
                 if reach * self._page >= min(shortest, self._sizes.reach * self._page):
                     yield from ((rows, length, reach) for rows in self.rows(length))
@@ -81,7 +81,7 @@ class Buckets:
 
     def calls(self, pieces: Sequence[Piece]) -> Iterator[Call]:
         """The calls that read these pieces, each piece in order."""
-        parts = [list(self._cut(piece)) for piece in pieces]
+        parts = [list(self._parts(piece)) for piece in pieces]
         for turn in range(max(map(len, parts), default=0)):
             now = [each[turn] for each in parts if turn < len(each)]
             for length in sorted({length for _, length in now}):
@@ -99,7 +99,7 @@ class Buckets:
             yield Call(tuple(piece for rank in ranks for piece in rank[:rows]), length, rows)
             ranks = [rank[rows:] for rank in ranks]
 
-    def _cut(self, piece: Piece) -> Iterator[tuple[Piece, int]]:
+    def _parts(self, piece: Piece) -> Iterator[tuple[Piece, int]]:
         """Parts of a piece with the lengths that they are padded to, each but the shortest at least half used."""
         start, left = piece.start, piece.count
         while left:
@@ -108,9 +108,11 @@ class Buckets:
             if left <= 2 * shorter:
                 length = shorter
             count = min(left, length)
-            ends = count == left
+            complete = count == left
             yield (
-                piece._replace(start=start, count=count, last=piece.last and ends, row=piece.row if ends else None),
+                piece._replace(
+                    start=start, count=count, last=piece.last and complete, row=piece.row if complete else None
+                ),
                 length,
             )
             start, left = start + count, left - count

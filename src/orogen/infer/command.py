@@ -149,11 +149,11 @@ def _generate_lines(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     seed = defaults.pop("seed")
     opened, config = _open(options.checkpoint, options.gin_bindings)
     words = opened.tokenizer
-    encode, ends = (None, ()) if words is None else (words.prompt_ids, words.end_ids)
+    encode, end_ids = (None, ()) if words is None else (words.prompt_ids, words.end_ids)
     chat = _chat(options, opened.tokenizer)
     with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
         render = None if chat is None else lambda asked: _rendered(chat, asked)
-        reader = LineReader(defaults, encode=encode, render=render, ends=ends, seed=seed)
+        reader = LineReader(defaults, encode=encode, render=render, end_ids=end_ids, seed=seed)
         template = "" if chat is None else chat.calls
         settings = json.dumps([str(options.checkpoint.resolve()), defaults, seed, config.compute_dtype, template])
         done = run_batch(Engine(opened, config), options.input, options.out, reader=reader, settings=settings)
@@ -173,7 +173,7 @@ def _converse(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     if opened.tokenizer is None:
         raise ConfigError("the checkpoint has no tokenizer.json; expected one, to read what is typed")
     words, chat = opened.tokenizer, _chat(options, opened.tokenizer)
-    spoken = Words(words.prompt_ids, ends=words.end_ids)
+    spoken = Words(words.prompt_ids, end_ids=words.end_ids)
     with contextlib.nullcontext() if chat is None else contextlib.closing(chat):
         if chat is not None:
             _require_installed(SERVE_NEEDS)

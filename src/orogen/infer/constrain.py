@@ -79,8 +79,8 @@ class _Compiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._library: Any = importlib.import_module("llguidance")
-        ends, encode = tokenizer.end_ids, lambda text: tokenizer.encode_inside(text).tolist()
-        self._trie = trie(self._library, tokenizer.bytes_of_token, ends, encode)
+        end_ids, encode = tokenizer.end_ids, lambda text: tokenizer.encode_inside(text).tolist()
+        self._trie = trie(self._library, tokenizer.bytes_of_token, end_ids, encode)
         self._kept: OrderedDict[Grammar, Compiled] = OrderedDict()
         self._held: WeakValueDictionary[Grammar, Compiled] = WeakValueDictionary()
         self._lock = threading.Lock()  # of what is kept; nothing is compiled under it

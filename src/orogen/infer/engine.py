@@ -232,10 +232,12 @@ class Engine:
     def _admit(self, admission: Admission) -> None:
         request, text, matcher = self._waiting.pop(admission.number)
         tokenizer = self.opened.tokenizer
-        ends = request.stop_ids
+        end_ids = request.stop_ids
         if tokenizer is not None and not request.ignore_eos:
-            ends = (*ends, *sorted(tokenizer.end_ids))
-        slot = Slot(admission.number, request, admission.pages, ends, text, matcher, admission.slot, admission.length)
+            end_ids = (*end_ids, *sorted(tokenizer.end_ids))
+        slot = Slot(
+            admission.number, request, admission.pages, end_ids, text, matcher, admission.slot, admission.length
+        )
         self._slots[slot.seat] = slot
         into = self._arrays.slot_row(admission.slot)
         self._lane.restore(into, self._arrays.snapshot_row(admission.slot, admission.row))

@@ -74,18 +74,20 @@ def tried(matcher: Any) -> str:
     return one_line(matcher.get_error())
 
 
-def trie(library: Any, tokens: Sequence[bytes], ends: Iterable[int], encode: Callable[[str], list[int]]) -> Any:
+def trie(library: Any, tokens: Sequence[bytes], end_ids: Iterable[int], encode: Callable[[str], list[int]]) -> Any:
     """llguidance's tokenizer: the bytes of each token, none for specials; ids that end a text; tokens of a text that
     follows other text."""
-    return library.LLTokenizer(library.TokenizerWrapper(_Tokens(tokens, sorted(ends), encode)), eos_token=sorted(ends))
+    return library.LLTokenizer(
+        library.TokenizerWrapper(_Tokens(tokens, sorted(end_ids), encode)), eos_token=sorted(end_ids)
+    )
 
 
 class _Tokens:
     """What the library asks of a tokenizer, by these names."""
 
-    def __init__(self, tokens: Sequence[bytes], ends: list[int], encode: Callable[[str], list[int]]) -> None:
+    def __init__(self, tokens: Sequence[bytes], end_ids: list[int], encode: Callable[[str], list[int]]) -> None:
         self.tokens, self._encode = tokens, encode
-        self.eos_token_id, self.bos_token_id = ends[0], None
+        self.eos_token_id, self.bos_token_id = end_ids[0], None
         self.special_token_ids = [i for i, data in enumerate(tokens) if not data]
 
     def __call__(self, text: str) -> list[int]:

@@ -53,7 +53,7 @@ class LineReader:
 
     defaults: fields that a line need not have. encode: the token ids of a prompt's text; None without a tokenizer.
     render: those of an object of `messages`, and of `tools` and `chat_template_kwargs` if it has them; None without
-    a chat template. ends: the tokenizer's tokens that end a text. seed: of the whole batch; a line without a seed of
+    a chat template. end_ids: the tokenizer's tokens that end a text. seed: of the whole batch; a line without a seed of
     its own gets one made of this and its number, so that it does not depend on where a run was interrupted.
     """
 
@@ -63,11 +63,11 @@ class LineReader:
         *,
         encode: Callable[[str], Sequence[int]] | None = None,
         render: Callable[[Mapping[str, Any]], Sequence[int]] | None = None,
-        ends: Iterable[int] = (),
+        end_ids: Iterable[int] = (),
         seed: int = 0,
     ):
         self._defaults, self._encode, self._render, self._seed = dict(defaults), encode, render, seed
-        self._ends = tuple(ends)
+        self._end_ids = tuple(end_ids)
 
     def read(self, line: Line) -> Request:
         """The line's request. Raises ConfigError, which begins with the line's number."""
@@ -86,7 +86,7 @@ class LineReader:
             raise ConfigError(f"{shown(min(unknown))} is no field of a request; expected some of {expected}")
         given = {key: value for key, value in fields.items() if value is not None and key not in ("id", *_CHAT)}
         request = request_of(prompt, {"seed": self._seed_of(number)} | self._defaults | given)
-        return held_back(request, self._ends)
+        return held_back(request, self._end_ids)
 
     def _prompt(self, fields: dict[str, Any]) -> tuple[int, ...]:
         if ("prompt" in fields) == ("messages" in fields):

@@ -205,14 +205,14 @@ class Programs(Stores):
             slots = len(control.token_b)
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
             told = report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
-            loop = with_pages(self.share(caches), table_bp), sampler.rows, control, *told
+            loop = with_pages(self.local(caches), table_bp), sampler.rows, control, *told
             start = jnp.int32(0), alive(control), plan.vary(loop)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
             _, _, (paged, rows, after, report, bad_b, offered_bn) = lax.while_loop(goes_on, body, start)
             # Not with this call's tables, whose width would make the caches those of another program.
             state = carried(state, control, after, rows)
             emitted = Emitted(report, bad_b, offered_bn if self.drafts else None)
-            return self._given_back(self.with_share(caches, paged), state), self._agreed(emitted, self.holding)
+            return self._given_back(self.with_local(caches, paged), state), self._agreed(emitted, self.holding)
 
         slots: Any = self.holding.spec("batch")
         return self._compiled(decode, inputs=(slots, self.plan.spec()), emitted=slots)

@@ -1,8 +1,8 @@
 """Log-probabilities of a prompt's own tokens, from the hidden states of its pieces.
 
-They are computed in a program of their own, after the one that reads, so that requests without them compute no logits
-of their prompts and share all of their programs with those that have them. What these pay: the program that reads also
-returns hidden states, of rows x time x width, and warming an engine compiles a scorer for each shape of a piece.
+A program of their own computes them after the one that reads the prompt. So requests that want none compute no logits
+of their prompts, and share all their programs with requests that do. The cost: the reading program also returns hidden
+states, rows x time x width, and warming an engine compiles a scorer for each shape of a piece.
 
 Letters: b rows, t time, d model, n tokens of a span, v vocabulary.
 """

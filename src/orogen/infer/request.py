@@ -127,14 +127,14 @@ class Request:
         return self.prompt if self.prompt_logprobs is None else ()
 
 
-def held_back(request: Request, ends: Iterable[int]) -> Request:
-    """The request with all that may end it held back until its `min_tokens`. ends: the tokenizer's.
+def held_back(request: Request, end_ids: Iterable[int]) -> Request:
+    """The request with all that may end it held back until its `min_tokens`. end_ids: the tokenizer's.
 
     Raises ConfigError for more `stop_ids` than can be.
     """
     if not request.min_tokens:
         return request
-    own = () if request.ignore_eos else sorted(ends)
+    own = () if request.ignore_eos else sorted(end_ids)
     most = max(0, MOST_HELD - len(request.held) - len(own))
     require(len(request.stop_ids) <= most, request, "stop_ids", f"at most {most} beside min_tokens")
     return dataclasses.replace(request, held=(*request.held, *request.stop_ids, *own))

@@ -116,8 +116,8 @@ def _seats(slots: Sequence[Slot | None], features: Features) -> Seats:
     seats, requests = no_seats(len(slots), features), [None if slot is None else slot.request for slot in slots]
     for row, slot in enumerate(slots):
         if slot is not None:
-            ends = slot.ends[:MOST_ENDS]
-            seats.ends_be[row, : len(ends)] = ends
+            end_ids = slot.end_ids[:MOST_ENDS]
+            seats.ends_be[row, : len(end_ids)] = end_ids
             requests[row] = slot.request if _does(features, slot.features) else None
     return seats._replace(knobs=knobs_of(requests, features))
 

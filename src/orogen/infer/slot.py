@@ -30,15 +30,14 @@ _PLAIN = _Plain()
 @dataclasses.dataclass
 class Slot:
     """A request that runs. seat: the slot that it has. cached: tokens of its prompt that were. pages: its own, in
-    order. ends: ids that end it. text,
-    matcher: None without. generated: all ids that have been told. ahead: steps that were dispatched and not told, each
-    of which gives a token at least, if the text goes on. scored: of the pieces of a prompt that is scored, in order,
-    what was reported, the row, and the tokens."""
+    order. end_ids: ids that end it. text, matcher: None without. generated: all ids that have been told. ahead: steps
+    that were dispatched and not told, each of which gives a token at least, if the text goes on. scored: of the pieces
+    of a prompt that is scored, in order, what was reported, the row, and the tokens."""
 
     number: int
     request: Request
     pages: tuple[int, ...]
-    ends: tuple[int, ...]
+    end_ids: tuple[int, ...]
     text: TextStream | None
     matcher: Any
     seat: int = 0
@@ -94,7 +93,7 @@ class Slot:
         kept, text, finish, error = [], "", None, None
         cached = None if self.generated else self.cached
         # What may end the text before its last token is looked for token by token.
-        each = self.matcher is not None or self.request.stop or len(self.ends) > MOST_ENDS
+        each = self.matcher is not None or self.request.stop or len(self.end_ids) > MOST_ENDS
         step = 1 if each else max(len(chosen), 1)
         for first in range(0, len(chosen), step):
             some = chosen[first : first + step]
@@ -131,7 +130,7 @@ class Slot:
     def _take(self, ids: list[int]) -> tuple[str, str | None, str | None]:
         """The text of these tokens, why it ends with the last one, None if it does not, and what is wrong."""
         self.generated += ids
-        ended = ids[-1] in self.ends
+        ended = ids[-1] in self.end_ids
         searched = len(self.generated) > self.request.min_tokens
         text = "" if self.text is None else self.text.push(ids[:-1] if ended else ids, searched=searched)
         finish, error = STOP if ended or (self.text is not None and self.text.stopped) else None, None

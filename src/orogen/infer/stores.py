@@ -172,11 +172,11 @@ class Stores:
 
         return Caches(*(map_layers(each, *fields) for fields in zip(one, other, self.layout.leads, strict=True)))
 
-    def share(self, caches: Caches) -> Caches:
+    def local(self, caches: Caches) -> Caches:
         """The caches of the slots that this rank of `context` decodes."""
         return self.of_rows(lambda a, _, lead: self.plan.piece(a, "context", dim=lead), caches, caches)
 
-    def with_share(self, caches: Caches, share: Caches) -> Caches:
+    def with_local(self, caches: Caches, local: Caches) -> Caches:
         """The caches with those of the slots that this rank of `context` has decoded."""
 
         def put(old: Array, new: Array, lead: int) -> Array:
@@ -184,7 +184,7 @@ class Stores:
                 return new
             return lax.dynamic_update_slice_in_dim(old, new, self.plan.index("context") * new.shape[lead], lead)
 
-        return self.of_rows(put, self.pooled(caches, share), share)
+        return self.of_rows(put, self.pooled(caches, local), local)
 
     def pooled(self, caches: Caches, other: Caches) -> Caches:
         """The caches with the pages of others."""

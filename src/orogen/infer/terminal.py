@@ -35,12 +35,12 @@ class Cancelling(Stepped, Protocol):
 class Words(NamedTuple):
     """How texts become prompts. encode: the ids of a text to continue. render: those of a chat's messages, each with a
     role and a content; None without a chat template: every line is then continued by itself. fields: of each request
-    besides the user's, which the template needs. ends: tokens that end a text."""
+    besides the user's, which the template needs. end_ids: tokens that end a text."""
 
     encode: Callable[[str], Sequence[int]]
     render: Callable[[list[dict[str, str]]], Sequence[int]] | None = None
     fields: Mapping[str, Any] = {}
-    ends: Iterable[int] = ()
+    end_ids: Iterable[int] = ()
 
 
 class Answer(NamedTuple):
@@ -83,7 +83,7 @@ def converse(engine: Cancelling, words: Words, fields: Mapping[str, Any], *, sou
             if room < 1:
                 raise ConfigError(f"{len(prompt)} tokens so far; expected fewer than {engine.length}: try {NEW}")
             most = {"max_tokens": fields.get("max_tokens") or room, "seed": seed}
-            request = held_back(request_of(prompt, {**fields, **words.fields, **most}), words.ends)
+            request = held_back(request_of(prompt, {**fields, **words.fields, **most}), words.end_ids)
             number = engine.submit(request)
         except ConfigError as error:
             say(f"orogen: {error}")

@@ -53,9 +53,9 @@ class ScoreHead(nnx.Module):
         self.weight = normal(rngs, (config.hidden_size,), ("norm",), std=(config.hidden_size + 1) ** -0.5)
 
 
-def table(rows: nnx.Param, plan: Plan) -> Array:
-    """A table of vectors (rows, d) that is whole on every rank, to look rows up in."""
-    return plan.weight(rows)
+def table(vectors: nnx.Param, plan: Plan) -> Array:
+    """A table of vectors (n, d) that is whole on every rank, to look vectors up in."""
+    return plan.weight(vectors)
 
 
 def scores(x_btd: Array, head: ScoreHead, plan: Plan) -> Array:

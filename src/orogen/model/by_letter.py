@@ -14,10 +14,10 @@ from jax import Array, lax
 
 from orogen.model.block import Items, Repeat, letters
 
-Rows = dict[str, Any]
+ByLetter = dict[str, Any]
 
 
-def by_letter(stack: Any, items: Items, *, lead: int = 0) -> Rows:
+def by_letter(stack: Any, items: Items, *, lead: int = 0) -> ByLetter:
     """The arrays of a Stack's layers by letter, layers of one letter along axis `lead` in the order of the pattern.
 
     stack: its state, or a tuple such as its statistics; all its arrays share the axes in front of `lead`.
@@ -35,16 +35,16 @@ def by_letter(stack: Any, items: Items, *, lead: int = 0) -> Rows:
     return joined(stacks, lead=lead)
 
 
-def stacked(rows: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[Any, ...]:
+def stacked(layers: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[Any, ...]:
     """The inverse of `by_letter`: one entry per item, None where a letter has no arrays."""
-    children, start = [], dict.fromkeys(rows, 0)
+    children, start = [], dict.fromkeys(layers, 0)
     for item in items:
         pattern = letters((item,))
         parts = {}
-        for letter in [letter for letter in rows if letter in pattern]:
+        for letter in [letter for letter in layers if letter in pattern]:
             end = start[letter] + pattern.count(letter)
             part = functools.partial(lax.slice_in_dim, start_index=start[letter], limit_index=end, axis=lead)
-            parts[letter], start[letter] = jax.tree.map(part, rows[letter]), end
+            parts[letter], start[letter] = jax.tree.map(part, layers[letter]), end
         if isinstance(item, Repeat):
             split = lambda a, n=item.count: a.reshape(*a.shape[:lead], n, -1, *a.shape[lead + 1 :])  # noqa: E731
             children.append(stacked(jax.tree.map(split, parts), item.items, lead=lead + 1))
@@ -53,7 +53,7 @@ def stacked(rows: Mapping[str, Any], items: Items, *, lead: int = 0) -> tuple[An
     return tuple(children)
 
 
-def joined(stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
+def joined(stacks: Sequence[ByLetter], *, lead: int = 0) -> ByLetter:
     """The rows of several stacks, concatenated, as a chunk holds them."""
     together = functools.partial(concatenated, lead)
     found: dict[str, list[Any]] = {}

@@ -18,7 +18,7 @@ from orogen.model.context_fused import KERNELS, fused
 from orogen.model.context_ring import around, gathered, halves, rejoined, visible
 from orogen.model.context_ssm import heads_for_sequence
 from orogen.model.context_sums import Given, Keys, Method, Queries, Sums, merge, unseen_unless
-from orogen.parallel.context import places, to_tokens, whole
+from orogen.parallel.context import indices, to_tokens, whole
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import vary_like
 
@@ -45,9 +45,9 @@ def attend(
     kernel = partial(attention, implementation=implementation, window=window, scale=scale)
     kept = partial(checkpoint_name, name="attention")
     if plan.size("context") == 1 or reading is not None:
-        indices = {} if reading is None else reading._asdict()
-        indices.pop("values", None)
-        y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h, **indices)
+        where = {} if reading is None else reading._asdict()
+        where.pop("values", None)
+        y_bthk = kernel(q_bthk, k_btgk, v_btgk, segments_bt=segments_bt, sinks_h=sinks_h, **where)
         return y_bthk if implementation == "cudnn" else kept(y_bthk)  # cuDNN's output has the name already
     if plan.config.context_attention == "alltoall":
         q_bshk, k_bsgk, v_bsgk = heads_for_sequence((q_bthk, k_btgk, v_btgk), plan)
@@ -58,7 +58,7 @@ def attend(
         k_bsgk, v_bsgk, kv_segments_bs = (whole(a, plan) for a in (k_btgk, v_btgk, segments_bt))
         return kept(kernel(
             q_bthk, k_bsgk, v_bsgk, segments_bt=segments_bt, kv_segments_bs=kv_segments_bs,
-            q_index=places(q_bthk.shape[1], plan), sinks_h=sinks_h,
+            q_index=indices(q_bthk.shape[1], plan), sinks_h=sinks_h,
         ))  # fmt: skip
     if implementation in KERNELS and (window is not None or sinks_h is not None):
         raise ValueError(f"implementation={implementation!r} with window={window} or sinks: expected neither")
@@ -96,12 +96,12 @@ def _by_parts(operands: tuple[Array, ...], plan: Plan, options: _Options) -> tup
 def _forward(operands, plan, options):
     q_bthk, k_btgk, v_btgk, segments_bt = operands
     time, method = q_bthk.shape[1], _method(plan, options)
-    queries = Queries(q_bthk, segments_bt, places(time, plan))
+    queries = Queries(q_bthk, segments_bt, indices(time, plan))
     own = k_btgk, v_btgk, segments_bt
 
     def step(parts: tuple[Sums, Sums], keys: tuple[Array, Array, Array], owner: Array):
         first, second = parts
-        one, other, ahead = visible(queries, Keys(*keys, places(time, plan, owner)), owner, plan)
+        one, other, ahead = visible(queries, Keys(*keys, indices(time, plan, owner)), owner, plan)
         a, b = method.attend_pairs(one, other)
         first = merge(first, unseen_unless(ahead, a))
         return (first, merge(merge(second, unseen_unless(~ahead, a)), b)), ()
@@ -123,21 +123,21 @@ def _backward(plan, options, saved, cotangents):
     (k_btgk, v_btgk, segments_bt), dy_bthk = lax.optimization_barrier((own, dy_bthk))
     own = k_btgk, v_btgk, segments_bt
     time, method = q_bthk.shape[1], _method(plan, options)
-    queries = Queries(q_bthk, segments_bt, places(time, plan))
+    queries = Queries(q_bthk, segments_bt, indices(time, plan))
     delta_bth = jnp.sum(dy_bthk.astype(jnp.float32) * y_bthk.astype(jnp.float32), -1) - dlse_bth
     query_side = queries, Given(y_bthk, dy_bthk, lse_bth, delta_bth)
 
     def step(dq: tuple[Array, Array], keys: tuple[Array, Array, Array], owner: Array):
         dq_first, dq_second = dq
-        one, other, ahead = visible(query_side, Keys(*keys, places(time, plan, owner)), owner, plan)
+        one, other, ahead = visible(query_side, Keys(*keys, indices(time, plan, owner)), owner, plan)
         (dq_a, d_a), (dq_b, d_b) = method.pull_pairs(one, other)
         dq_first += jnp.where(ahead, dq_a, 0)
         dq_second += jnp.where(ahead, dq_b, dq_a + dq_b)
 
-        def share(a, b):  # both blocks have the first part's keys, or one block has each part's
+        def of_parts(a, b):  # both blocks have the first part's keys, or one block has each part's
             return rejoined(jnp.where(ahead, a + b, a), jnp.where(ahead, 0, b))
 
-        return (dq_first, dq_second), jax.tree.map(share, d_a, d_b)
+        return (dq_first, dq_second), jax.tree.map(of_parts, d_a, d_b)
 
     dq_bthk, dkv = method.pull_own(query_side, Keys(*own, queries.index_t))
     dq, (dk_btgk, dv_btgk) = _visits(plan)(step, halves(dq_bthk), own, dkv, plan)

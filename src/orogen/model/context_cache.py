@@ -1,10 +1,10 @@
-"""Pieces of a text that are dealt over the ranks of `context`, and the caches of `model.slots` that they continue.
+"""Pieces of a text that are split over the ranks of `context`, and the caches of `model.slots` that they continue.
 
 Every rank has a copy of the caches. It computes its own tokens of a piece, as in training, and writes to its copy what
-all ranks have of the piece: keys and values, which are gathered; the last inputs of convolutions; and the states, which
-pass from part to part. So a piece may follow any other and begin anywhere in its text.
+all ranks contribute: keys and values, which are gathered; the last inputs of convolutions; and the states, which pass
+from part to part. So a piece may follow any other and begin anywhere in its text.
 
-With one rank of `context` all of this is the plain use of a cache.
+With one rank of `context`, these functions use a cache in the plain way.
 
 Letters: b rows, t time of this rank, k tokens of a convolution's window.
 """
@@ -41,7 +41,7 @@ def with_inputs(given: Any, inputs: Sequence[Array], state: Any, docs: Documents
         return given.with_piece(inputs, state, docs)
     docs = whole_documents(docs, plan)
     count_b1 = counts(docs)[:, None]
-    # The last tokens alone, as a piece of their own: no rank has all of the others.
+    # Only the last tokens, as a piece of their own: no rank has all the others.
     index_bk = jnp.maximum(count_b1 - window, 0) + jnp.arange(window)
     widths = [x_btc.shape[-1] for x_btc in inputs]
     last_bkc = taken(jnp.concatenate(inputs, axis=-1), index_bk, plan)

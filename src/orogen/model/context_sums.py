@@ -65,8 +65,8 @@ class Method(NamedTuple):
 def merge(one: Sums, other: Sums) -> Sums:
     """Attention over the keys of both."""
     lse_bth = jnp.logaddexp(one.lse_bth, other.lse_bth)
-    share = lambda sums: jnp.exp(sums.lse_bth - lse_bth)[..., None] * sums.y_bthk  # noqa: E731
-    return Sums(share(one) + share(other), lse_bth)
+    weighted = lambda sums: jnp.exp(sums.lse_bth - lse_bth)[..., None] * sums.y_bthk  # noqa: E731
+    return Sums(weighted(one) + weighted(other), lse_bth)
 
 
 def unseen_unless(condition: Array, sums: Sums) -> Sums:

@@ -58,8 +58,9 @@ class GatedCrossAttention(nnx.Module):
         with jax.named_scope("in_proj"):
             q_bthk = self._heads(checkpoint_name(linear_plain(plan.enter(x_btd), self.query, plan), "query"))
             k_bngk, v_bngk = (
-                self._heads(linear_plain(given.vectors_bnd, w, plan)) for w in (self.key, self.value)
-            )  # fmt: skip
+                self._heads(checkpoint_name(linear_plain(given.vectors_bnd, weight, plan), name))
+                for name, weight in (("key", self.key), ("value", self.value))
+            )
         with jax.named_scope("core"):
             y_bthk = attend_all(q_bthk, k_bngk, v_bngk, given.image_bt, given.image_bn)
             y_bthk = checkpoint_name(y_bthk, "attention")

@@ -61,13 +61,13 @@ class Whole:
 
     def loads(self, load: Sequence[Array]) -> Array:
         """(l, e): the routers' counters, in the order of the pattern, with the MTP block's last; see `Sums`."""
-        rows, offset = [], 0
+        load_l, offset = [], 0
         for items in (repeats(self.main), repeats(self.mtp)):  # one set of routers for all depths of an MTP block
             experts = [p for p, letter in zip(places(items), letters(items), strict=True) if letter == MOE]
             paths = sorted({place.path for place in experts})
-            rows += [load[offset + paths.index(place.path)][place.index] for place in experts]
+            load_l += [load[offset + paths.index(place.path)][place.index] for place in experts]
             offset += len(paths)
-        return jnp.stack(rows) if rows else jnp.zeros((0, 0))
+        return jnp.stack(load_l) if load_l else jnp.zeros((0, 0))
 
     def load_specs(self, plan: Plan) -> Any:
         """The PartitionSpec of these counters."""

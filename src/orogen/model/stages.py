@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from orogen.config.recipe import Recipe
 from orogen.model.block import repeats
-from orogen.model.by_letter import Items, Rows, add_rows, by_letter, concatenated, joined, plain, stacked, state_of
+from orogen.model.by_letter import ByLetter, Items, add_rows, by_letter, concatenated, joined, plain, stacked, state_of
 from orogen.moe.layer import Choice, Replay
 from orogen.parallel.axes import TOKENS
 from orogen.parallel.plan import Plan
@@ -125,7 +125,7 @@ class Stages:
         layers = {letter: _marked(tree, staged=False) for letter, tree in parts.get(LAYERS, {}).items()}
         return _together(shared, self.join_rows(layers), self._items)
 
-    def split_rows(self, stacks: Sequence[Rows], *, lead: int = 0) -> Rows:
+    def split_rows(self, stacks: Sequence[ByLetter], *, lead: int = 0) -> ByLetter:
         """(p, v, r, ...) by letter, from the rows, along axis `lead`, of the backbone's stack and of the MTP block's.
         The latter may come several times, once per depth: the last chunk then has its layers as often."""
         depths, found = len(stacks) - 1, {}
@@ -135,9 +135,9 @@ class Stages:
             found[letter] = jax.tree.map(functools.partial(_lay_out, index_pvr, lead), *trees)
         return found
 
-    def join_rows(self, laid: Rows, *, depths: int = 1, lead: int = 0) -> list[Rows]:
+    def join_rows(self, laid: ByLetter, *, depths: int = 1, lead: int = 0) -> list[ByLetter]:
         """The inverse of `split_rows`."""
-        stacks: list[Rows] = [{} for _ in range(1 + depths)]
+        stacks: list[ByLetter] = [{} for _ in range(1 + depths)]
         for letter, tree in laid.items():
             row_n = np.argsort(self._index(letter, depths).ravel(), kind="stable")
             start = 0
@@ -177,7 +177,7 @@ class Stages:
         for a model without experts."""
         main, deeper = self._items
         items = [main] + [deeper] * (len(replay) - 1)
-        stacks: list[Rows] = [by_letter(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
+        stacks: list[ByLetter] = [by_letter(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
         return self.split_rows(stacks, lead=1).get(MOE, ())
 
     def _with_recipes(self, recipes: tuple[Recipe, ...] | None) -> list[Segment]:
@@ -236,7 +236,7 @@ def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> n
     return nnx.State({**kept, **({LAYERS: layers} if layers else {})})
 
 
-def _apart(state: Any, items: tuple[Items, Items]) -> tuple[dict[str, Any], list[Rows]]:
+def _apart(state: Any, items: tuple[Items, Items]) -> tuple[dict[str, Any], list[ByLetter]]:
     """What is not a layer of a stack, and the rows of the backbone's stack and of the MTP block's."""
     state = plain(state)
     shared = {name: part for name, part in state.items() if name != BACKBONE}
@@ -247,7 +247,7 @@ def _apart(state: Any, items: tuple[Items, Items]) -> tuple[dict[str, Any], list
     return {name: part for name, part in shared.items() if part}, stacks
 
 
-def _together(shared: Mapping[str, Any], stacks: Sequence[Rows], items: tuple[Items, Items]) -> nnx.State:
+def _together(shared: Mapping[str, Any], stacks: Sequence[ByLetter], items: tuple[Items, Items]) -> nnx.State:
     """The inverse of `_apart`."""
     whole = dict(shared)
     main, deeper = [state_of(stacked(stack, part)) for stack, part in zip(stacks, items, strict=True)]

@@ -1,7 +1,7 @@
 """How a slot keeps the state of an SSM from piece to piece: in float32, in float16, or in blocks of int8 with scales.
 
-Kernels compute with float32 states, and with float16 ones that they round at random themselves. Every other form is
-decoded before and encoded after them, for the rows that have tokens only: what no token changes stays to the bit.
+Kernels compute with float32 states, and with float16 ones that they round stochastically themselves. Every other form
+is decoded before and encoded after them, but only for rows with tokens: what no token changes stays bit for bit.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Run = Callable[[Array, Array | None], tuple[Any, Array]]
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """A state of zeros, as `dtype` keeps it."""
+    """A state of zeros, stored as `dtype`."""
     return Blocks.zeros(shape) if jnp.dtype(dtype) == jnp.int8 else jnp.zeros(shape, dtype)
 
 
@@ -48,9 +48,9 @@ def updated(state: Any, run: Run, *, seeds_b2: Array | None, rows_b: Array) -> t
 
 
 def seeds_of(state: Any, rates: Array, docs: Documents, plan: Plan) -> Array | None:
-    """The seeds for rounding at random, uint32 (b, 2): a word that differs between layers, made of their decay rates,
-    and the position, which differs between tokens. Equal texts are rounded alike, whatever their slot. None for a
-    float32 state, and where the recipe rounds to the nearest."""
+    """The seeds of stochastic rounding, uint32 (b, 2): a word that differs between layers, made from their decay
+    rates, and the position, which differs between tokens. Equal texts are rounded alike, whatever their slot. None for
+    a float32 state, and where the recipe rounds to nearest."""
     whole = not isinstance(state, Blocks) and state.dtype == jnp.float32
     if whole or not plan.recipe.stored.random_states:
         return None

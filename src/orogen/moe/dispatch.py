@@ -105,7 +105,7 @@ def _with_inverse(slots_nk: Array, n_rows: int) -> tuple[Array, Array]:
     return _routing((slots_nk, source_r))
 
 
-def _places(flat: Array) -> Array:
+def _slots(flat: Array) -> Array:
     """int32 position of each number after a stable sort of all."""
     if flat.size <= FEW:
         index = jnp.arange(flat.size)
@@ -137,8 +137,8 @@ class AllGather:
             slots_mk, source_r, flat = _routing((source_r.reshape(here_mk.shape), source_r, flat))
             return x_md, RowGroups(flat), Ticket(slots_mk, source_r)
         n_rows = idx_mk.shape[0] * min(idx_mk.shape[1], local)
-        places = _places(flat)
-        slots_mk = jnp.where(here_mk, places.reshape(here_mk.shape), n_rows)
+        slots = _slots(flat)
+        slots_mk = jnp.where(here_mk, slots.reshape(here_mk.shape), n_rows)
         group_sizes = jnp.sum(flat[:, None] == jnp.arange(local), 0, dtype=jnp.int32)
         slots_mk, source_r = _with_inverse(slots_mk, n_rows)
         return _take(x_md, slots_mk, source_r, plan), group_sizes, Ticket(slots_mk, source_r)
@@ -192,8 +192,8 @@ class Ragged:
         # Sorted by expert, hence by rank: the rows for one rank are one run.
         flat = jnp.where(keep_nk, idx_nk, n_experts).reshape(-1)
         order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-        places = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
-        slots_nk = jnp.where(keep_nk, places.reshape(keep_nk.shape), flat.size)
+        slots = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
+        slots_nk = jnp.where(keep_nk, slots.reshape(keep_nk.shape), flat.size)
         slots_nk, source_r = _with_inverse(slots_nk, flat.size)
         counts_e = jnp.sum(flat[:, None] == jnp.arange(n_experts), 0, dtype=jnp.int32)
         runs, received_re, overflow = _runs(plan.gather(counts_e[None], "expert", dim=0), local, room, plan)

@@ -27,7 +27,7 @@ def zigzag(length: int, ranks: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[r], chunks[-1 - r]]) for r in range(ranks)])
 
 
-def places(length: int, plan: Plan, rank: Array | int | None = None) -> Array:
+def indices(length: int, plan: Plan, rank: Array | int | None = None) -> Array:
     """(t,) int32: the positions in the sequence of the `length` tokens of a rank (None: of this one)."""
     ranks = plan.size("context")
     if ranks == 1:
@@ -157,16 +157,16 @@ def own(x_bs: Array, plan: Plan) -> Array:
     """(b, t, ...): this rank's tokens of a sequence (b, s, ...) that every rank has whole."""
     if plan.size("context") == 1:
         return x_bs
-    return jnp.take(x_bs, places(x_bs.shape[1] // plan.size("context"), plan), axis=1)
+    return jnp.take(x_bs, indices(x_bs.shape[1] // plan.size("context"), plan), axis=1)
 
 
 def taken(x_bt: Array, index_bk: Array, plan: Plan) -> Array:
-    """(b, k, ...): of each row the tokens at these places in the sequence, on every rank."""
+    """(b, k, ...): of each row the tokens at these indices of the sequence, on every rank."""
     trailing = (1,) * (x_bt.ndim - 2)
     if plan.size("context") == 1:
         return jnp.take_along_axis(x_bt, index_bk.reshape(*index_bk.shape, *trailing), axis=1)
-    place_t = places(x_bt.shape[1], plan)
-    here_bkt = index_bk[..., None] == place_t
+    index_t = indices(x_bt.shape[1], plan)
+    here_bkt = index_bk[..., None] == index_t
     local_bk, there_bk = jnp.argmax(here_bkt, axis=-1), jnp.any(here_bkt, axis=-1)
     local_bk, there_bk = (a.reshape(*index_bk.shape, *trailing) for a in (local_bk, there_bk))
     return vary_like(plan.sum(jnp.where(there_bk, jnp.take_along_axis(x_bt, local_bk, axis=1), 0), "context"), x_bt)

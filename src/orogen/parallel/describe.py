@@ -50,7 +50,7 @@ def _held(staged: Sequence[tuple[str, nnx.Variable]], filled: Mapping[str, float
     sizes = [(filled[letter], math.prod(leaf.get_value().shape[1:])) for letter, leaf in staged]
     return {
         "layer_parameters": sum(size for _, size in sizes),
-        "layer_parameters_if_even": round(sum(share * size for share, size in sizes)),
+        "layer_parameters_if_even": round(sum(layers * size for layers, size in sizes)),
     }
 
 
@@ -58,7 +58,7 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
     """The facts of `describe_plan` as lines of text: one per axis and per parameter."""
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items())
     axes = [f"  {axis:<14} {' x '.join(names)}" for axis, names in facts["logical_axes"].items() if names]
-    rows = [
+    grid = [
         (
             name,
             _times(p["shape"]),
@@ -75,7 +75,7 @@ def plan_lines(facts: dict[str, Any]) -> list[str]:
         *axes,
         *_pipeline_lines(facts),
         "",
-        *_table([header, *rows]),
+        *_table([header, *grid]),
     ]
 
 
@@ -116,6 +116,6 @@ def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _table(grid: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in grid]

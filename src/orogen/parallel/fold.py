@@ -1,10 +1,10 @@
 """Folds several factorizations of one ordered list of devices into a single mesh: their common refinement.
 
-A factorization is an ordered list of (axis, size), outermost first. Its cuts are the cumulative products of its sizes,
-from the innermost axis outwards: where it splits the device list. If the cuts of all factorizations form a chain in
-which each divides the next, then a mesh with one axis between every two neighbouring cuts serves them all: each axis of
-a factorization is a tuple of mesh axes. No jax here: the simulator folds clusters that do not exist. Source: MoE
-Parallel Folding, arXiv:2504.14960.
+A factorization is an ordered list of (axis, size), outermost first. Its boundaries are the cumulative products of its
+sizes, from the innermost axis outwards: where it splits the device list. If the boundaries of all factorizations form a
+chain in which each divides the next, then a mesh with one axis between every two neighbouring boundaries serves them
+all: each axis of a factorization is a tuple of mesh axes. No jax here: the simulator folds clusters that do not exist.
+Source: MoE Parallel Folding, arXiv:2504.14960.
 """
 
 import math
@@ -30,21 +30,21 @@ def refine(*factorizations: Factorization) -> Folding:
     """The coarsest mesh that all `factorizations` are groupings of.
 
     Mesh axes are named after the first factorization: an axis that must be split is named `tensor.0`, `tensor.1`,
-    outermost first. Raises FoldError if sizes have different products or two cuts do not divide each other.
+    outermost first. Raises FoldError if sizes have different products or two boundaries do not divide each other.
     """
     total = math.prod(size for _, size in factorizations[0])
-    cuts = {1}
+    boundaries = {1}
     for factorization in factorizations:
         product = math.prod(size for _, size in factorization)
         if product != total:
             raise FoldError(f"{describe(factorization)} is {product} devices; {describe(factorizations[0])} is {total}")
-        cuts.update(_cuts(factorization))
-    chain = sorted(cuts)
+        boundaries.update(_boundaries(factorization))
+    chain = sorted(boundaries)
     for low, high in zip(chain, chain[1:], strict=False):
         if high % low:
-            cutting = [next(f for f in factorizations if cut in _cuts(f)) for cut in (low, high)]
-            both = " and ".join(describe(f) for f in sorted(cutting, key=factorizations.index))
-            raise FoldError(f"{both} share no mesh: cuts at {low} and {high} devices cross")
+            crossing = [next(f for f in factorizations if boundary in _boundaries(f)) for boundary in (low, high)]
+            both = " and ".join(describe(f) for f in sorted(crossing, key=factorizations.index))
+            raise FoldError(f"{both} share no mesh: boundaries at {low} and {high} devices cross")
     atoms = list(zip(chain, chain[1:], strict=False))
     names = _atom_names(factorizations[0], atoms)
     logical = {
@@ -186,7 +186,7 @@ def _spans(factorization: Factorization) -> list[tuple[str, int, int]]:
     return spans
 
 
-def _cuts(factorization: Factorization) -> set[int]:
+def _boundaries(factorization: Factorization) -> set[int]:
     return {end for _, _, end in _spans(factorization)}
 
 

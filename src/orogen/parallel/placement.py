@@ -174,8 +174,8 @@ def square_sums(grads: Any, plan: Plan) -> Array:
 def _square_sum(x: Array, split: list[tuple[str, ...]]) -> Array:
     """The sum of squares of an array of which this device holds a piece. split: the mesh axes of each dimension."""
     inner, outer = split[-1], tuple(name for part in split[:-1] for name in part)
-    rows = jnp.einsum("...i,...i->...", x, x, precision="highest")
-    total = (lax.psum(rows, inner) if inner else rows).sum()
+    sums = jnp.einsum("...i,...i->...", x, x, precision="highest")
+    total = (lax.psum(sums, inner) if inner else sums).sum()
     return lax.psum(total, outer) if outer else total
 
 

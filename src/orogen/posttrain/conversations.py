@@ -142,10 +142,10 @@ def _learned(
         stop -= 1
     if number not in conversation.cut_thoughts:
         return [(start, stop)]
-    ends = chat.tokenizer.marker_ids(THOUGHT)
-    for place in range(start, stop - len(ends) + 1):
-        if list(ids[place : place + len(ends)]) == ends:
-            return [(start, place), (place + len(ends), stop)]
+    marker = chat.tokenizer.marker_ids(THOUGHT)
+    for place in range(start, stop - len(marker) + 1):
+        if list(ids[place : place + len(marker)]) == marker:
+            return [(start, place), (place + len(marker), stop)]
     return [(start, stop)]
 
 

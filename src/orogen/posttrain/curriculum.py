@@ -85,8 +85,8 @@ class Curriculum:
         self._drawn[name] += count
         if self._rl.curriculum == "gaussian":
             return self._by_rate(name, count, rollout, first)
-        places = [(first + k) // len(tasks) for k in range(count)], [(first + k) % len(tasks) for k in range(count)]
-        return [int(tasks[self._shuffled(name, epoch)[place]]) for epoch, place in zip(*places, strict=True)]
+        indices = [(first + k) // len(tasks) for k in range(count)], [(first + k) % len(tasks) for k in range(count)]
+        return [int(tasks[self._shuffled(name, epoch)[place]]) for epoch, place in zip(*indices, strict=True)]
 
     def _shuffled(self, name: str, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != (name, epoch):
@@ -100,8 +100,8 @@ class Curriculum:
         chance_n = gaussian(np.array(self._rates[name]), mean=mean, width=rl.curriculum_width)
         rng = np.random.default_rng([self._seed, self._number(name), rollout, first])
         enough = np.count_nonzero(chance_n) >= count
-        places = rng.choice(len(tasks), size=count, replace=not enough, p=chance_n)
-        return [int(number) for number in tasks[places]]
+        indices = rng.choice(len(tasks), size=count, replace=not enough, p=chance_n)
+        return [int(number) for number in tasks[indices]]
 
     def mean_rate(self, rollout: int) -> float:
         """The pass rate that is drawn most: it goes linearly from curriculum_start to curriculum_end."""

@@ -61,7 +61,7 @@ def read_judgement(text: str) -> Judgement | None:
         value = overall if isinstance(overall, dict) else value
         numbers = [value.get(name) for name in Judgement._fields]
         limits = (SCORES, SCORES, RANKS)
-        if all(_within(n, *ends) for n, ends in zip(numbers, limits, strict=True)):
+        if all(_within(n, *bounds) for n, bounds in zip(numbers, limits, strict=True)):
             found = Judgement(*(float(n) for n in numbers if n is not None))
     return found
 

@@ -12,26 +12,26 @@ REWARD, FAILURE, WHOLE = "heldout_reward", "heldout_failure", "whole_"
 
 
 class HeldoutTasks:
-    """Scores a state by its rewards on held-out tasks: about `rows` of them, or all.
+    """Scores a state by its rewards on held-out tasks: about `count` of them, or all.
 
     The first score is 1 - reward, since of scores the lowest is the best. A failed verification has a reward of 0.
     repeated: environments with so few questions that held-out ones are trained on too, which is said once.
     """
 
     def __init__(
-        self, rollouts: Rollouts, tasks: Mapping[str, Sequence[int]], *, rows: int, repeated: Sequence[str] = ()
+        self, rollouts: Rollouts, tasks: Mapping[str, Sequence[int]], *, count: int, repeated: Sequence[str] = ()
     ) -> None:  # fmt: skip
         self._rollouts, self._repeated = rollouts, repeated
         self._all = {name: list(numbers) for name, numbers in tasks.items() if len(numbers)}
-        share = -(-rows // max(1, len(self._all)))
-        self._some = {name: _spread(numbers, share) for name, numbers in self._all.items()}
+        per_environment = -(-count // max(1, len(self._all)))
+        self._some = {name: _spread(numbers, per_environment) for name, numbers in self._all.items()}
         names = [f"{REWARD}/{name}" for name in self._all]
         self.sampled = (FAILURE, REWARD, *names)
         self.whole = tuple(WHOLE + name for name in self.sampled)
         self.progress: Callable[[], None] = lambda: None
 
     def sample(self, state: Any) -> dict[str, float]:
-        """The scores on about `rows` tasks."""
+        """The scores on about `count` tasks."""
         return self._scores(state, self._some, self.sampled)
 
     def full(self, state: Any) -> dict[str, float]:

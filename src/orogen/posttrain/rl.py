@@ -118,7 +118,7 @@ def _evaluation(config: RunConfig, built: Built, corpus: Corpus) -> HeldoutTasks
     tasks = corpus.split.numbers["heldout"]
     if not any(tasks.values()):
         return None
-    return HeldoutTasks(corpus.rollouts, tasks, rows=config.train.evaluate_rows, repeated=corpus.split.repeated)
+    return HeldoutTasks(corpus.rollouts, tasks, count=config.train.evaluate_rows, repeated=corpus.split.repeated)
 
 
 def _keep(corpus: Corpus, run_dir: Path) -> None:

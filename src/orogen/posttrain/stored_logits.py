@@ -126,11 +126,11 @@ class StoredLogits:
                 found = f"the logits in {str(folder)!r} have {name} = {self._manifest[name]!r}"
                 raise ConfigError(f"{found}; expected {value!r}, that of this run")
         _require_length(config, self._manifest["sequence_length"], f"that of the logits in {str(folder)!r}")
-        rows, k = self._manifest["rows"], self._manifest["top_k"]
+        tokens, k = self._manifest["rows"], self._manifest["top_k"]
         self._top_k = config.need("distill").distill.top_k or k
         if self._top_k > k:
             raise ConfigError(f"DistillConfig.top_k is {self._top_k}; expected at most {k}, as many as are stored")
-        self._arrays = {name: _mapped(folder / f"{name}.npy", (rows, k), dtype) for name, dtype in DTYPES.items()}
+        self._arrays = {name: _mapped(folder / f"{name}.npy", (tokens, k), dtype) for name, dtype in DTYPES.items()}
         documents = sum(len(split) for split in _train(corpus))
         self._starts = _mapped(folder / STARTS, (documents,), np.int64)
 

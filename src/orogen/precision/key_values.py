@@ -1,9 +1,9 @@
 """Keys and values in FP8: E4M3 with one static scale for all keys of a layer, and one for all values.
 
-A number is stored as E4M3(x · s), to the nearest, ties to even, where s is the float32 nearest to 1 / scale; beyond
-±448 it saturates, and NaN stays NaN. It is read as value · scale, computed in float32, in the compute dtype. The scales
-are `k_scale` and `v_scale` of ModelOpt's checkpoints, as in vLLM. (XLA makes a product of a division by a constant, but
-not everywhere: so it is written as one.) Not differentiable.
+A number is stored as E4M3(x · s), rounded to nearest even, where s is the float32 nearest to 1 / scale; beyond ±448 it
+saturates, and NaN stays NaN. It is read as value · scale, computed in float32 and cast to the compute dtype. The scales
+are `k_scale` and `v_scale` of ModelOpt's checkpoints, as in vLLM. (XLA turns a division by a constant into a product,
+but not everywhere, so it is written as a product here.) Not differentiable.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ FORM = FORMATS["e4m3"]
 
 
 def stored(values: Sequence[Array], scales: Scales | None) -> tuple[Array, ...]:
-    """Keys and values as they are kept; None: as they are."""
+    """Keys and values in their stored form. scales: None leaves them as they are."""
     if scales is None:
         return tuple(values)
     inverses = (np.float32(1) / np.float32(scale) for scale in scales)
@@ -36,8 +36,8 @@ def read(values: Sequence[Array], scales: Scales | None, dtype: Any) -> tuple[Ar
 
 
 def _rounded(x: Array) -> Array:
-    """x (float32) in E4M3. Rounded to its grid first, so that the conversion is exact: without its newer fusion
-    emitters XLA:CPU converts by way of float16, and so rounds twice."""
+    """x (float32) in E4M3. It is rounded to E4M3's grid first, so that the conversion is exact: without its newer
+    fusion emitters, XLA:CPU converts through float16 and rounds twice."""
     x = jnp.clip(x, -FORM.largest, FORM.largest)
     exponent = ((lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - 127
     unit = jnp.maximum(exponent, FORM.lowest) - FORM.fraction  # exponent of the distance to the next number

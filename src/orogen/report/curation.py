@@ -70,23 +70,23 @@ def _share(value: float | None) -> str:
 
 def _stages_html(stages: Facts) -> str:
     """One row per stage and one per reason below it."""
-    rows = []
+    lines = []
     for name, stage in stages.items():
         entered, left = stage["entered"], stage["left"]
         gone, removed = (sum(found[key] for found in stage["removed"].values()) for key in ("bytes", "documents"))
         cells = (left["documents"], left["bytes"], removed, gone)
-        rows.append(_row(name, *cells, mark=' class="model"'))
-        rows += [
-            _row(f"· {reason}", None, None, found["documents"], found["bytes"])
+        lines.append(_line(name, *cells, mark=' class="model"'))
+        lines += [
+            _line(f"· {reason}", None, None, found["documents"], found["bytes"])
             for reason, found in stage["removed"].items()
         ]
-        cut = entered["bytes"] - left["bytes"] - gone
-        if cut > 0:
-            rows.append(_row("· cut out of documents that stay", None, None, None, cut))
-        elif cut < 0:
-            rows.append(_row("· added to documents", None, None, None, cut))
+        trimmed = entered["bytes"] - left["bytes"] - gone
+        if trimmed > 0:
+            lines.append(_line("· cut out of documents that stay", None, None, None, trimmed))
+        elif trimmed < 0:
+            lines.append(_line("· added to documents", None, None, None, trimmed))
     heads = ("stage", "documents left", "bytes left", "documents removed", "bytes removed")
-    return _table(heads, rows)
+    return _table(heads, lines)
 
 
 def _groups_html(facts: Facts) -> str:
@@ -94,17 +94,17 @@ def _groups_html(facts: Facts) -> str:
     before = facts["stages"]["read"]["groups"].get("source", {})
     after = facts["stages"]["write"]["groups"].get("source", {})
     none = {"documents": 0, "bytes": 0}
-    rows = []
+    lines = []
     for name in facts["sources"]:
         first, last = before.get(name, none), after.get(name, none)
-        rows.append(_row(name, first["documents"], first["bytes"], last["documents"], last["bytes"]))
-    return _table(("source, by priority", "documents", "bytes", "documents left", "bytes left"), rows)
+        lines.append(_line(name, first["documents"], first["bytes"], last["documents"], last["bytes"]))
+    return _table(("source, by priority", "documents", "bytes", "documents left", "bytes left"), lines)
 
 
 def _broken_html(facts: Facts) -> str:
     reasons = facts["broken"]["reasons"]
-    rows = [_row(reason, count) for reason, count in reasons.items()]
-    return _table(("cannot be read (all named in broken.jsonl)", "records or files"), rows) if rows else ""
+    lines = [_line(reason, count) for reason, count in reasons.items()]
+    return _table(("cannot be read (all named in broken.jsonl)", "records or files"), lines) if lines else ""
 
 
 def _examples_html(stages: Facts) -> str:
@@ -117,12 +117,12 @@ def _examples_html(stages: Facts) -> str:
     return f"<section><h2>Examples of removed documents</h2></section>{''.join(parts)}" if parts else ""
 
 
-def _table(heads: tuple[str, ...], rows: list[str]) -> str:
+def _table(heads: tuple[str, ...], lines: list[str]) -> str:
     cells = "".join(f'<th class="number">{head}</th>' for head in heads[1:])
-    return f"<table><thead><tr><th>{heads[0]}</th>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<table><thead><tr><th>{heads[0]}</th>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _row(name: str, *values: int | None, mark: str = "") -> str:
+def _line(name: str, *values: int | None, mark: str = "") -> str:
     cells = "".join(f'<td class="number">{"" if value is None else f"{value:,}"}</td>' for value in values)
     return f"<tr{mark}><td>{html.escape(name)}</td>{cells}</tr>"
 

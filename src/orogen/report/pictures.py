@@ -253,11 +253,11 @@ def _expert_load(records: Records) -> Picture | None:
 def _draw_load(routed: Records, theme: Theme) -> "Figure":
     layers = len(routed[0]["expert_load"])
     across = 1 if layers == 1 else 2 if layers <= 8 else 4 if layers <= 24 else 5
-    rows = math.ceil(layers / across)
+    down = math.ceil(layers / across)
     experts = len(routed[0]["expert_load"][0])
     panel = min(2.5, max(1.5 if layers <= 8 else 0.95, 0.25 + experts / 110))  # inches; one dot per expert, up to 250
-    figure = bare_figure(theme, height=0.8 + rows * panel)
-    grid = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False)
+    figure = bare_figure(theme, height=0.8 + down * panel)
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     columns = min(MAX_COLUMNS // across, len(routed))
     edges_c = np.linspace(routed[0]["step"], routed[-1]["step"] + 1, columns + 1)
     image = None

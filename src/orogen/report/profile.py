@@ -64,29 +64,29 @@ def scope_of(op_name: str) -> Scope:
     return Scope((f"{mtp[0]} " if mtp else "") + (kind or OTHER), "/".join(parts), phase)
 
 
-class Row(NamedTuple):
+class Entry(NamedTuple):
     """What a moment of a device is counted as. collective: the operation, or None for computation."""
 
     scope: Scope
     collective: str | None
 
 
-class Share(NamedTuple):
-    """Nanoseconds of one device. alone: of each row while nothing but its kind ran: computation, or communication with
-    no computation beside it, split equally between rows that ran at once. waiting: what of that passed before a
-    collective's last device had begun. hidden: communication beside computation. counts: events. window: from the first
-    event to the last; idle: what of it nothing ran in."""
+class Breakdown(NamedTuple):
+    """Nanoseconds of one device. alone: of each entry while nothing but its kind ran: computation, or communication
+    with no computation beside it, split equally between entries that ran at once. waiting: what of that passed before
+    a collective's last device had begun. hidden: communication beside computation. counts: events. window: from the
+    first event to the last; idle: what of it nothing ran in."""
 
-    alone: dict[Row, float]
-    waiting: dict[Row, float]
-    hidden: dict[Row, float]
-    counts: dict[Row, int]
+    alone: dict[Entry, float]
+    waiting: dict[Entry, float]
+    hidden: dict[Entry, float]
+    counts: dict[Entry, int]
     window: float
     idle: float
 
 
 def step_table(path: Path, *, steps: int | None = None) -> dict[str, Any]:
-    """Where the time of a step goes, in milliseconds per step; of rows, means over devices.
+    """Where the time of a step goes, in milliseconds per step; of entries, means over devices.
 
     path: a folder of jax.profiler.trace. steps: how many the trace has; None: as often as the instruction of the
     largest program ran that ran least often. Raises ConfigError if there is no trace.
@@ -109,36 +109,37 @@ def count_steps(events: Sequence[Event]) -> int:
 def tabulate(devices: Mapping[str, Sequence[Event]], steps: int) -> dict[str, Any]:
     """`step_table` of the events of each device."""
     begun = last_starts(devices.values())
-    shares = {name: share(events, begun) for name, events in devices.items()}
+    breakdowns = {name: breakdown(events, begun) for name, events in devices.items()}
     per_step = lambda ns: round(ns / steps / 1e6, 4)  # noqa: E731
-    mean = lambda field, row: per_step(sum(getattr(s, field).get(row, 0) for s in shares.values()) / len(shares))  # noqa: E731
-    rows = list(dict.fromkeys(row for s in shares.values() for row in s.counts))
-    compute = [{**row.scope._asdict(), "ms": mean("alone", row)} for row in rows if row.collective is None]
+    every = list(breakdowns.values())
+    mean = lambda field, entry: per_step(sum(getattr(one, field).get(entry, 0) for one in every) / len(every))  # noqa: E731
+    entries = list(dict.fromkeys(entry for one in every for entry in one.counts))
+    compute = [{**entry.scope._asdict(), "ms": mean("alone", entry)} for entry in entries if entry.collective is None]
     communication = [
         {
-            "operation": row.collective, **row.scope._asdict(), "exposed_ms": mean("alone", row),
-            "waiting_ms": mean("waiting", row), "hidden_ms": mean("hidden", row),
-            "count": round(sum(s.counts.get(row, 0) for s in shares.values()) / len(shares) / steps, 2),
+            "operation": entry.collective, **entry.scope._asdict(), "exposed_ms": mean("alone", entry),
+            "waiting_ms": mean("waiting", entry), "hidden_ms": mean("hidden", entry),
+            "count": round(sum(one.counts.get(entry, 0) for one in every) / len(every) / steps, 2),
         }
-        for row in rows if row.collective is not None
+        for entry in entries if entry.collective is not None
     ]  # fmt: skip
     return {
         "steps": steps,
-        "devices": {name: _device(s, per_step) for name, s in shares.items()},
+        "devices": {name: _device(s, per_step) for name, s in breakdowns.items()},
         "compute": sorted(compute, key=lambda r: -r["ms"]),
         "communication": sorted(communication, key=lambda r: (-r["exposed_ms"], -r["hidden_ms"])),
         "unknown": _unknown(devices.values(), per_step),
     }
 
 
-def _device(found: Share, per_step: Callable[[float], float]) -> dict[str, float]:
-    total = lambda times, wanted: per_step(sum(ns for row, ns in times.items() if wanted(row)))  # noqa: E731
+def _device(found: Breakdown, per_step: Callable[[float], float]) -> dict[str, float]:
+    total = lambda times, wanted: per_step(sum(ns for entry, ns in times.items() if wanted(entry)))  # noqa: E731
     return {
         "step_ms": per_step(found.window),
-        "compute_ms": total(found.alone, lambda row: row.collective is None),
-        "exposed_ms": total(found.alone, lambda row: row.collective is not None),
-        "waiting_ms": total(found.waiting, lambda row: True),
-        "hidden_ms": total(found.hidden, lambda row: True),
+        "compute_ms": total(found.alone, lambda entry: entry.collective is None),
+        "exposed_ms": total(found.alone, lambda entry: entry.collective is not None),
+        "waiting_ms": total(found.waiting, lambda entry: True),
+        "hidden_ms": total(found.hidden, lambda entry: True),
         "idle_ms": per_step(found.idle),
     }
 
@@ -171,64 +172,64 @@ def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int]
     return found
 
 
-def share(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) -> Share:
+def breakdown(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) -> Breakdown:
     """How the time of one device is spent. events: in order of start. begun: see `last_starts`."""
-    edges: list[tuple[float, int, Row, bool]] = []  # time, +1 or -1, row, whether it waits
-    counts: collections.Counter[Row] = collections.Counter()
+    edges: list[tuple[float, int, Entry, bool]] = []  # time, +1 or -1, entry, whether it waits
+    counts: collections.Counter[Entry] = collections.Counter()
     runs: collections.Counter[tuple[str, str]] = collections.Counter()
     scopes: dict[str, Scope] = {}
     for event in events:
         scope = scopes.get(event.op_name) or scopes.setdefault(event.op_name, scope_of(event.op_name))
-        row, middle = Row(scope, event.collective), event.start
-        counts[row] += 1
+        entry, middle = Entry(scope, event.collective), event.start
+        counts[entry] += 1
         if event.collective is not None:
             key = event.module, event.operation
             middle = min(max(begun.get((*key, runs[key]), event.start), event.start), event.end)
             runs[key] += 1
         for start, end, waits in ((event.start, middle, True), (middle, event.end, False)):
             if end > start:
-                edges += [(start, 1, row, waits), (end, -1, row, waits)]
+                edges += [(start, 1, entry, waits), (end, -1, entry, waits)]
     return _swept(sorted(edges, key=lambda edge: edge[:2]), counts)
 
 
-def _swept(edges: Sequence[tuple[float, int, Row, bool]], counts: dict[Row, int]) -> Share:
-    alone, waiting, hidden = (collections.defaultdict[Row, float](float) for _ in range(3))
-    computing: collections.Counter[Row] = collections.Counter()
-    sending: collections.Counter[tuple[Row, bool]] = collections.Counter()
+def _swept(edges: Sequence[tuple[float, int, Entry, bool]], counts: dict[Entry, int]) -> Breakdown:
+    alone, waiting, hidden = (collections.defaultdict[Entry, float](float) for _ in range(3))
+    computing: collections.Counter[Entry] = collections.Counter()
+    sending: collections.Counter[tuple[Entry, bool]] = collections.Counter()
     idle, before = 0.0, edges[0][0] if edges else 0.0
-    for time, change, row, waits in edges:
+    for time, change, entry, waits in edges:
         passed = time - before
         if passed > 0 and computing:
             _add(alone, computing, passed)
-            _add(hidden, _rows(sending), passed)
+            _add(hidden, _entries(sending), passed)
         elif passed > 0 and sending:
-            _add(alone, _rows(sending), passed)
+            _add(alone, _entries(sending), passed)
             late = {pair: n for pair, n in sending.items() if pair[1]}
-            _add(waiting, _rows(late), passed * sum(late.values()) / sum(sending.values()))
+            _add(waiting, _entries(late), passed * sum(late.values()) / sum(sending.values()))
         else:
             idle += passed
         before = time
-        active: Any = sending if row.collective is not None else computing
-        key: Any = (row, waits) if row.collective is not None else row
+        active: Any = sending if entry.collective is not None else computing
+        key: Any = (entry, waits) if entry.collective is not None else entry
         active[key] += change
         if not active[key]:
             del active[key]
     window = edges[-1][0] - edges[0][0] if edges else 0.0
-    return Share(dict(alone), dict(waiting), dict(hidden), dict(counts), window, idle)
+    return Breakdown(dict(alone), dict(waiting), dict(hidden), dict(counts), window, idle)
 
 
-def _rows(pairs: Mapping[tuple[Row, bool], int]) -> dict[Row, int]:
-    rows: collections.Counter[Row] = collections.Counter()
-    for (row, _), number in pairs.items():
-        rows[row] += number
-    return dict(rows)
+def _entries(pairs: Mapping[tuple[Entry, bool], int]) -> dict[Entry, int]:
+    entries: collections.Counter[Entry] = collections.Counter()
+    for (entry, _), number in pairs.items():
+        entries[entry] += number
+    return dict(entries)
 
 
-def _add(times: dict[Row, float], active: Mapping[Row, int], passed: float) -> None:
-    """Adds `passed` to the rows that are active, in proportion to how often each is."""
+def _add(times: dict[Entry, float], active: Mapping[Entry, int], passed: float) -> None:
+    """Adds `passed` to the entries that are active, in proportion to how often each is."""
     total = sum(active.values())
-    for row, number in active.items():
-        times[row] += passed * number / total
+    for entry, number in active.items():
+        times[entry] += passed * number / total
 
 
 def main(arguments: Sequence[str]) -> int:

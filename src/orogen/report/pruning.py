@@ -67,8 +67,8 @@ def _draw_axis(panel: "Panel", field: str, axis: Axis, theme: Theme) -> None:
     shown = np.unique(np.linspace(0, len(axis.curves) - 1, MANY).astype(int))
     for number in shown:
         every, _ = axis.curves[number]
-        share = (np.arange(len(every)) + 0.5) / len(every)
-        panel.plot(share, every / max(every.mean(), 1e-30), color=theme.strong, linewidth=1, alpha=0.5)
+        fraction = (np.arange(len(every)) + 0.5) / len(every)
+        panel.plot(fraction, every / max(every.mean(), 1e-30), color=theme.strong, linewidth=1, alpha=0.5)
     label = f"{axis.after:,} of {axis.before:,} stay, with {axis.importance:.1%} of the importance"
     panel.axvline(axis.after / axis.before, color=theme.accent, linewidth=1.4, label=label)
     panel.set_xlim(0, 1)

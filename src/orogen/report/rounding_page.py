@@ -19,8 +19,8 @@ def section(records: Records) -> str:
     measured = [record for record in records if record.get("rounding_flushed")]
     if not measured:
         return ""
-    rows = [HEADS, *_rows(measured[-1])]
-    cells = "".join(_row(row, "th" if i == 0 else "td") for i, row in enumerate(rows))
+    lines = [HEADS, *_rows(measured[-1])]
+    cells = "".join(_row(row, "th" if i == 0 else "td") for i, row in enumerate(lines))
     heading = f"Rounding at step {measured[-1]['step']}"
     return (
         f"<section><h2>{html.escape(heading)}</h2><table>{cells}</table>"

@@ -18,7 +18,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.cost.assemble import layout
 from orogen.cost.communication import unit_collectives
-from orogen.cost.ledger import ENDS, FLOAT32, Collective, Workload
+from orogen.cost.ledger import FLOAT32, OUTER, Collective, Workload
 from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.model.stages import Stages
@@ -61,7 +61,7 @@ def compare(model: ModelConfig, config: PlanConfig, work: Workload, letters: Ite
     config = dataclasses.replace(config, stage=1, microbatches=1)
     model, work, facts = without_mtp(model), work._replace(itemsize=FLOAT32), {}
     plan = make_plan(config, model)
-    for letter in (*letters, ENDS):
+    for letter in (*letters, OUTER):
         analytic = table_of(unit_collectives(letter, model, config, work), config, model)
         program = compiled(unit_of(letter, model, plan, work), plan)
         none = Traffic(0, 0)

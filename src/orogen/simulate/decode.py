@@ -14,7 +14,7 @@ from orogen.config.engine import IN_FP8, KEPT, EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.cost.kept import FLOAT32, local
-from orogen.cost.ledger import ENDS, Ledger, Workload
+from orogen.cost.ledger import OUTER, Ledger, Workload
 from orogen.cost.weights import Weight, weights
 from orogen.parallel.legal import fold_plan
 from orogen.simulate.hardware import Hardware, Software, machine
@@ -176,7 +176,7 @@ def largest_context(
 def _weights(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> dict[str, float]:
     """Bytes of the weights of one device: `routed` experts, and `others`. If they are held in 8 bits, those are the
     matrices of all layers."""
-    ledger, size = Ledger(ENDS, dataclasses.replace(plan, fsdp="none"), model, Workload(1, 1)), BYTES
+    ledger, size = Ledger(OUTER, dataclasses.replace(plan, fsdp="none"), model, Workload(1, 1)), BYTES
     found = weights(model, plan.vocab_rows(model.vocab_size))
 
     def of(weight: Weight, matrix: int) -> float:

@@ -13,7 +13,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig
 from orogen.cost.kept import FLOAT32, Local, kept_bytes, named_bytes
-from orogen.cost.ledger import ENDS, Ledger, Workload
+from orogen.cost.ledger import OUTER, Ledger, Workload
 from orogen.cost.weights import Weight, Weights, weights
 from orogen.simulate.pipeline import Flight
 from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
@@ -39,10 +39,10 @@ def moments(optimizer: OptimizerConfig | None) -> Moments:
 
 def stage_memory(
     here: Local, optimizer: OptimizerConfig | None, patterns: Sequence[str], flight: Flight, *, alike: bool,
-    ends: bool = False,
+    outermost: bool = False,
 ) -> tuple[StageMemory, ...]:  # fmt: skip
     """What a device of each stage holds. patterns: the layers of each segment; flight: how many passes are in flight.
-    ends: of the first and the last stage alone.
+    outermost: of the first and the last stage alone.
 
     alike: whether all stages run one program, as in this code: each then holds as many rows of a letter as the fullest
     chunk, and as many slots as the fullest stage.
@@ -53,9 +53,9 @@ def stage_memory(
     chunks = [*patterns[:-1], patterns[-1] + model.layers.mtp * model.mtp_depths]
     kept = [tuple(sum(layers[letter][i] for letter in chunk) for i in (0, 1)) for chunk in chunks]
     memory = []
-    for stage in dict.fromkeys((0, plan.stage - 1)) if ends else range(plan.stage):
+    for stage in dict.fromkeys((0, plan.stage - 1)) if outermost else range(plan.stage):
         rows = _rows(patterns, stage, model, plan, alike)
-        shared = [found.parts[name] for name in _ends(patterns, stage, model, plan, alike)]
+        shared = [found.parts[name] for name in _outer(patterns, stage, model, plan, alike)]
         if model.layers.mtp and (alike or stage == plan.stage - 1):
             shared.append(found.mtp)
         held_here = [(n, held.of(found.layers[letter])) for letter, n in rows.items()]
@@ -75,7 +75,7 @@ class _Held:
     def __init__(self, here: Local, each: Moments):
         self.plan, self.itemsize, self.moments = here.plan, here.itemsize, each
         plan, work = here.plan, Workload(here.rows, here.tokens // here.rows, here.itemsize)
-        self.ledger = Ledger(ENDS, plan, here.model, work)
+        self.ledger = Ledger(OUTER, plan, here.model, work)
         summed = plan.microbatches > 1 or plan.data * plan.context > 1
         self.gradient = FLOAT32 if summed else here.itemsize
 
@@ -105,7 +105,7 @@ def _rows(patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanCon
     return {letter: mine.count(letter) for letter in letters if letter in mine}
 
 
-def _ends(patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list[str]:
+def _outer(patterns: Sequence[str], stage: int, model: ModelConfig, plan: PlanConfig, alike: bool) -> list[str]:
     """The parts besides layers that a stage holds."""
     tied, first, last = model.tie_word_embeddings, stage == 0, stage == plan.stage - 1
     norm = ["norm", *(["score"] if model.score_head else [])]
@@ -144,9 +144,9 @@ def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Hel
     """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters."""
     model, plan = here.model, here.plan
     widest = max((sum(named_bytes(letter, here).values()) for letter in set(letters)), default=0.0)
-    rows = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
+    tokens = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
     columns = plan.vocab_rows(model.vocab_size) // plan.tensor
-    loss = LOGITS * rows * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
+    loss = LOGITS * tokens * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
     gathered = 0.0
     if plan.fsdp == "parameters":
         whole = held.ledger.sizes["fsdp"], held.ledger.sizes["expert_fsdp"]

@@ -9,7 +9,7 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
 from orogen.report.page import document, headline_html, text_html
-from orogen.report.profile_page import Rows, table_html
+from orogen.report.profile_page import Grid, table_html
 from orogen.report.series import short_number
 from orogen.report.svg import svg
 from orogen.simulate.hardware import GIB
@@ -73,13 +73,13 @@ def write_page(
     candidates: Sequence[Candidate] = (),
 ) -> None:
     """Writes the page. config_text: the operative gin text that was simulated. Raises OSError."""
-    traffic = traffic_rows(prediction)
+    traffic = traffic_grid(prediction)
     parts = [
         headline_html(headline(prediction)),
         f'<p class="note">{html.escape(_note(prediction))}</p>',
         *(_figure_html(drawn) for drawn in pictures(prediction, scaled, candidates)),
         table_html(traffic) if len(traffic) > 1 else "",
-        table_html(flops_rows(prediction.flops)),
+        table_html(flops_grid(prediction.flops)),
         text_html("Configuration", config_text, state=""),
     ]
     page = document(title, parts, style=_STYLE)
@@ -119,24 +119,24 @@ def _note(prediction: Prediction) -> str:
     return text
 
 
-def traffic_rows(prediction: Prediction) -> Rows:
+def traffic_grid(prediction: Prediction) -> Grid:
     """What one device sends in a step, with heads; the longest first."""
     heads = ("axes", "operation", "link", "GB", "ms", "ms exposed")
     longest_first = sorted(prediction.communication, key=lambda traffic: -traffic.seconds)
-    rows = [
+    grid = [
         (
             " + ".join(traffic.axes), traffic.operation, traffic.link, f"{traffic.bytes / 1e9:,.3f}",
             f"{1e3 * traffic.seconds:,.2f}", f"{1e3 * traffic.exposed_seconds:,.2f}",
         )
         for traffic in longest_first
     ]  # fmt: skip
-    return [heads, *rows]
+    return [heads, *grid]
 
 
-def flops_rows(flops: Mapping[str, float]) -> Rows:
+def flops_grid(flops: Mapping[str, float]) -> Grid:
     """FLOPs of a step by convention, with heads."""
-    rows = [(name, f"{count / 1e15:,.3f}") for name, count in flops.items()]
-    return [("FLOPs of a step, by convention", "PFLOP"), *rows]
+    grid = [(name, f"{count / 1e15:,.3f}") for name, count in flops.items()]
+    return [("FLOPs of a step, by convention", "PFLOP"), *grid]
 
 
 def _figure_html(drawn: Drawn) -> str:

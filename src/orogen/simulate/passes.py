@@ -12,7 +12,7 @@ from orogen.config.remat import FUSED
 from orogen.cost.collectives import embedded, enter
 from orogen.cost.communication import unit_collectives
 from orogen.cost.kept import FLOAT32, kept_bytes, local
-from orogen.cost.ledger import ENDS, LOAD, MTP, PIPELINE, Collective, Ledger, Workload
+from orogen.cost.ledger import LOAD, MTP, OUTER, PIPELINE, Collective, Ledger, Workload
 from orogen.cost.weights import weights
 from orogen.simulate.hardware import Hardware, Software
 from orogen.simulate.links import KIND_NAMES, kind_of, links_of
@@ -87,7 +87,7 @@ class Passes:
         self.slower = 1 + straggler
         self.here = local(model, plan, work, dynamic=bool(self.software.dynamic), imbalance=imbalance)
         self.clock = Clock(self.hardware, self.software, plan, dtype)
-        self.links = links_of(self.hardware, self.software, Ledger(ENDS, plan, model, work))
+        self.links = links_of(self.hardware, self.software, Ledger(OUTER, plan, model, work))
         self.unit = functools.cache(self._unit)
         self.of_counts = functools.cache(self._time)
 
@@ -96,7 +96,7 @@ class Passes:
         if name in (EMBEDDING, HEAD):
             first, last = end_operations(here, 1 + self.model.mtp_depths)
             # The ledger has the two together. The embedding sends its output, the head all the rest.
-            records = unit_collectives(ENDS, self.model, self.plan, self.work)
+            records = unit_collectives(OUTER, self.model, self.plan, self.work)
             mine = [r for r in records if (r.part == "embedding") == (name == EMBEDDING)]
             return self._made(name, first if name == EMBEDDING else last, mine)
         if name in (TOKENS, LOGITS):
@@ -107,7 +107,7 @@ class Passes:
 
     def _served(self, name: str) -> Unit:
         """An end of the model in inference. The head sends the stream that it reads, and logits to every rank."""
-        ledger, plan, model = Ledger(ENDS, self.plan, self.model, self.work), self.plan, self.model
+        ledger, plan, model = Ledger(OUTER, self.plan, self.model, self.work), self.plan, self.model
         if name == TOKENS:
             embedded(ledger, 0)
             return self._made(name, end_operations(self.here, 1)[0], ledger.records)
@@ -120,7 +120,7 @@ class Passes:
         """What it takes to add up gradients over microbatches, and to keep a pipeline's chunks and residuals in arrays
         from which every pass takes its own (parallel/pipeline.py)."""
         plan, found = self.plan, weights(self.model)
-        ledger = Ledger(ENDS, plan, self.model, self.work)
+        ledger = Ledger(OUTER, plan, self.model, self.work)
         numbers = sum(ledger.held(w) for w in (found.mtp if name == MTP else found.layers[name]))
         forward = backward = 0.0
         if plan.microbatches > 1:

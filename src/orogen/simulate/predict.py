@@ -14,7 +14,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
 from orogen.cost.conventions import CONVENTIONS, flops_per_token
-from orogen.cost.ledger import ENDS, MTP, Ledger, Workload
+from orogen.cost.ledger import MTP, OUTER, Ledger, Workload
 from orogen.cost.split import stage_patterns
 from orogen.cost.weights import weights
 from orogen.parallel.legal import fold_plan
@@ -203,7 +203,7 @@ class Step:
 
     def _optimizer(self) -> float:
         """Reading and writing parameters, gradients and moments, and writing the working copies."""
-        ledger, each = Ledger(ENDS, self.plan, self.model, self.work), moments(self.config.optimizer)
+        ledger, each = Ledger(OUTER, self.plan, self.model, self.work), moments(self.config.optimizer)
         found = weights(self.model, self.plan.vocab_rows(self.model.vocab_size))
         layers = collections.Counter(self.model.layers.main + self.model.layers.mtp)
         of = lambda part: sum(ledger.held(w, stored=True) for w in part)  # noqa: E731

@@ -1,5 +1,5 @@
-"""What a program adds to a layer's operations: casts to 8 bits, rows sorted once more, parameters gathered again; and
-the kernels that the host of an eager program launches."""
+"""What a program adds to a layer's operations: casts to 8 bits, a further sort of rows, a second gather of parameters;
+and the kernels that the host of an eager program launches."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,15 +8,15 @@ from orogen.cost.ledger import Collective
 from orogen.simulate.hardware import Software
 from orogen.simulate.operations import Operation, memory
 
-# Layers whose passes a graph may hold, by the constant that says so.
+# Layers whose passes a CUDA graph may hold, by the constant that says so.
 GRAPHS = {"graph_attention": "*w+", "graph_mamba": "Mm"}
-# What no graph of a layer with experts holds: its sizes depend on where tokens go.
+# Operations of a layer with experts that no graph holds, since their sizes depend on where tokens go.
 EXPERTS = ("permute", "sort", "expert_up", "expert_activation", "expert_down", "combine")
 UNKNOWN = {*EXPERTS, *(f"cast {name}" for name in EXPERTS)}
-# An all-to-all dispatcher's kernels beside its exchanges, in the forward pass alone: counts per expert, summed and
+# Kernels of an all-to-all dispatcher besides its exchanges, in the forward pass only: counts per expert, summed and
 # gathered, the order of the rows, and their copies to the host (Megatron-LM, moe/token_dispatcher.py).
 SIZES = 20
-# A pipeline's around each pass: two sends, two receipts and their waits, freed outputs, hooks of gradients.
+# Kernels of a pipeline around each pass: two sends, two receipts and their waits, freed outputs, hooks of gradients.
 AROUND = 10
 # A graph is launched as one kernel, and its inputs are copied by another.
 GRAPH = 2
@@ -25,10 +25,10 @@ GRAPH = 2
 def added(
     name: str, operations: Sequence[Operation], here: Local, software: Software, *, eight: set[str], cast_bytes: float
 ) -> list[Operation]:
-    """The operations that `software` has beside those of a unit. eight: kinds of products whose operands are cast to 8
+    """The operations that `software` adds to those of a unit. eight: kinds of products whose operands are cast to 8
     bits.
 
-    Weights are cast once per step, which is left out.
+    Weights are cast once per step, which is not counted.
     """
     found = []
     for operation in operations if software.casts else ():
@@ -54,7 +54,7 @@ def sent_by(records: Iterable[Collective], software: Software) -> list[Collectiv
 
 
 def graph_launches(name: str, software: Software) -> int:
-    """What the host launches for the graph in each pass of a unit; 0 without one."""
+    """Launches of the host for the graph in each pass of a unit; 0 without a graph."""
     return GRAPH * (_graphed(name, software) or (name == "E" and bool(software.graph_router)))
 
 

@@ -135,7 +135,7 @@ def _with_microbatches(
     config: RunConfig, base: PlanConfig, sizes: dict[str, int], written: int
 ) -> Iterator[PlanConfig]:
     """The plans of these sizes: for each number of sequences per microbatch, and each number of chunks per stage."""
-    stage, share = sizes["stage"], _smallest(config) // sizes["data"]
+    stage, per_rank = sizes["stage"], _smallest(config) // sizes["data"]
     fields: dict[str, Any] = {**sizes, "expert_tensor": 1, "virtual": None, "schedule": "1f1b", "remat": "none"}
     fields |= {
         "offload": (),
@@ -148,9 +148,9 @@ def _with_microbatches(
     if not _legal(config, dataclasses.replace(base, **fields, microbatches=1)):
         return
     for rows in ROWS:
-        if share % rows:
+        if per_rank % rows:
             continue
-        microbatches = share // rows
+        microbatches = per_rank // rows
         chunks = (written // stage,) if written > 1 else CHUNKS if stage > 1 else (1,)
         for virtual in chunks:
             if virtual > 1 and (microbatches % stage or virtual * stage > len(config.model.layers.main)):
@@ -195,11 +195,11 @@ def _lightest(
         for remat in REMATS:
             tried = dataclasses.replace(plan, fsdp=fsdp, remat=remat)
             alike, dynamic = bool(software.one_program), bool(software.dynamic)
-            places = [local(model, tried, work, dynamic=dynamic, imbalance=uneven) for work in works]
+            held = [local(model, tried, work, dynamic=dynamic, imbalance=uneven) for work in works]
             memory = [
                 stage
-                for here in places
-                for stage in stage_memory(here, config.optimizer, layers, flight, alike=alike, ends=True)
+                for here in held
+                for stage in stage_memory(here, config.optimizer, layers, flight, alike=alike, outermost=True)
             ]
             if max(stage.total for stage in memory) <= hardware.memory_bytes:
                 return tried

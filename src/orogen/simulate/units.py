@@ -1,7 +1,7 @@
 """Parts of a training step as functions of abstract arguments, to be traced or compiled on their own.
 
 A *unit* is the forward and backward pass, gradient sums over devices included, of one layer of a pattern letter, or of
-ENDS: embedding, final norm, head and loss.
+OUTER: embedding, final norm, head and loss.
 
 Letters: b batch, t time, d model.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from orogen.config.model import ModelConfig
-from orogen.cost.ledger import ENDS, Workload
+from orogen.cost.ledger import OUTER, Workload
 from orogen.cost.weights import changed
 from orogen.data.packing import Batch
 from orogen.layers.documents import Documents
@@ -43,10 +43,10 @@ class Unit(NamedTuple):
 
 
 def unit_of(letter: str, model: ModelConfig, plan: Plan, work: Workload, *, dtype: str = "float32") -> Unit:
-    """The unit of a letter of the pattern under the plan's own recipe, or of ENDS without the deeper predictions of
+    """The unit of a letter of the pattern under the plan's own recipe, or of OUTER without the deeper predictions of
     MTP."""
     model, plan = without_mtp(model), plan.with_recipes(None)
-    return _ends(model, plan, work, dtype) if letter == ENDS else _layer(letter, model, plan, work, dtype)
+    return _outer(model, plan, work, dtype) if letter == OUTER else _layer(letter, model, plan, work, dtype)
 
 
 def without_mtp(model: ModelConfig) -> ModelConfig:
@@ -81,7 +81,7 @@ def _layer(letter: str, model: ModelConfig, plan: Plan, work: Workload, dtype: s
     )
 
 
-def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
+def _outer(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
     graph, params, _ = _abstract(lambda: _without_layers(model))
     params = jax.eval_shape(lambda p: resized(p, plan.config.vocab_rows(model.vocab_size)), params)
 
@@ -91,11 +91,11 @@ def _ends(model: ModelConfig, plan: Plan, work: Workload, dtype: str) -> Unit:
         varied = plan.vary(params)
 
         def apply(params, h_btd):
-            ends = nnx.merge(graph, working_copy(params, dtype))
+            outer = nnx.merge(graph, working_copy(params, dtype))
             nats = token_nats(
-                ends.norm(h_btd, plan), ends, targets(batch, 0, plan), target_weights(batch, 0, plan), plan
+                outer.norm(h_btd, plan), outer, targets(batch, 0, plan), target_weights(batch, 0, plan), plan
             )
-            return ends.embedding(batch.tokens_bt, docs, plan), plan.total(nats)
+            return outer.embedding(batch.tokens_bt, docs, plan), plan.total(nats)
 
         (x_btd, nats), back = jax.vjp(apply, varied, h_btd)
         grads, grad_h_btd = back((cotangent_btd, jnp.ones_like(nats)))

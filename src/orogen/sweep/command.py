@@ -100,8 +100,8 @@ def _best_rates(config: "SweepConfig", searches: "list[Run]", results: "Results"
             found.setdefault(run.arm.name, {})[run.config.optimizer.learning_rate] = result["value"]
     choose = min if config.lower_is_better else max
     best = {arm: choose(values, key=values.__getitem__) for arm, values in found.items()}
-    ends = (min(config.learning_rates, default=None), max(config.learning_rates, default=None))
-    return best, [arm for arm, rate in best.items() if rate in ends]
+    extremes = (min(config.learning_rates, default=None), max(config.learning_rates, default=None))
+    return best, [arm for arm, rate in best.items() if rate in extremes]
 
 
 def _unfinished(options: argparse.Namespace, runner: "Runner") -> int:
@@ -127,17 +127,17 @@ def _report(
     for run in runs:
         if (result := results.of(run)) is not None:
             done[run.arm.values][run.config.train.seed] = result
-    rows = table.rows(config, done)
-    if rows:
-        text = table.markdown(config, rows)
+    compared = table.compared(config, done)
+    if compared:
+        text = table.markdown(config, compared)
         write_atomically(options.run / "table.md", text.encode())
-        table.draw(options.run / "figure.png", config, rows)
+        table.draw(options.run / "figure.png", config, compared)
     if runner.failures or runner.submitted:
         return _unfinished(options, runner)
     notes = [f"the best learning rate of {arm} is an end of SweepConfig.learning_rates" for arm in edges]
-    facts = [_facts(row, config) for row in rows]
+    facts = [_facts(row, config) for row in compared]
     for number in config.further:
-        for fact, row in zip(facts, table.rows(config, done, number), strict=True):
+        for fact, row in zip(facts, table.compared(config, done, number), strict=True):
             fact.setdefault("further", {})[number] = _effect_facts(row)
     answer(options, {"finished": True, "metric": config.metric, "arms": facts, "notes": notes},
            [text.rstrip(), *notes, f"picture: {options.run / 'figure.png'}"])  # fmt: skip

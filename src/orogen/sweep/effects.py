@@ -60,7 +60,7 @@ def paired(arm: Mapping[int, float], control: Mapping[int, float]) -> Effect | N
 
 def _quantiles(pairs: int) -> tuple[float, float]:
     """In standard errors: half the confidence interval, and the smallest difference that is found with POWER."""
-    wide, found = (float(stats.t.ppf(share, pairs - 1)) for share in ((1 + CONFIDENCE) / 2, POWER))
+    wide, found = (float(stats.t.ppf(probability, pairs - 1)) for probability in ((1 + CONFIDENCE) / 2, POWER))
     return wide, wide + found
 
 

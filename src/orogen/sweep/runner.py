@@ -129,8 +129,8 @@ def environments(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     one; nothing without GPUs."""
     if not gpus:
         return [{}]
-    share = -(-count // len(gpus))
-    part = {MEMORY_FRACTION: f"{USABLE / share:.3f}"} if share > 1 else {}
+    per_gpu = -(-count // len(gpus))
+    part = {MEMORY_FRACTION: f"{USABLE / per_gpu:.3f}"} if per_gpu > 1 else {}
     return [{"CUDA_VISIBLE_DEVICES": gpus[k % len(gpus)], **part} for k in range(count)]
 
 

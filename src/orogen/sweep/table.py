@@ -39,7 +39,7 @@ class Row(NamedTuple):
         return np.array([result["value"] for result in self.results.values()], np.float64)
 
 
-def rows(
+def compared(
     sweep: SweepConfig, results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]], number: str | None = None
 ) -> list[Row]:
     """A row per arm that has a result, the control first. results: by the arm's values, by seed. number: the one that
@@ -82,7 +82,7 @@ def markdown(sweep: SweepConfig, table: Sequence[Row]) -> str:
     lines += _main_lines(sweep, table)
     done = {row.values: row.results for row in table}
     for number in sweep.further:
-        lines += _further_lines(number, control, rows(sweep, done, number))
+        lines += _further_lines(number, control, compared(sweep, done, number))
     return "\n".join(lines) + "\n"
 
 
@@ -143,20 +143,20 @@ def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
     panels = figure.subplots(count, 2, sharey=True, squeeze=False)
     for number, (left, right) in zip(sweep.numbers, panels, strict=True):
         label = f"{number} ({better} is better)" if number == sweep.metric else number
-        _draw_number(left, right, rows(sweep, done, number), label)
+        _draw_number(left, right, compared(sweep, done, number), label)
         right.set(xlabel=f"difference from {'+'.join(sweep.control)}, paired by seed, {CONFIDENCE:.0%} interval")
     write_atomically(path, png(figure))
 
 
 def _draw_number(left: "Axes", right: "Axes", table: Sequence[Row], label: str) -> None:
-    places = np.arange(len(table))[::-1]
-    for place, row in zip(places, table, strict=True):
+    heights = np.arange(len(table))[::-1]
+    for place, row in zip(heights, table, strict=True):
         left.plot(row.metric_n, [place] * len(row.metric_n), "o", color=LIGHT.faint, markersize=6)
         left.plot(row.metric_n.mean(), place, "|", color=LIGHT.strong, markersize=16, markeredgewidth=2)
         if row.effect is not None:
             _draw_effect(right, row.effect, place)
     right.axvline(0, color=LIGHT.ink, linewidth=0.8)
-    left.set_yticks(places, [row.name for row in table])
+    left.set_yticks(heights, [row.name for row in table])
     left.set(xlabel=f"{label}; | is the mean")
     for axes in (left, right):
         axes.grid(axis="x", color=LIGHT.grid)

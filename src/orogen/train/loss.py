@@ -268,8 +268,8 @@ def assignments(
 
 def counted(stats: Any) -> list[Array]:
     """Per MoE layer of a stack, the assignments that balancing over the global batch counts."""
-    shares: list[Any] = [layer.losses.balance for layer in moe_stats(stats)]
-    return [share.counts for share in shares]
+    losses: list[Any] = [layer.losses.balance for layer in moe_stats(stats)]
+    return [loss.counts for loss in losses]
 
 
 def moe_stats(stats: Any) -> list[MoEStats]:

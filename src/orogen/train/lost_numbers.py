@@ -59,8 +59,8 @@ def make_measure(
         counts: Any = grads[PROBES]
         own = nnx.State({name: part for name, part in plain_tree(grads).items() if name != PROBES})
         pair = [built.whole(side) for side in (own, expected)]
-        rows = [_compared(*(layers.layer(side, number) for side in pair)) for number in range(count)]
-        cosine_l, zeros_l, plain_l = (jnp.stack(column) for column in zip(*rows, strict=True))
+        compared = [_compared(*(layers.layer(side, number) for side in pair)) for number in range(count)]
+        cosine_l, zeros_l, plain_l = (jnp.stack(column) for column in zip(*compared, strict=True))
         return {"counts": counts[...], "cosine": cosine_l, "zeros": zeros_l, "plain_zeros": plain_l}
 
     return jax.jit(measure, out_shardings=plan.sharding(), compiler_options=plan.compiler_options)

@@ -129,8 +129,8 @@ def square_sums(tree: Any) -> Array:
     Rows are multiplied with themselves by dot products: otherwise XLA:CPU writes the squares to memory before it adds
     them (jax 0.10.1).
     """
-    rows = [jnp.einsum("...i,...i->...", g, g, precision="highest") for g in jax.tree.leaves(tree)]
-    return jnp.stack([row.sum() for row in rows])
+    sums = [jnp.einsum("...i,...i->...", g, g, precision="highest") for g in jax.tree.leaves(tree)]
+    return jnp.stack([one.sum() for one in sums])
 
 
 def is_matrix(axes: tuple[str | None, ...]) -> bool:

@@ -100,15 +100,7 @@ def _train(
     distributed.from_first(lambda: (checked(), await_free(run_dir, log=log)))
     corpus = _open_corpus(task, config, run_dir, origin)
     _check_corpora(corpus)
-    lock = RunLock(run_dir, log=log)
-
-    def take() -> None:
-        held.enter_context(lock)
-        stop.at_once = lock.release
-        checked()  # again: another run may have been here meanwhile
-
-    distributed.from_first(take)
-    distributed.require_shared(lock.path)
+    lock = _locked(run_dir, checked, stop, held, log)
     every = config.train.checkpoint_every if config.train.roll_back_after else None
     kept = {"keep": config.train.keep_checkpoints, "every": every}
     with Checkpoints(run_dir, **kept, model=config.model, together=True) as checkpoints:
@@ -127,10 +119,26 @@ def _train(
                 state = run.steps(state, writer)
                 run.finish(state, writer)
             run.complete(state, writer)
-    step = int(state.step)
-    asked = any(distributed.from_all(stop.asked))
+    step, asked = int(state.step), any(distributed.from_all(stop.asked))
     stop.working, stop.alone = False, True  # everything is saved
     return Trained(state, corpus, step >= config.train.steps and not asked, step - run.first_step, stop)
+
+
+def _locked(
+    run_dir: Path, checked: Callable[[], Any], stop: Stop, held: contextlib.ExitStack, log: Callable[[str], None]
+) -> RunLock:
+    """The lock of the run folder, which the first process takes for all. checked: raises ConfigError if the folder is
+    another run's."""
+    lock = RunLock(run_dir, log=log)
+
+    def take() -> None:
+        held.enter_context(lock)
+        stop.at_once = lock.release
+        checked()  # again: another run may have been here meanwhile
+
+    distributed.from_first(take)
+    distributed.require_shared(lock.path)
+    return lock
 
 
 def _open_corpus(task: Task, config: RunConfig, run_dir: Path, origin: Folder | None) -> Corpus:

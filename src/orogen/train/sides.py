@@ -131,9 +131,9 @@ def _with_random_images(batch: Batch, model: ModelConfig, rng: np.random.Generat
     """Up to ROOM images in each row, anywhere but on padding: some documents have none, some several."""
     shape, tokens, rows = (model.image_features, model.image_feature_size), model.encoded_tokens, []
     for segments_t in batch.segments_bt:
-        places = np.flatnonzero(segments_t)
-        count = rng.integers(1, min(ROOM, len(places)) + 1)
-        positions = np.sort(rng.choice(places, count, replace=False)).tolist()
+        indices = np.flatnonzero(segments_t)
+        count = rng.integers(1, min(ROOM, len(indices)) + 1)
+        positions = np.sort(rng.choice(indices, count, replace=False)).tolist()
         images = [Placed(p, rng.normal(size=shape).astype(np.float32)) for p in positions]
         if tokens is not None:
             captions = rng.integers(0, model.vocab_size, (count, tokens), dtype=np.int32)

@@ -169,8 +169,8 @@ def update_bias(bias: Array, load: Array, rate: float, present: Array | None = N
     """
     if present is None:
         return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
-    share = jnp.sum(load * present, -1, keepdims=True) / jnp.maximum(present.sum(-1, keepdims=True), 1)
-    return bias + rate * jnp.sign(share - load) * present
+    mean = jnp.sum(load * present, -1, keepdims=True) / jnp.maximum(present.sum(-1, keepdims=True), 1)
+    return bias + rate * jnp.sign(mean - load) * present
 
 
 @jax.named_scope("optimizer")

@@ -34,11 +34,10 @@ but not the features of images that examples need.
 
 **Batches** (`corpus.py`, `data/images.py`): in a token stream an image is one token; packing therefore knows nothing of
 images. Packed batches get extras (`config/vision.py`) whose numbers lie along the time axis, so that every plan splits
-them as it splits tokens. A document is padded so far that no row can have more than
-`images_per_row` images. The resampler runs on a row's whole room, of `images_per_row` images unless a row has more
-tokens than an image has numbers (`data/images.py`); costs and predictions leave its work out. `orogen verify` puts
-random images into its batches if the pattern has `x`, and opens the gates, which let no gradient through while they are
-closed.
+them as it splits tokens. A document is padded until no row can have more than `images_per_row` images. The resampler
+runs on a row's whole room, of `images_per_row` images unless a row has more tokens than an image has numbers
+(`data/images.py`); costs and predictions leave its work out. `orogen verify` puts random images into its batches if the
+pattern has `x`, and opens the gates, which let no gradient through while they are closed.
 
 **Broken images** are left out and counted (`env.json`, `features/*/documents.json`); of an animation the first frame is
 used; CMYK, palettes, 16 bits and transparency become RGB (`transforms.py`).

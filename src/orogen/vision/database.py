@@ -61,7 +61,7 @@ class Hit(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What `database.json` says. encoder: the fingerprint of the encoder whose embeddings it holds; content: a hash of
-    all on which answers depend: embeddings, captions, sources and the kind of index."""
+    everything that answers depend on: embeddings, captions, sources and the kind of index."""
 
     version: int
     encoder: str
@@ -114,7 +114,7 @@ class Database:
         return self.facts.entries
 
     def entry(self, place: int) -> Entry:
-        """The entry at a place, from 0."""
+        """The entry at an index, from 0."""
         start, stop = self._offset_n[place : place + 2]
         found = json.loads(self._records[start:stop])
         return Entry(found["caption"], found["source"])
@@ -148,7 +148,7 @@ class Database:
         return Hit(int(self.id_n[place]), score, *self.entry(int(place)))
 
     def _exact(self, query_be: np.ndarray, k: int) -> np.ndarray:
-        """Places (b, k)."""
+        """Indices (b, k)."""
         best: tuple[np.ndarray, np.ndarray] | None = None
         for start in range(0, len(self), BLOCK):
             score_bn = query_be @ self.embeddings_ne[start : start + BLOCK].T
@@ -196,7 +196,7 @@ def check_new(folder: Path, index: str) -> None:
 
 
 def add(folder: Path, encoder: Encoder, embedding_ne: np.ndarray, entries: Sequence[Entry]) -> Facts:
-    """Adds entries behind those there are. Raises ConfigError if the database is of another encoder."""
+    """Appends entries. Raises ConfigError if the database is of another encoder."""
     with _changing(folder):
         old = Database(folder, encoder)
         new_n = old.facts.next_id + np.arange(len(entries))
@@ -239,7 +239,7 @@ def _write(
     if embedding_ne.shape != (len(entries), facts.dimension):
         raise ValueError(f"embeddings {embedding_ne.shape}; expected {(len(entries), facts.dimension)}")
     here = folder / _version(facts.version + 1)
-    shutil.rmtree(here, ignore_errors=True)  # of a change that was cut short
+    shutil.rmtree(here, ignore_errors=True)  # left by an interrupted change
     here.mkdir()
     try:
         content = _write_files(here, facts.index, id_n, embedding_ne, entries)

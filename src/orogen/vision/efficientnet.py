@@ -130,7 +130,7 @@ class Convolution(nnx.Module):
 
 
 def convolve_each(x_byxc: Array, kernel_yxc: Array, stride: int) -> Array:
-    """Each channel with its own kernel, as a sum over the kernel's places: XLA's grouped convolution takes five times
+    """Each channel with its own kernel, as a sum over the kernel's elements: XLA's grouped convolution takes five times
     as long on CPUs (5 images/s instead of 26)."""
     size = len(kernel_yxc)
     rows, columns = (-(-n // stride) for n in x_byxc.shape[1:3])

@@ -76,8 +76,8 @@ def interleaved(parts: Sequence[str | int], tokenizer: Tokenizer) -> Stream:
 
 
 def padded(stream: Stream, config: VisionConfig, *, length: int, pad_id: int) -> Stream | None:
-    """The stream, so long that rows of `length` tokens packed with such streams have at most images_per_row images.
-    None if it has more, or does not fit into a row."""
+    """The stream, padded so that a packed row of `length` tokens has at most images_per_row images. None if it has
+    more, or does not fit into a row."""
     images = int((stream.tokens_t >= FIRST).sum())
     least = images * -(-length // config.images_per_row)
     missing = max(0, least - len(stream.tokens_t))

@@ -124,7 +124,7 @@ def _write(documents: Iterable[Interleaved], encoder: Encoder, scratch: Path) ->
 
 
 class _Rows:
-    """A .npy file of float32 rows whose number is not known before. Use as a context manager."""
+    """A .npy file of float32 rows whose number is not known in advance. Use as a context manager."""
 
     ROOM = 128  # bytes of the header, with room for any number of rows
 
@@ -143,6 +143,6 @@ class _Rows:
         self._file.close()
 
     def append(self, rows: np.ndarray) -> None:
-        """Writes rows behind those there are."""
+        """Appends rows."""
         self._file.write(np.ascontiguousarray(rows, np.float32).tobytes())
         self._count += len(rows)

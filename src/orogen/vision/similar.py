@@ -32,36 +32,36 @@ def similar_pairs(
     most similar stands next to the example (Re-ViLM, arXiv:2302.04858).
 
     Left out: the pair itself, images of at least the cosine `guard`, and equal captions. guarded: the numbers of the
-    pairs for which images and captions are left out; None: all. Fewer if no more are left.
+    pairs for which images and captions are left out; None: all. Fewer than `count` if no more are left.
     """
     guards = set(range(len(captions)) if guarded is None else guarded)
     unit_ne, known_m = unit(np.asarray(embedding_ne)), np.asarray(known, np.int64)
     texts = [plain(caption) for caption in captions]
 
-    def left_out(number: int, place: int, score: float) -> bool:
-        other = int(known_m[place])
+    def left_out(number: int, index: int, score: float) -> bool:
+        other = int(known_m[index])
         copy = texts[other] == texts[number] or (guard is not None and score >= guard)
         return other == number or (copy and number in guards)
 
     found = nearest(unit_ne, unit_ne[known_m], count, left_out)
-    return [[int(known_m[place]) for place in places] for places in found]
+    return [[int(known_m[index]) for index in indices] for indices in found]
 
 
 def nearest(
     query_be: np.ndarray, known_me: np.ndarray, count: int, left_out: Callable[[int, int, float], bool]
 ) -> list[list[int]]:
-    """For each query, the places of the `count` most similar known embeddings, the least similar first. Embeddings have
-    length 1. left_out: (query, place, cosine) -> whether it is passed over."""
+    """For each query, the indices of the `count` most similar known embeddings, the least similar first. Embeddings
+    have length 1. left_out: (query, index, cosine) -> whether it is passed over."""
     found: list[list[int]] = []
     for start in range(0, len(query_be), BLOCK):
         score_bm = query_be[start : start + BLOCK] @ known_me.T
         for number, score_m in enumerate(score_bm, start):
             chosen: list[int] = []
-            for place in np.argsort(-score_m, kind="stable"):
+            for index in np.argsort(-score_m, kind="stable"):
                 if len(chosen) == count:
                     break
-                if not left_out(number, int(place), float(score_m[place])):
-                    chosen.append(int(place))
+                if not left_out(number, int(index), float(score_m[index])):
+                    chosen.append(int(index))
             found.append(chosen[::-1])
     return found
 
@@ -79,9 +79,9 @@ class Examples:
     def similar(self, embedding_be: np.ndarray, count: int, *, guard: float | None) -> list[list[Shot]]:
         """For each image, the most similar pairs, the least similar first, without those of at least the cosine
         `guard`."""
-        left_out = lambda _, place, score: guard is not None and score >= guard  # noqa: E731
+        left_out = lambda _, index, score: guard is not None and score >= guard  # noqa: E731
         found = nearest(unit(embedding_be), self._unit_me, count, left_out)
-        return [[self._shot(self._pairs[place]) for place in places] for places in found]
+        return [[self._shot(self._pairs[index]) for index in indices] for indices in found]
 
     def _shot(self, pair: Pair) -> Shot:
         return Shot(pair.caption, np.asarray(self._features_npv[pair.image]))

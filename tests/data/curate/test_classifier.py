@@ -26,8 +26,8 @@ def test_training_ends_where_the_gradient_of_the_balanced_loss_vanishes():
     def loss(w):
         total = CONFIG.penalty * float(w[:-1] @ w[:-1])
         for text, is_good in zip(texts, good, strict=True):
-            places = features(text, CONFIG)
-            score = sum(w[p] for p in places) / len(places) ** 0.5 + w[-1]
+            buckets = features(text, CONFIG)
+            score = sum(w[p] for p in buckets) / len(buckets) ** 0.5 + w[-1]
             total += np.log1p(np.exp(-score if is_good else score)) * (0.5 / 12 if is_good else 0.5 / 5)
         return total
 

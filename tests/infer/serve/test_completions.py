@@ -122,8 +122,8 @@ def test_the_first_tokens_are_no_ends():
     engine = worded()
     ask = {"prompt": "a", "min_tokens": 2, "stop_token_ids": [9], "_words": True}
     assert complete(engine, **ask).status == complete(engine, **ask, ignore_eos=True).status == 200
-    ends = sorted(tokenizer().end_ids)
-    assert [(request.min_tokens, request.held) for request in engine.seen] == [(2, (9, *ends)), (2, (9,))]
+    end_ids = sorted(tokenizer().end_ids)
+    assert [(request.min_tokens, request.held) for request in engine.seen] == [(2, (9, *end_ids)), (2, (9,))]
 
 
 def test_counts_of_each_chunk():

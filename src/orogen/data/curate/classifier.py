@@ -51,8 +51,8 @@ def train(texts: Sequence[str], good_n: NDArray[np.bool_], config: ClassifyConfi
 
 def probability(text: str, weights: Weights, config: ClassifyConfig) -> float:
     """The probability that the text is good."""
-    places = features(text, config)
-    score = weights[places].sum() / max(len(places), 1) ** 0.5 + weights[-1]
+    buckets = features(text, config)
+    score = weights[buckets].sum() / max(len(buckets), 1) ** 0.5 + weights[-1]
     return float(1 / (1 + np.exp(-np.clip(score, -700, 700))))
 
 

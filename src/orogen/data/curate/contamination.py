@@ -60,13 +60,13 @@ class Index:
         found: list[Hit] = []
         spans: list[tuple[int, int]] = []
         for n, known in self._hashes.items():
-            places = np.flatnonzero(np.isin(ngram_hashes(hashes_w, n), known))
-            if len(places) and not spans:
+            indices = np.flatnonzero(np.isin(ngram_hashes(hashes_w, n), known))
+            if len(indices) and not spans:
                 spans = [match.span() for match in WORD.finditer(text)]
-            for place in places.tolist():
-                ngram = " ".join(text[start:end].lower() for start, end in spans[place : place + n])
+            for index in indices.tolist():
+                ngram = " ".join(text[start:end].lower() for start, end in spans[index : index + n])
                 if ngram in self._ngrams[n]:
-                    found.append(Hit(spans[place][0], spans[place + n - 1][1], ngram))
+                    found.append(Hit(spans[index][0], spans[index + n - 1][1], ngram))
         return sorted(found)
 
 

@@ -33,9 +33,9 @@ def mqar(rng: np.random.Generator, ids_v: np.ndarray, *, start: int, length: int
     asked_t = np.zeros(length, bool)
     tokens_t[0] = start
     tokens_t[1 : 1 + 2 * pairs] = np.stack([key_k, value_k], 1).ravel()
-    places = (length - 1 - 2 * pairs) // 2
-    chance = np.arange(1, places + 1) ** (GAP_POWER - 1)
-    query_k = 1 + 2 * pairs + 2 * rng.choice(places, pairs, replace=False, p=chance / chance.sum())
+    slots = (length - 1 - 2 * pairs) // 2
+    chance = np.arange(1, slots + 1) ** (GAP_POWER - 1)
+    query_k = 1 + 2 * pairs + 2 * rng.choice(slots, pairs, replace=False, p=chance / chance.sum())
     tokens_t[query_k], tokens_t[query_k + 1] = key_k, value_k
     asked_t[query_k + 1] = True
     return Row(tokens_t, asked_t)

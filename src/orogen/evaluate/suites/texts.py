@@ -62,10 +62,10 @@ def variable_tracking(rng: np.random.Generator, items: int) -> Draft:
     drawn, value = words(rng, syllables=2), str(rng.integers(10**4, 10**5))
     names = [next(drawn).upper() for _ in range(HOPS + 1)]
     chain = [f"VAR {names[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in itertools.pairwise(names)]
-    places = np.sort(rng.integers(0, items + 1, len(chain))).tolist()
+    indices = np.sort(rng.integers(0, items + 1, len(chain))).tolist()
     lines: list[str] = []
     for place in range(items + 1):
-        lines += [line for line, at in zip(chain, places, strict=True) if at == place]
+        lines += [line for line, at in zip(chain, indices, strict=True) if at == place]
         lines += [NOISE[place % 2]] * (place < items)
     question = f"Which variables have the value {value}, at first or by assignment? There are {len(names)}."
     prompt = f"Follow the assignments in this text.\n\n{chr(10).join(lines)}\n\n{question}\nAnswer:"

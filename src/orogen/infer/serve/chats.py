@@ -309,7 +309,7 @@ def requests_of(body: dict[str, Any], asked: Asked, parts: Parts) -> list[Reques
             body,
             tuple(asked.prompt.ids),
             number,
-            parts.ends,
+            parts.end_ids,
             max_tokens=tokens,
             logprobs=body.get("top_logprobs", 0) if body.get("logprobs") else None,
             budget=budget if asked.prompt.thinks is not False else None,

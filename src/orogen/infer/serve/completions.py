@@ -197,7 +197,7 @@ def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Reque
     for prompt, text in prompts:
         parts.check_length(len(prompt), tokens)
         for number in range(of):
-            requests.append(forms.request(body, prompt, number, parts.ends, **(others if number else fields)))
+            requests.append(forms.request(body, prompt, number, parts.end_ids, **(others if number else fields)))
             choices.append(Choice(prompt, text if body.get("echo") else ""))
     return choices, requests
 
@@ -224,9 +224,9 @@ def _by_id(choice: Choice, count: int, tokenizer: Tokenizer | None) -> list[dict
 def _logprobs(tokens: Sequence[Chosen], tokenizer: Tokenizer | None, offset: int) -> dict[str, Any]:
     """In the form of OpenAI's completions."""
     texts = [token_text(tokenizer, chosen.id)[0] for chosen in tokens]
-    places = list(itertools.accumulate(map(len, texts[:-1]), initial=offset)) if texts else []
+    offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=offset)) if texts else []
     # The chosen one is always among them.
     told = lambda c: {token_text(tokenizer, i)[0]: told_logprob(p) for i, p in (*c.top, (c.id, c.logprob))}  # noqa: E731
     tops = [None if c.logprob is None else told(c) for c in tokens]
     logprobs = [told_logprob(chosen.logprob) for chosen in tokens]
-    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": places}
+    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}

@@ -61,7 +61,7 @@ class Parts:
         return Preparing(self.service, seconds=self.settings.timeout)
 
     @property
-    def ends(self) -> frozenset[int]:
+    def end_ids(self) -> frozenset[int]:
         """The tokens that end a text."""
         return frozenset() if self.tokenizer is None else self.tokenizer.end_ids
 

@@ -135,8 +135,10 @@ def sampling(body: dict[str, Any], number: int) -> Sampling:
         raise bad(error) from None
 
 
-def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, ends: frozenset[int], **fields: Any) -> Request:
-    """Choice `number` of a body. ends: the tokenizer's. fields: further ones of Request. Raises HttpError."""
+def request(
+    body: dict[str, Any], prompt: tuple[int, ...], number: int, end_ids: frozenset[int], **fields: Any
+) -> Request:
+    """Choice `number` of a body. end_ids: the tokenizer's. fields: further ones of Request. Raises HttpError."""
     try:
         asked = Request(
             prompt=prompt,
@@ -148,7 +150,7 @@ def request(body: dict[str, Any], prompt: tuple[int, ...], number: int, ends: fr
             priority=body.get("priority", 0),
             **fields,
         )
-        return held_back(asked, ends)
+        return held_back(asked, end_ids)
     except ConfigError as error:
         raise bad(str(error).replace("Request.stop_ids", "stop_token_ids")) from None
 

@@ -14,11 +14,11 @@ from orogen.kernels.grouped_matmul.few_rows import grouped_matmul_few_rows
 from orogen.kernels.grouped_matmul.mosaic import grouped_matmul_mosaic
 from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
-from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
+from orogen.kernels.grouped_matmul.reference import grouped_matmul_reference
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
-    "reference": grouped_matmul_masked,
+    "reference": grouped_matmul_reference,
     "blocks": grouped_matmul_blocks,
     "small_blocks": grouped_matmul_small_blocks,
     "ragged_dot": grouped_matmul_ragged_dot,

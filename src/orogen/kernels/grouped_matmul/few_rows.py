@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
 from orogen.kernels.grouped_matmul.operands import RowGroups
-from orogen.kernels.grouped_matmul.reference import grouped_matmul_masked
+from orogen.kernels.grouped_matmul.reference import grouped_matmul_reference
 from orogen.kernels.pallas_triton import SMALLEST_TILE, both, call, dot, inside, load, require_gpu, store, tile
 
 PROGRAMS = 264  # wanted: two on each multiprocessor of an H100
@@ -37,8 +37,9 @@ WARPS, STAGES = 4, 4
 
 
 class Launch(NamedTuple):
-    """Tile sizes: rows and columns of a program, and how much of d it takes at once. splits: parts into which d is cut.
-    blocks: as many as there may be. share: 0, or how many results in turn, each of a group that it names, have one row.
+    """Tile sizes: rows and columns of a program, and how much of d it takes at once. splits: parts into which d is
+    divided. blocks: as many as there may be. results_per_row: 0, or how many results in turn, each of a group that it
+    names, have one row.
 
     sizes: of d, f, e and the results.
     """
@@ -48,7 +49,7 @@ class Launch(NamedTuple):
     depth: int
     splits: int
     blocks: int
-    share: int
+    results_per_row: int
     sizes: tuple[int, int, int, int]
 
 
@@ -104,7 +105,7 @@ def _forward(rows_nd, weights_edf, group_sizes, interpret):
 def _backward(interpret, residuals, grad_nf):
     del interpret
     rows_nd, weights_edf, group_sizes = residuals
-    product: Any = grouped_matmul_masked if isinstance(group_sizes, RowGroups) else grouped_matmul_blocks
+    product: Any = grouped_matmul_reference if isinstance(group_sizes, RowGroups) else grouped_matmul_blocks
     run = lambda rows_nd, weights_edf: product(rows_nd, weights_edf, group_sizes)  # noqa: E731
     return *jax.vjp(run, rows_nd, weights_edf)[1](grad_nf), None
 
@@ -115,17 +116,17 @@ _multiply.defvjp(_forward, _backward)
 def choose_launch(rows_nd: Array, weights_edf: Array, results: int | None = None) -> Launch:
     """Tile sizes for these shapes. results: how many there are if each names its group; None: rows are sorted."""
     groups, width, out = weights_edf.shape
-    rows, share = len(rows_nd), 0
+    rows, results_per_row = len(rows_nd), 0
     block = min(tile(pl.cdiv(rows, groups)), MOST_ROWS)
     blocks = min(rows, rows // block + groups + 1)
     if results is not None:
-        rows, share, block, blocks = results, results // rows, SMALLEST_TILE, results
+        rows, results_per_row, block, blocks = results, results // rows, SMALLEST_TILE, results
     columns = min(tile(out), COLUMNS)
     depth = min(max(SMALLEST_TILE, TILE // (columns * weights_edf.dtype.itemsize)), tile(width))
     filled = min(groups, pl.cdiv(rows, FILLED)) * pl.cdiv(out, columns)  # programs of one split that have work
     enough = [splits for splits in SPLITS if filled * splits >= PROGRAMS]
     splits = min(enough[0] if enough else SPLITS[-1], pl.next_power_of_2(pl.cdiv(width, depth)))
-    return Launch(block, columns, depth, splits, blocks, share, (width, out, groups, rows))
+    return Launch(block, columns, depth, splits, blocks, results_per_row, (width, out, groups, rows))
 
 
 def _block(sizes_ref, launch: Launch) -> tuple[Array, Array, Array]:
@@ -147,9 +148,9 @@ def _block(sizes_ref, launch: Launch) -> tuple[Array, Array, Array]:
 
 def _kernel(rows_ref, weights_ref, table_ref, out_ref, *, launch: Launch):
     width, out, groups, _ = launch.sizes
-    if launch.share:
+    if launch.results_per_row:
         number = pl.program_id(0)
-        group, start, stop, first_row = table_ref[...], number, number + 1, lax.div(number, launch.share)
+        group, start, stop, first_row = table_ref[...], number, number + 1, lax.div(number, launch.results_per_row)
     else:
         group, start, stop = _block(table_ref, launch)
         first_row = start
@@ -168,9 +169,9 @@ def _kernel(rows_ref, weights_ref, table_ref, out_ref, *, launch: Launch):
         return sum_rf + dot(rows_rd.astype(kind), weight_df.astype(kind), 1, 0)
 
     every = pl.cdiv(width, launch.depth)
-    share = pl.cdiv(every, launch.splits)
-    first = pl.program_id(2) * share
+    per_split = pl.cdiv(every, launch.splits)
+    first = pl.program_id(2) * per_split
     # Not by `where` of two Python numbers, which Pallas lowers to a boolean for Triton.
-    last = first + (group < groups).astype(jnp.int32) * jnp.clip(every - first, 0, share)
+    last = first + (group < groups).astype(jnp.int32) * jnp.clip(every - first, 0, per_split)
     sum_rf = lax.fori_loop(first, last, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
     store(out_ref.at[out_r, :], sum_rf, both(in_r, in_f))

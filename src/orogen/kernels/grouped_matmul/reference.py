@@ -10,7 +10,7 @@ from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.parallel.varying import vary_like
 
 
-def grouped_matmul_masked(rows_nd: Array, weights_edf: Array, group_sizes: Array | RowGroups) -> Array:
+def grouped_matmul_reference(rows_nd: Array, weights_edf: Array, group_sizes: Array | RowGroups) -> Array:
     """See `grouped_matmul`: e times the work, so only for tests."""
     groups = len(weights_edf)
     if isinstance(group_sizes, RowGroups):

@@ -29,11 +29,11 @@ HIDDEN = -1e30  # score of a token that a query does not see; maxima start at ha
 
 
 class Walk(NamedTuple):
-    """Sizes and settings of both kernels; `share` is the number of query heads per key head. stored: scales of keys and
-    of values in E4M3, None for each that is in q's dtype."""
+    """Sizes and settings of both kernels. per_group: query heads per key head. stored: scales of keys and of values in
+    E4M3, None for each that is in q's dtype."""
 
     tokens: int
-    share: int
+    per_group: int
     size: int
     value_size: int
     page_size: int
@@ -68,10 +68,10 @@ def _attend(o: Operands, walk: Walk, *, interpret: bool) -> dict[str, Array]:
     (batch, tokens, heads, _), groups = o.q_bthk.shape, o.k_nsgk.shape[2]
     wide, value_wide = tile(walk.size), tile(walk.value_size)
     pool = lambda a, width: pl.BlockSpec((*a.shape[:2], None, width), lambda i, g, b: (0, 0, g, 0))  # noqa: E731
-    statistics = pl.BlockSpec((None, None, tokens, walk.share), lambda i, g, b: (b, i, 0, g))
-    sums = pl.BlockSpec((None, None, tokens, walk.share, value_wide), lambda i, g, b: (b, i, 0, g, 0))
+    statistics = pl.BlockSpec((None, None, tokens, walk.per_group), lambda i, g, b: (b, i, 0, g))
+    sums = pl.BlockSpec((None, None, tokens, walk.per_group, value_wide), lambda i, g, b: (b, i, 0, g, 0))
     in_specs = [
-        pl.BlockSpec((None, tokens, walk.share, wide), lambda i, g, b: (b, 0, g, 0)),
+        pl.BlockSpec((None, tokens, walk.per_group, wide), lambda i, g, b: (b, 0, g, 0)),
         pool(o.k_nsgk, wide),
         pool(o.v_nsgk, value_wide),
         pl.BlockSpec((None, o.table_bp.shape[1]), lambda i, g, b: (b, 0)),
@@ -99,16 +99,16 @@ def _steps(length: Array, walk: Walk) -> tuple[Array, Array, Array, Array]:
 
 
 def _attend_kernel(q_ref, k_ref, v_ref, table_ref, length_ref, sum_ref, weight_ref, maximum_ref, *, walk: Walk):
-    queries, length = walk.tokens * walk.share, length_ref[...]
+    queries, length = walk.tokens * walk.per_group, length_ref[...]
     query_m = jnp.arange(tile(queries))
     in_m = inside(query_m, queries, len(query_m))
-    of_m = lax.div(query_m, walk.share), lax.rem(query_m, walk.share)  # token and head
+    of_m = lax.div(query_m, walk.per_group), lax.rem(query_m, walk.per_group)  # token and head
     in_k = inside(jnp.arange(q_ref.shape[2]), walk.size, q_ref.shape[2])
     in_j = inside(jnp.arange(v_ref.shape[2]), walk.value_size, v_ref.shape[2])
     q_mk = load(_rows(q_ref, *of_m), both(in_m, in_k))
     index_m = length - walk.tokens + of_m[0]
-    first, begin, end, share = _steps(length, walk)
-    begin += pl.program_id(0) * share
+    first, begin, end, per_split = _steps(length, walk)
+    begin += pl.program_id(0) * per_split
 
     def step(number: Array, carry: Any) -> Any:
         maximum_m, weight_m, sum_mj = carry
@@ -133,7 +133,7 @@ def _attend_kernel(q_ref, k_ref, v_ref, table_ref, length_ref, sum_ref, weight_r
         jnp.zeros(padded, jnp.float32),
         jnp.zeros((padded, v_ref.shape[2]), jnp.float32),
     )
-    maximum_m, weight_m, sum_mj = lax.fori_loop(begin, jnp.minimum(begin + share, end), step, start)
+    maximum_m, weight_m, sum_mj = lax.fori_loop(begin, jnp.minimum(begin + per_split, end), step, start)
     store(maximum_ref.at[of_m], maximum_m, in_m)
     store(weight_ref.at[of_m], weight_m, in_m)
     store(_rows(sum_ref, *of_m), sum_mj, both(in_m, in_j))
@@ -170,9 +170,9 @@ def _merge(o: Operands, parts: dict[str, Array], walk: Walk, *, interpret: bool)
 def _merge_kernel(*refs, names: tuple[str, ...], walk: Walk):
     ref = dict(zip(names, refs, strict=True))
     splits, value_wide = ref["sum"].shape
-    _, begin, end, share = _steps(ref["length"][...], walk)
+    _, begin, end, per_split = _steps(ref["length"][...], walk)
     # Splits without a step wrote zeros and need not be read.
-    used_i = (jnp.arange(splits) * share < end - begin) & (jnp.arange(splits) < walk.splits)
+    used_i = (jnp.arange(splits) * per_split < end - begin) & (jnp.arange(splits) < walk.splits)
     in_j = inside(jnp.arange(value_wide), walk.value_size, value_wide)
     maximum_i = jnp.where(used_i, load(ref["maximum"], used_i), HIDDEN / 2)
     highest = jnp.max(maximum_i)

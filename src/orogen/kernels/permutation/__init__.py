@@ -12,17 +12,17 @@ import functools
 from jax import Array
 
 from orogen.kernels.checks import chosen
-from orogen.kernels.permutation.reference import sum_rows_gathered, take_rows_gathered
+from orogen.kernels.permutation.reference import sum_rows_reference, take_rows_reference
 from orogen.kernels.permutation.triton import sum_rows_triton, take_rows_triton
 from orogen.parallel.varying import vary_like
 
 TAKE = {
-    "gather": take_rows_gathered,
+    "gather": take_rows_reference,
     "triton": take_rows_triton,
     "triton_interpreted": functools.partial(take_rows_triton, interpret=True),
 }
 SUM = {
-    "gather": sum_rows_gathered,
+    "gather": sum_rows_reference,
     "triton": sum_rows_triton,
     "triton_interpreted": functools.partial(sum_rows_triton, interpret=True),
 }

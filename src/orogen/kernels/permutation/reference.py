@@ -10,14 +10,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 
 @jax.custom_vjp
-def take_rows_gathered(x_nd: Array, slots_nk: Array, source_r: Array) -> Array:
+def take_rows_reference(x_nd: Array, slots_nk: Array, source_r: Array) -> Array:
     """See `take_rows`."""
     k = slots_nk.shape[1]
     return jnp.take(x_nd, source_r // k, axis=0, mode="fill", fill_value=0)
 
 
 def _take_rows_forward(x_nd, slots_nk, source_r):
-    return take_rows_gathered(x_nd, slots_nk, source_r), slots_nk
+    return take_rows_reference(x_nd, slots_nk, source_r), slots_nk
 
 
 def _take_rows_backward(slots_nk, g_rd):
@@ -25,11 +25,11 @@ def _take_rows_backward(slots_nk, g_rd):
     return g_nkd.sum(1), None, None
 
 
-take_rows_gathered.defvjp(_take_rows_forward, _take_rows_backward)
+take_rows_reference.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 @jax.custom_vjp
-def sum_rows_gathered(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array) -> Array:
+def sum_rows_reference(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Array) -> Array:
     """See `sum_rows`."""
     y_nkd = jnp.take(rows_rd, slots_nk, axis=0, mode="fill", fill_value=0)
     return jnp.einsum("nkd,nk->nd", y_nkd, w_nk, preferred_element_type=jnp.float32).astype(rows_rd.dtype)
@@ -37,7 +37,7 @@ def sum_rows_gathered(rows_rd: Array, w_nk: Array, slots_nk: Array, source_r: Ar
 
 def _sum_rows_forward(rows_rd, w_nk, slots_nk, source_r):
     kept = checkpoint_name(rows_rd, "expert_out"), w_nk, slots_nk, source_r
-    return sum_rows_gathered(rows_rd, w_nk, slots_nk, source_r), kept
+    return sum_rows_reference(rows_rd, w_nk, slots_nk, source_r), kept
 
 
 def _sum_rows_backward(residuals, g_nd):
@@ -50,4 +50,4 @@ def _sum_rows_backward(residuals, g_nd):
     return g_rd.astype(rows_rd.dtype), g_nk, None, None
 
 
-sum_rows_gathered.defvjp(_sum_rows_forward, _sum_rows_backward)
+sum_rows_reference.defvjp(_sum_rows_forward, _sum_rows_backward)

@@ -146,9 +146,9 @@ def _spread_kernel(*refs, names: tuple[str, ...], width: int, size: int):
     if "products" in ref:
         for j, product in enumerate(products):
             store(ref["products"].at[n, np.int32(j)], product)
-    share = pl.cdiv(rows, tokens)
-    for i in range(share):
-        r = n * share + i
+    per_program = pl.cdiv(rows, tokens)
+    for i in range(per_program):
+        r = n * per_program + i
         at = jnp.minimum(r, rows - 1)
         empty = (r < rows) & (ref["source"][at] >= tokens * k)
         for here, mask in _parts(width, size):

@@ -11,11 +11,11 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.checks import chosen
-from orogen.kernels.quantize.reference import quantize_plain
+from orogen.kernels.quantize.reference import quantize_reference
 from orogen.kernels.quantize.triton import quantize_triton
 
 IMPLEMENTATIONS = {
-    "plain": quantize_plain,
+    "plain": quantize_reference,
     "triton": quantize_triton,
     "triton_interpreted": functools.partial(quantize_triton, interpret=True),
 }

@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from orogen.kernels.checks import chosen, require_shapes
 from orogen.kernels.replay.operands import FlushOperands, Operands, Ring, SelectiveRing
 from orogen.kernels.replay.parallel import flush_parallel, replay_parallel
-from orogen.kernels.replay.recurrence import flush_recurrence, replay_recurrence
+from orogen.kernels.replay.reference import flush_reference, replay_reference
 from orogen.kernels.replay.selective import selective_flush, selective_replay
 from orogen.kernels.replay.triton import flush_triton, replay_triton
 from orogen.kernels.state_update import require_state
@@ -25,13 +25,13 @@ from orogen.parallel.varying import vary_like
 __all__ = ["Ring", "SelectiveRing", "flush", "replay", "selective_flush", "selective_replay"]
 
 IMPLEMENTATIONS = {
-    "recurrence": replay_recurrence,
+    "recurrence": replay_reference,
     "parallel": replay_parallel,
     "triton": replay_triton,
     "triton_interpreted": functools.partial(replay_triton, interpret=True),
 }
 FLUSH_IMPLEMENTATIONS = {
-    "recurrence": flush_recurrence,
+    "recurrence": flush_reference,
     "parallel": flush_parallel,
     "triton": flush_triton,
     "triton_interpreted": functools.partial(flush_triton, interpret=True),

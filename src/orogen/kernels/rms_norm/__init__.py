@@ -9,12 +9,12 @@ from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.checks import chosen
-from orogen.kernels.rms_norm.reference import Reduce, rms_norm_plain
+from orogen.kernels.rms_norm.reference import Reduce, rms_norm_reference
 from orogen.kernels.rms_norm.triton import rms_norm_triton
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
-    "plain": rms_norm_plain,
+    "plain": rms_norm_reference,
     "triton": rms_norm_triton,
     "triton_interpreted": functools.partial(rms_norm_triton, interpret=True),
 }

@@ -16,7 +16,7 @@ from orogen.kernels.tiny import LEAST_EPSILON, enlarged
 Reduce = Callable[[Array], Array]
 
 
-def rms_norm_plain(
+def rms_norm_reference(
     x_nc: Array, weight_c: Array, gate_nc: Array | None, *, group_size: int, epsilon: float, reduce_sum: Reduce | None,
     nested: bool = False,
 ) -> Array:  # fmt: skip
@@ -45,7 +45,7 @@ def _present(weight_c: Array, group_size: int, reduce_sum: Reduce | None) -> Arr
 def _tiny(
     x_nc: Array, weight_c: Array, gate_nc: Array | None, *, group_size: int, epsilon: float, reduce_sum: Reduce | None
 ) -> Array:
-    """`rms_norm_plain` for an epsilon too small to protect tiny vectors: scales them up first."""
+    """`rms_norm_reference` for an epsilon too small to protect tiny vectors: scales them up first."""
     total_ng1 = jnp.sum(jnp.abs(_gated(x_nc, gate_nc, group_size)), -1, keepdims=True)
     total_ng1 = total_ng1 if reduce_sum is None else reduce_sum(total_ng1)
     x_ngc, epsilon_ng1 = enlarged(_gated(x_nc, None, group_size), epsilon, total_ng1)

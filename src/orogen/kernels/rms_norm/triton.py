@@ -97,10 +97,10 @@ def _call(kernel, launch: Launch, operands: dict[str, Any], outputs: dict[str, A
     groups = channels // launch.group_size
     # Groups have an axis of their own, so that the tile of one never reaches into the next.
     tile = pl.BlockSpec((tokens, None, width), lambda g, i: (0, g, 0))
-    share = pl.BlockSpec((None, None, width), lambda g, i: (i, g, 0))
+    per_program = pl.BlockSpec((None, None, width), lambda g, i: (i, g, 0))
     vector = pl.BlockSpec((None, width), lambda g, i: (g, 0))
     split = lambda shape: (*shape[:-1], groups, launch.group_size)  # noqa: E731
-    spec = lambda name: {"weight": vector, "dweight": share}.get(name, tile)  # noqa: E731
+    spec = lambda name: {"weight": vector, "dweight": per_program}.get(name, tile)  # noqa: E731
     results = call(
         functools.partial(kernel, launch=launch, tokens=tokens, names=(*operands, *outputs)),
         [array.reshape(split(array.shape)) for array in operands.values()],

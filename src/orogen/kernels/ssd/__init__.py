@@ -11,12 +11,12 @@ from jax import numpy as jnp
 from orogen.kernels.checks import chosen, require_shapes
 from orogen.kernels.ssd.chunked import ssd_chunked
 from orogen.kernels.ssd.operands import Operands
-from orogen.kernels.ssd.reference import ssd_recurrence
+from orogen.kernels.ssd.reference import ssd_reference
 from orogen.kernels.ssd.triton import ssd_triton
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
-    "recurrence": ssd_recurrence,
+    "recurrence": ssd_reference,
     "chunked": ssd_chunked,
     "triton": ssd_triton,
     "triton_interpreted": functools.partial(ssd_triton, interpret=True),

@@ -83,11 +83,12 @@ def _halvable(tokens: int) -> int:
 def _chunks(width: int, o: Operands) -> Chunks:
     """The operands of `ssd`, except the skip, in chunks of `width` tokens."""
     (batch, _, heads, head_size), (groups, state) = o.x_bthp.shape, o.b_btgn.shape[2:]
-    share = heads // groups
+    per_group = heads // groups
     dtx_bthp = o.dt_bth[..., None] * o.x_bthp.astype(jnp.float32)
-    dtx_bcqgrp = sums.in_chunks(dtx_bthp, width).reshape(batch, -1, width, groups, share, head_size)
-    log_decay_bcqgr = sums.in_chunks(sums.log_decays(o.dt_bth, o.a_h), width).reshape(batch, -1, width, groups, share)
-    initial_bgrpn = o.initial_state_bhpn.reshape(batch, groups, share, head_size, state)
+    dtx_bcqgrp = sums.in_chunks(dtx_bthp, width).reshape(batch, -1, width, groups, per_group, head_size)
+    log_decay_bcqh = sums.in_chunks(sums.log_decays(o.dt_bth, o.a_h), width)
+    log_decay_bcqgr = log_decay_bcqh.reshape(batch, -1, width, groups, per_group)
+    initial_bgrpn = o.initial_state_bhpn.reshape(batch, groups, per_group, head_size, state)
     return Chunks(
         dtx_cbgqrp=jnp.transpose(dtx_bcqgrp, (1, 0, 3, 2, 4, 5)),
         log_decay_cbgrq=jnp.transpose(log_decay_bcqgr, (1, 0, 3, 4, 2)),

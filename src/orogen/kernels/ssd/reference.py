@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from orogen.kernels.ssd.operands import Operands
 
 
-def ssd_recurrence(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
+def ssd_reference(o: Operands, *, chunk_size: int) -> tuple[Array, Array]:
     """`ssd` by `lax.scan` over time; float32 throughout; `chunk_size` is ignored."""
     del chunk_size
     heads_per_group = o.x_bthp.shape[2] // o.b_btgn.shape[2]

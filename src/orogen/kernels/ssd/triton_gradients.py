@@ -76,14 +76,14 @@ def near(o: ByChunk, dy_bthp: Array, sums_bhcq: Sequence[Array], *, launch: Laun
     x_bthp, b_btgn, dt_bhcq = o.x_bthp, o.b_btgn, o.dt_bhcq
     batch, time, heads, head_size = x_bthp.shape
     groups, state = b_btgn.shape[2:]
-    chunks, width, rows, share = dt_bhcq.shape[2], launch.width, launch.near_rows, heads // groups
+    chunks, width, rows, per_group = dt_bhcq.shape[2], launch.width, launch.near_rows, heads // groups
     tiles = tiles_of(width // rows)
-    head_spec = pl.BlockSpec((None, chunks * width, share, tile(head_size)), lambda i, g, b: (b, 0, g, 0))
+    head_spec = pl.BlockSpec((None, chunks * width, per_group, tile(head_size)), lambda i, g, b: (b, 0, g, 0))
     group_spec = pl.BlockSpec((None, chunks * width, None, tile(state)), lambda i, g, b: (b, 0, g, 0))
-    token_spec = pl.BlockSpec((None, share, chunks, width), lambda i, g, b: (b, g, 0, 0))
+    token_spec = pl.BlockSpec((None, per_group, chunks, width), lambda i, g, b: (b, g, 0, 0))
     runs_spec = pl.BlockSpec((None, chunks, width), lambda i, g, b: (b, 0, 0))
     scores_spec = pl.BlockSpec((None, None, chunks, width, width), lambda i, g, b: (b, g, 0, 0, 0))
-    share_spec = pl.BlockSpec((None, share, chunks, len(tiles), rows), lambda i, g, b: (b, g, 0, 0, 0))
+    share_spec = pl.BlockSpec((None, per_group, chunks, len(tiles), rows), lambda i, g, b: (b, g, 0, 0, 0))
     outputs = {
         "scores": ((batch, groups, chunks, width, width), x_bthp.dtype, scores_spec),
         **dict.fromkeys(("received", "given"), ((batch, heads, chunks, len(tiles), rows), jnp.float32, share_spec)),
@@ -149,7 +149,7 @@ def _near_kernel(
     scores_ref, received_ref, given_ref, own_ref, skip_ref, *within_refs, time, head_size, state, rows,
     exact,
 ):  # fmt: skip
-    share, _, width = dt_ref.shape
+    per_group, _, width = dt_ref.shape
     tiles = tiles_of(width // rows)
     c = lax.div(pl.program_id(0), len(tiles))
     t = pl.program_id(0) - c * len(tiles)
@@ -179,7 +179,7 @@ def _near_kernel(
 
     def head(r, carry):
         dscores_qs, (sums_q, sums_s, dt_s) = carry
-        ahead = tokens(jnp.minimum(r + 1, share - 1))
+        ahead = tokens(jnp.minimum(r + 1, per_group - 1))
         dy_qp = load(dy_ref.at[here_q, r, :], both(in_q, in_head))
         x_sp = load(x_ref.at[here_s, r, :], both(in_s, in_head))
         products_qs = dot(dy_qp, x_sp, 1, 1)
@@ -201,7 +201,7 @@ def _near_kernel(
 
         return dscores_qs + products_qs * dt_s[None, :], ahead
 
-    dscores_qs, _ = lax.fori_loop(0, share, head, (jnp.zeros((rows, rows), jnp.float32), tokens(0)))
+    dscores_qs, _ = lax.fori_loop(0, per_group, head, (jnp.zeros((rows, rows), jnp.float32), tokens(0)))
     store(scores_ref.at[c, pl.ds(q, rows), pl.ds(s, rows)], jnp.where(seen_qs, dscores_qs, 0.0).astype(dtype))
 
 
@@ -218,16 +218,16 @@ def far(
     x_bthp, b_btgn, dt_bhcq = o.x_bthp, o.b_btgn, o.dt_bhcq
     batch, time, heads, head_size = x_bthp.shape
     groups, state = b_btgn.shape[2:]
-    chunks, width, share = dt_bhcq.shape[2], launch.width, heads // groups
+    chunks, width, per_group = dt_bhcq.shape[2], launch.width, heads // groups
     parts = tile(state) // launch.far_states
-    head_spec = pl.BlockSpec((None, chunks * width, share, tile(head_size)), lambda i, g, b: (b, 0, g, 0))
+    head_spec = pl.BlockSpec((None, chunks * width, per_group, tile(head_size)), lambda i, g, b: (b, 0, g, 0))
     group_spec = pl.BlockSpec((None, chunks * width, None, tile(state)), lambda i, g, b: (b, 0, g, 0))
-    token_spec = pl.BlockSpec((None, share, chunks, width), lambda i, g, b: (b, g, 0, 0))
+    token_spec = pl.BlockSpec((None, per_group, chunks, width), lambda i, g, b: (b, g, 0, 0))
     runs_spec = pl.BlockSpec((None, chunks, width), lambda i, g, b: (b, 0, 0))
     scores_spec = pl.BlockSpec((None, None, chunks, width, width), lambda i, g, b: (b, g, 0, 0, 0))
-    states_spec = pl.BlockSpec((None, share, chunks, tile(state), tile(head_size)), lambda i, g, b: (b, g, 0, 0, 0))
-    token_parts_spec = pl.BlockSpec((None, share, chunks, parts, width), lambda i, g, b: (b, g, 0, 0, 0))
-    parts_spec = pl.BlockSpec((None, share, chunks, parts), lambda i, g, b: (b, g, 0, 0))
+    states_spec = pl.BlockSpec((None, per_group, chunks, tile(state), tile(head_size)), lambda i, g, b: (b, g, 0, 0, 0))
+    token_parts_spec = pl.BlockSpec((None, per_group, chunks, parts, width), lambda i, g, b: (b, g, 0, 0, 0))
+    parts_spec = pl.BlockSpec((None, per_group, chunks, parts), lambda i, g, b: (b, g, 0, 0))
     outputs = {
         **dict.fromkeys(("db", "dc"), (b_btgn.shape, b_btgn.dtype, group_spec)),
         **dict.fromkeys(("read", "left"), ((batch, heads, chunks, parts, width), jnp.float32, token_parts_spec)),
@@ -259,7 +259,7 @@ def _far_kernel(
 
     The states are most of what is read, and both products of a state use the same part of it.
     """
-    share, _, width = dt_ref.shape
+    per_group, _, width = dt_ref.shape
     padded_state, padded_head = states_ref.shape[2:]
     parts = padded_state // part
     c = lax.div(pl.program_id(0), parts)
@@ -278,7 +278,7 @@ def _far_kernel(
 
     def head(r, carry):
         dc_qn, db_qn, (sums_q, dt_q, last) = carry
-        ahead = tokens(jnp.minimum(r + 1, share - 1))
+        ahead = tokens(jnp.minimum(r + 1, per_group - 1))
         x_qp, dy_qp = (load(ref.at[here, r, :], both(in_time, in_head)) for ref in (x_ref, dy_ref))
         state_np, dstate_np = (
             load(ref.at[r, c, mine_n, :], both(in_mine, in_head)) for ref in (states_ref, dstates_ref)
@@ -294,7 +294,7 @@ def _far_kernel(
         return dc_qn + read_qn, db_qn + dt_q[:, None] * left_qn, ahead
 
     zeros_qn = jnp.zeros((width, part), jnp.float32)
-    dc_qn, db_qn, _ = lax.fori_loop(0, share, head, (zeros_qn, zeros_qn, tokens(0)))
+    dc_qn, db_qn, _ = lax.fori_loop(0, per_group, head, (zeros_qn, zeros_qn, tokens(0)))
     # Loaded whole and then masked: a masked load would go element by element.
     scores_qs = load(scores_ref.at[c])
     scores_qs = jnp.where(earlier(positions, positions, False), scores_qs, jnp.zeros_like(scores_qs))

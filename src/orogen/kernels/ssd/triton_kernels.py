@@ -97,13 +97,13 @@ def scan(
     (query_btgn, key_btgn, value_bthp, start_bhpn, reverse), dt_bhcq = walk, o.dt_bhcq
     batch, time, heads, head_size = value_bthp.shape
     groups, state = key_btgn.shape[2:]
-    chunks, padded_time, share = dt_bhcq.shape[2], dt_bhcq.shape[2] * launch.width, heads // groups
+    chunks, padded_time, per_group = dt_bhcq.shape[2], dt_bhcq.shape[2] * launch.width, heads // groups
     columns, padded_state, blocks = launch.columns, tile(state), pl.cdiv(head_size, launch.columns)
     steps_bhcq = dt_bhcq if launch.exact else sums_bhcq[0] - jnp.log2(dt_bhcq)
     *sums_bht, steps_bht = (array.reshape(batch, heads, padded_time) for array in (*sums_bhcq, steps_bhcq))
     runs_bt = o.runs_bcq.reshape(batch, padded_time)
     operands = [query_btgn, key_btgn, value_bthp, sums_bht, steps_bht, runs_bt, start_bhpn, o.skip_h]
-    group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // share, 0))
+    group_spec = pl.BlockSpec((None, padded_time, None, padded_state), lambda h, p, b: (b, 0, h // per_group, 0))
     head_spec = pl.BlockSpec((None, padded_time, None, columns), lambda h, p, b: (b, 0, h, p))
     token_spec = pl.BlockSpec((None, None, padded_time), lambda h, p, b: (b, h, 0))
     runs_spec = pl.BlockSpec((None, padded_time), lambda h, p, b: (b, 0))

@@ -15,8 +15,8 @@ from orogen.kernels.stochastic import random_bits, to_float16
 def ssm_update_reference(o: Operands) -> tuple[Array, Array]:
     """See `ssm_update`."""
     x_bhp, state_bhpn = o.x_bhp.astype(jnp.float32), o.state_bhpn.astype(jnp.float32)
-    share = x_bhp.shape[1] // o.b_bgn.shape[1]
-    b_bhn, c_bhn = (jnp.repeat(a.astype(jnp.float32), share, axis=1) for a in (o.b_bgn, o.c_bgn))
+    per_group = x_bhp.shape[1] // o.b_bgn.shape[1]
+    b_bhn, c_bhn = (jnp.repeat(a.astype(jnp.float32), per_group, axis=1) for a in (o.b_bgn, o.c_bgn))
     decay_bh = jnp.exp(o.dt_bh * o.a_h)
     dtx_bhp = o.dt_bh[..., None] * x_bhp
     state_bhpn = decay_bh[..., None, None] * state_bhpn + dtx_bhp[..., None] * b_bhn[:, :, None]

@@ -37,8 +37,8 @@ def ssm_update_triton(o: Operands, *, interpret: bool = False) -> tuple[Array, A
     Raises ValueError if there is no GPU and `interpret` is False.
     """
     heads, (groups, state) = o.x_bhp.shape[1], o.b_bgn.shape[1:]
-    sizes, share, wide = _sizes(o.x_bhp.shape[2], state), heads // groups, pl.next_power_of_2(state)
-    of_group = pl.BlockSpec((None, None, wide), lambda i, h, b: (b, h // share, 0))
+    sizes, per_group, wide = _sizes(o.x_bhp.shape[2], state), heads // groups, pl.next_power_of_2(state)
+    of_group = pl.BlockSpec((None, None, wide), lambda i, h, b: (b, h // per_group, 0))
     of_head = pl.BlockSpec((None,), lambda i, h, b: (h,))
     operands = {
         "state": (o.state_bhpn, pl.BlockSpec((None, None, sizes.block, wide), lambda i, h, b: (b, h, i, 0))),

@@ -9,11 +9,11 @@ from jax import numpy as jnp
 
 from orogen.kernels.replay.operands import FlushOperands, Operands, Ring, used, written
 from orogen.kernels.ssd.operands import Operands as Sequence
-from orogen.kernels.ssd.reference import ssd_recurrence
+from orogen.kernels.ssd.reference import ssd_reference
 from orogen.kernels.state_update.reference import rounded
 
 
-def replay_recurrence(o: Operands) -> tuple[Array, Ring]:
+def replay_reference(o: Operands) -> tuple[Array, Ring]:
     """See `replay`; l + t steps, each over the whole state."""
     entries = o.ring.x_blhp.shape[1]
     join = lambda before, after: jnp.concatenate([before, after.astype(before.dtype)], axis=1)  # noqa: E731
@@ -24,7 +24,7 @@ def replay_recurrence(o: Operands) -> tuple[Array, Ring]:
     return y_bthp, written(o.ring, o.cursor_b, o.piece, o.active_b)
 
 
-def flush_recurrence(o: FlushOperands) -> Array:
+def flush_reference(o: FlushOperands) -> Array:
     """See `flush`."""
     inputs = used(o.ring, o.cursor_b)
     _, state_bhpn = _run(inputs, jnp.zeros_like(inputs.b_blgn), o.a_h, o.state_bhpn, jnp.zeros_like(o.a_h))
@@ -36,6 +36,4 @@ def _run(inputs: Ring, c_btgn: Array, a_h: Array, state_bhpn: Array, skip_h: Arr
     x_bthp, b_btgn, dt_bth = inputs
     segments_bt = jnp.zeros(x_bthp.shape[:2], jnp.int32)
     initial_bhpn = state_bhpn.astype(jnp.float32)
-    return ssd_recurrence(
-        Sequence(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_bhpn, skip_h), chunk_size=1
-    )
+    return ssd_reference(Sequence(x_bthp, dt_bth, a_h, b_btgn, c_btgn, segments_bt, initial_bhpn, skip_h), chunk_size=1)
