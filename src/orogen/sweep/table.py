@@ -76,7 +76,7 @@ def markdown(sweep: SweepConfig, table: Sequence[Row]) -> str:
         cells = [
             row.name, short_number(one["parameters"]), f"{one['steps']:,}", short_number(one["tokens"]),
             f"{one['flops']:.3g}", f"{one['learning_rate']:g}", _mean(row), *_cells(row.effect, _better(sweep)),
-            f"{sum(r['seconds'] for r in row.results.values()):.0f}",
+            f"{math.fsum(r['seconds'] for r in row.results.values()):.0f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += _main_lines(sweep, table)
