@@ -1,7 +1,7 @@
 """Writes a corpus of Python code and documentation: the files of installed packages and of the standard library.
 
-Nothing is downloaded. The text depends on the versions of the packages, which `packages.json`, beside the folder, names, with the
-number of files, the bytes and the SHA-256 of each package's part: equal ones have equal text.
+Nothing is downloaded. The text depends on the versions of the packages. `packages.json`, beside the folder, names them,
+with the number of files, the bytes and the SHA-256 of each package's part: equal ones have equal text.
 
 python experiments/packages.py --out runs/packages
 """
@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = (
-    "botorch", "cupy-cuda13x", "diffrax", "flax", "gpytorch", "jax", "jaxlib", "matplotlib", "networkx", "numba", "numpy",
-    "numpyro", "optax", "pandas", "pip", "scikit-image", "scikit-learn", "scipy", "seaborn", "setuptools", "statsmodels",
-    "sympy", "timm", "torch", "torch-geometric", "transformers", "triton",
+    "botorch", "cupy-cuda13x", "diffrax", "flax", "gpytorch", "jax", "jaxlib", "matplotlib", "networkx", "numba",
+    "numpy", "numpyro", "optax", "pandas", "pip", "scikit-image", "scikit-learn", "scipy", "seaborn", "setuptools",
+    "statsmodels", "sympy", "timm", "torch", "torch-geometric", "transformers", "triton",
 )  # fmt: skip
 STDLIB = "python"
 SUFFIXES = (".py", ".rst", ".md")

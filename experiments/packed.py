@@ -1,8 +1,8 @@
 """Trains the arms of a study with one compiled step per arm: seeds and learning rates are its arguments.
 
-`orogen sweep` gives each run a process and a folder, which is what long runs need. Here an arm's runs follow one another
-in one process, without checkpoints: many short runs of a model whose compilation takes as long as one of them. The
-results are those of `orogen sweep`, up to rounding, and have its form. Several processes may share a GPU or a host:
+`orogen sweep` gives each run a process and a folder, which is what long runs need. Here an arm's runs follow one
+another in one process, without checkpoints: many short runs of a model whose compilation takes as long as one of them.
+The results are those of `orogen sweep`, up to rounding, and have its form. Several processes may share a GPU or a host:
 each takes some of the arms and a folder of its own, and their lines are concatenated.
 
 PYTHONPATH=src python experiments/packed.py --gin_file STUDY --run DIR [--arms NAME,NAME]
