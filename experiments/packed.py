@@ -10,6 +10,7 @@ PYTHONPATH=src python experiments/packed.py --gin_file STUDY --run DIR [--arms N
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections import deque
 from pathlib import Path
@@ -75,12 +76,22 @@ class Packed:
         self.plan, self.built = assemble(example.model, example.plan, length=train.sequence_length)
         self.optimizer = rated(make_optimizer(alike, 1, self.built.params))
         self.step = make_step(self.built, NEXT_TOKENS, self.config, self.plan, self.optimizer)
-        self.heldout = Heldout(self.config, self.built, corpus)
         self.parameters = count(example.model)["total"]
 
     def train(self, config: RunConfig) -> dict[str, float]:
-        """The numbers of the trained model."""
-        state = create_state(config.model, self.built, self.optimizer, self.plan, config.train.seed)
+        """The numbers of a model that begins afresh."""
+        state, found = self.steps(self.start(config.train.seed), config)
+        return {**found, **self.heldout.full(state)}
+
+    @functools.cached_property
+    def heldout(self) -> Heldout:
+        return Heldout(self.config, self.built, self.corpus)
+
+    def start(self, seed: int) -> TrainState:
+        return create_state(self.config.model, self.built, self.optimizer, self.plan, seed)
+
+    def steps(self, state: TrainState, config: RunConfig) -> tuple[TrainState, dict[str, float]]:
+        """The state after all steps of a run, and the numbers that its steps give. The state is donated."""
         rates = jax.device_get(jax.vmap(learning_rate(config.optimizer, config.train.steps))(_steps(config)))
         loader, waiting, loads, losses = train_loader(config, self.corpus), deque(), [], []
         for rate in np.asarray(rates, np.float32):
@@ -96,7 +107,7 @@ class Packed:
         last = max(1, len(losses) // 10)
         found = {"train_loss": float(np.mean(jax.device_get(losses[-last:])))}
         violation = load_violation([{"expert_load": load.tolist()} for load in jax.device_get(loads)])
-        return {**found, **({} if violation is None else {"load_violation": violation}), **self.heldout.full(state)}
+        return state, {**found, **({} if violation is None else {"load_violation": violation})}
 
     def _rated(self, state: TrainState, rate: np.float32) -> TrainState:
         known: Rated = state.optimizer

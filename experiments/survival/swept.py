@@ -1,8 +1,8 @@
 """A sweep of 36 runs whose processes are killed at random moments: is any run lost, or run twice?
 
-Each kill is a SIGKILL, of the sweep or of one of the trainings that it has started. A sweep that is gone is called again.
-`PYTHONPATH=src:. python experiments/survival/swept.py --kills 20 --at_once 4 --out swept.jsonl` writes one line per kill
-and a last one that says what is left.
+Each kill is a SIGKILL, of the sweep or of one of the trainings that it has started. A sweep that is gone is called
+again. `PYTHONPATH=src:. python experiments/survival/swept.py --kills 20 --at_once 4` writes one line per kill to
+swept.jsonl, and a last one that says what is left.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def children(process: int) -> list[int]:
 
 
 def trials(sweep: Sweep, count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Calls the sweep until it ends well, with `count` kills on the way; a line per kill. Raises RuntimeError if it does
-    not end well once nothing is killed."""
+    """Calls the sweep until it ends well, with `count` kills on the way; a line per kill, and a last one. Raises
+    RuntimeError if it does not end well once nothing is killed."""
     told, process, seen, begun = [], sweep.call(), {}, time.monotonic()
     while True:
         until = time.monotonic() + rng.uniform(0.0, LONGEST)
