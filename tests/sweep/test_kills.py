@@ -11,7 +11,7 @@ import time
 
 from tests.helpers import write_recipe
 
-COUNT, KILLS, SLOWEST = 36, 6, 20.0
+COUNT, KILLS, SLOWEST = 36, 4, 20.0
 # A run writes a line when it ends, as the last thing but one.
 PROGRAM = """
 import json, pathlib, sys, time
