@@ -1,7 +1,7 @@
 """Writes a corpus of Python code and documentation: the files of installed packages and of the standard library.
 
-Nothing is downloaded. The text depends on the versions of the packages. `packages.json`, beside the folder, names them,
-with the number of files, the bytes and the SHA-256 of each package's part: equal ones have equal text.
+Nothing is downloaded. The text depends on the versions of the packages. `packages.jsonl`, beside the folder, names
+them, with the number of files, the bytes and the SHA-256 of each package's part: equal ones have equal text.
 
 python experiments/packages.py --out runs/packages
 """
@@ -56,7 +56,7 @@ def texts(package: str, seen: set[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def write(package: str, out: Path, seen: set[bytes]) -> dict[str, str | int]:
-    """Writes the package's documents to `out`; what packages.json says of it."""
+    """Writes the package's documents to `out`; what packages.jsonl says of it."""
     number, size, digest = 0, 0, hashlib.sha256()
     version = sys.version.split()[0] if package == STDLIB else importlib.metadata.version(package)
     with (out / f"{package}.jsonl").open("w", encoding="utf-8") as file:
@@ -70,7 +70,7 @@ def write(package: str, out: Path, seen: set[bytes]) -> dict[str, str | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the corpus")
-    parser.add_argument("--facts", type=Path, metavar="FILE", help="packages.json; beside the folder by default")
+    parser.add_argument("--facts", type=Path, metavar="FILE", help="packages.jsonl; beside the folder by default")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
@@ -81,7 +81,7 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             print(f"{package} is not installed: its part is missing", file=sys.stderr)
             (options.out / f"{package}.jsonl").unlink(missing_ok=True)
-    target = options.facts or options.out.with_suffix(".json")
+    target = options.facts or options.out.with_suffix(".jsonl")
     target.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     print(f"{sum(f['files'] for f in facts):,} files, {sum(f['bytes'] for f in facts):,} bytes, facts in {target}")
 

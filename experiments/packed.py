@@ -3,16 +3,20 @@
 `orogen sweep` gives each run a process and a folder, which is what long runs need. Here an arm's runs follow one
 another in one process, without checkpoints: many short runs of a model whose compilation takes as long as one of them.
 The results are those of `orogen sweep`, up to rounding, and have its form. Several processes may share a GPU or a host:
-each takes some of the arms and a folder of its own, and their lines are concatenated.
+each takes some of the arms and a folder of its own, and their lines are concatenated. With one --lock they compile side
+by side and train one after another: a GPU divides its time between processes, and each loop waits for the host.
 
-PYTHONPATH=src python experiments/packed.py --gin_file STUDY --run DIR [--arms NAME,NAME]
+PYTHONPATH=src python experiments/packed.py --gin_file STUDY --run DIR [--arms NAME,NAME] [--lock FILE]
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +91,12 @@ class Packed:
     def heldout(self) -> Heldout:
         return Heldout(self.config, self.built, self.corpus)
 
+    def compile(self) -> None:
+        """One step and one batch of the evaluation, so that the first run need not wait for the compiler."""
+        state = self.start(0)
+        state, _ = self.step(state, batch_to_devices(next(train_loader(self.config, self.corpus)), self.plan))
+        self.heldout.totals(state, self.heldout.sample_batches()[:1], 1)
+
     def start(self, seed: int) -> TrainState:
         return create_state(self.config.model, self.built, self.optimizer, self.plan, seed)
 
@@ -114,6 +124,17 @@ class Packed:
         return state._replace(optimizer=known._replace(rate=jax.device_put(rate, self.plan.sharding())))
 
 
+@contextlib.contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+    """Waits until no other process is between these lines with the same file; None: never."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _steps(config: RunConfig) -> Array:
     return jnp.arange(config.train.steps)
 
@@ -133,16 +154,18 @@ def facts(packed: Packed, run: Run, numbers: tuple[str, ...]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_arm(arms: Arms, name: str, corpus: Corpus, results: Results) -> None:
-    """The runs of one arm that have no result yet, those that choose its rate first."""
+def run_arm(arms: Arms, name: str, corpus: Corpus, results: Results, lock: Path | None) -> None:
+    """The runs of one arm that have no result yet, those that choose its rate first. lock: see `turn`."""
     sweep = arms.sweep
     searches = [run for run in arms.searches() if run.arm.name == name]
     packed = Packed(next(config for arm, config in arms.configs.items() if arm.name == name), corpus)
+    packed.compile()
 
     def do(runs: list[Run]) -> None:
         for run in runs:
             if results.of(run) is None:
-                results.add(run, facts(packed, run, sweep.numbers))
+                with turn(lock):
+                    results.add(run, facts(packed, run, sweep.numbers))
                 done = results.of(run)
                 assert done is not None
                 print(
@@ -162,6 +185,7 @@ def main() -> None:
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the file's")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where results.jsonl is written")
     parser.add_argument("--arms", default="", metavar="NAME,NAME", help="those to run; all by default")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes that train in turn")
     options = parser.parse_args()
     sweep, _ = load_sweep([options.gin_file], options.gin_bindings)
     arms = make_arms(sweep, [options.gin_file], options.gin_bindings, totals)
@@ -177,7 +201,7 @@ def main() -> None:
         data = next(config for arm, config in arms.configs.items() if arm.name == name).data
         if data not in corpora:
             corpora[data] = open_corpus(data)
-        run_arm(arms, name, corpora[data], results)
+        run_arm(arms, name, corpora[data], results, options.lock)
 
 
 if __name__ == "__main__":

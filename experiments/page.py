@@ -53,8 +53,8 @@ def studies() -> list[Study]:
     """All designs; those of a folder follow one another, the first one first."""
     found = []
     for first in sorted(HERE.glob(f"*/{FIRST}.gin")):
-        later = [file for file in sorted(first.parent.glob("*.gin")) if file != first and "SweepConfig" in file.read_text()]
-        for file in (first, *later):
+        others = [file for file in sorted(first.parent.glob("*.gin")) if file != first]
+        for file in (first, *(file for file in others if "SweepConfig" in file.read_text())):
             results = first.parent / ("results.jsonl" if file == first else f"{file.stem}.jsonl")
             lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
             found.append(Study(first.parent, load_sweep([file])[0], lines, file.stem))

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments.packed import Packed
+from experiments.packed import Packed, turn
 
 from orogen.checkpoint.open import Opened
 from orogen.config.data import DataConfig
@@ -36,8 +36,10 @@ from orogen.sweep.parameters import totals
 from orogen.sweep.plan import Run, make_arms
 from orogen.sweep.results import Results
 from orogen.train.heldout import heldout_plan
+from orogen.train.pretraining import train_loader
 from orogen.train.run_folder import environment
 from orogen.train.state import TrainState, start_state
+from orogen.train.step import batch_to_devices
 
 STUDY = Path(__file__).parent / "extended.gin"
 SUITES = ("needle", "variable_tracking", "phonebook")
@@ -121,6 +123,16 @@ class Model:
     def _key(config: RunConfig) -> tuple[Any, ...]:
         return config.train.batch_size, config.data
 
+    def compile(self) -> None:
+        """All programs, so that no run waits for the compiler."""
+        for packed in self.packed.values():
+            state = packed.start(0)
+            batch = next(train_loader(packed.config, packed.corpus))
+            state, _ = packed.step(state, batch_to_devices(batch, packed.plan))
+        longest = {len(row.tokens_t): row for of in self.rows.values() for row in of[:1]}
+        for row in longest.values():
+            self.scorer.score([row] * ASKED, (state.params, state.buffers))
+
     def base(self, config: RunConfig) -> TrainState:
         packed = self.packed[self._key(config)]
         return packed.steps(packed.start(config.train.seed), config)[0]
@@ -142,18 +154,24 @@ def base_of(config: RunConfig, steps: int, rate: float) -> RunConfig:
 def run_model(runs: list[Run], rows: dict[str, list[Row]], results: Results, options: argparse.Namespace) -> None:
     """The runs of one model that have no result yet, seed by seed."""
     short = {run.config.train.seed: run for run in runs if run.arm.values[1] == "short"}
+    began = time.perf_counter()
     model = Model([run.config for run in runs[: len(runs) // len(short)]], rows)
+    model.compile()
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     parameters = totals([runs[0].config.model])[0]
     known = environment()
     for seed, first in short.items():
         waiting = [run for run in runs if run.config.train.seed == seed and results.of(run) is None]
         if not waiting:
             continue
-        base = model.base(base_of(first.config, options.steps, options.rate))
+        with turn(options.lock):
+            base = model.base(base_of(first.config, options.steps, options.rate))
+            jax.block_until_ready(base)
         for run in waiting:
-            began = time.perf_counter()
-            found = model.extend(base, run.config)
-            seconds = round(time.perf_counter() - began, 3)
+            with turn(options.lock):
+                began = time.perf_counter()
+                found = model.extend(base, run.config)
+                seconds = round(time.perf_counter() - began, 3)
             metric, *further = options.numbers
             facts = {
                 "metric": metric, "value": found[metric], "further": {name: found[name] for name in further},
@@ -177,6 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1000, help="of the model that the arms begin with")
     parser.add_argument("--rate", type=float, default=2e-3, help="its peak rate")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes that train in turn")
     options = parser.parse_args()
     sweep, _ = load_sweep([options.gin_file], options.gin_bindings)
     arms = make_arms(sweep, [options.gin_file], options.gin_bindings, totals)
@@ -185,8 +204,9 @@ def main() -> None:
     for folder in (options.run, options.texts):
         folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(next(iter(arms.configs.values())).data, ())
-    if not (options.texts / "heldout.jsonl").exists():
-        write_texts(options.texts, options.packages, tokenizer)
+    with turn(options.lock):
+        if not (options.texts / "suites_long.jsonl").exists():  # the last one written
+            write_texts(options.texts, options.packages, tokenizer)
     results = Results(options.run, sweep.numbers)
     rows = asked_rows(options.texts, tokenizer)
     for name in options.models.split(","):

@@ -1,4 +1,4 @@
-"""What makes many short runs cheap: neither their seeds nor, in `experiments/packed.py`, their rates are in a program."""
+"""What makes many short runs cheap: their seeds are in no program, nor are their rates in `experiments/packed.py`."""
 
 import dataclasses
 
