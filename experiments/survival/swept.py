@@ -27,7 +27,7 @@ MATRIX = {
 }
 SEEDS = (1, 2, 3)
 COUNT, STEPS = 36, 12
-LONGEST = 4.0  # seconds between kills, at most
+LONGEST = 10.0  # seconds between kills, at most
 
 
 class Sweep:
