@@ -34,6 +34,10 @@ class Study(NamedTuple):
     name: str = FIRST
 
     @property
+    def is_run(self) -> bool:
+        return any(not line["search"] for line in self.lines)
+
+    @property
     def mark(self) -> str:
         return "table" if self.name == FIRST else f"table {self.name}"
 
@@ -66,11 +70,12 @@ def title(folder: Path) -> str:
 
 
 def paragraph(folder: Path, name: str) -> str:
-    """The text after the last `**name.**`, up to an empty line, in one line; empty if there is none."""
+    """The text after the first `**name.**`, or the last verdict, up to an empty line, in one line; empty if there is
+    none."""
     found = re.findall(
         rf"^\*\*{name}\.\*\* (.*?)(?:\n\n|\Z)", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE
     )
-    return " ".join(found[-1].split()) if found else ""
+    return " ".join(found[-1 if name == "Verdict" else 0].split()) if found else ""
 
 
 def written(page: str, name: str, text: str) -> str:
@@ -86,7 +91,7 @@ def study_page(designs: list[Study]) -> str:
     """The page of a folder, with the table of each of its designs."""
     page = (designs[0].folder / "README.md").read_text()
     for study in designs:
-        text = table.markdown(study.sweep, study.rows()) if study.lines else f"It {NOT_RUN}.\n"
+        text = table.markdown(study.sweep, study.rows()) if study.is_run else f"It {NOT_RUN}.\n"
         page = written(page, study.mark, text)
     return page
 
@@ -111,7 +116,7 @@ def study_cells(folder: Path, designs: list[Study]) -> list[str]:
     """Effect, verdict and cost; the page of a folder whose runs are no sweep says them itself."""
     if not designs:
         return [paragraph(folder, "Effect"), paragraph(folder, "Verdict"), paragraph(folder, "Cost")]
-    done = [study for study in designs if study.lines]
+    done = [study for study in designs if study.is_run]
     if not done:
         return ["–", NOT_RUN, "–"]
     several = len(done) > 1
@@ -162,7 +167,7 @@ def main() -> None:
     for path in stale:
         path.write_text(texts[path])
     for study in found:
-        if study.lines and not (study.folder / "fit.py").exists():
+        if study.is_run and not (study.folder / "fit.py").exists():
             table.draw(study.figure, study.sweep, study.rows())
 
 
