@@ -59,7 +59,7 @@ def rated(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransfo
     """An optimizer whose updates are those of `inner` times the rate in its state. AdamW's and Muon's updates, decay
     included, are proportional to their rate, so `inner` with a rate of one gives those of any rate."""
 
-    def update(updates: Any, state: Rated, params: Any = None, **extra: Any) -> tuple[Any, Rated]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Rated]:
         updates, kept = inner.update(updates, state.inner, params, **extra)
         return jax.tree.map(lambda u: u * state.rate, updates), Rated(state.rate, kept)
 
@@ -120,7 +120,7 @@ class Packed:
         return state, {**found, **({} if violation is None else {"load_violation": violation})}
 
     def _rated(self, state: TrainState, rate: np.float32) -> TrainState:
-        known: Rated = state.optimizer
+        known: Any = state.optimizer
         return state._replace(optimizer=known._replace(rate=jax.device_put(rate, self.plan.sharding())))
 
 

@@ -139,8 +139,8 @@ class Model:
 
     def extend(self, base: TrainState, config: RunConfig) -> dict[str, float]:
         packed = self.packed[self._key(config)]
-        weights = jax.tree.map(jnp.copy, (base.params, base.buffers))
-        begun = start_state(*weights, packed.built, packed.optimizer, packed.plan)
+        params, buffers = jax.tree.map(jnp.copy, (base.params, base.buffers))
+        begun = start_state(params, buffers, packed.built, packed.optimizer, packed.plan)
         state, found = packed.steps(begun, config)
         return {**found, **numbers(self.scorer, self.rows, state)}
 
