@@ -27,7 +27,6 @@ MATRIX = {
 }
 SEEDS = (1, 2, 3)
 COUNT, STEPS = 36, 12
-LONGEST = 10.0  # seconds between kills, at most
 
 
 class Sweep:
@@ -67,12 +66,12 @@ def children(process: int) -> list[int]:
     return found
 
 
-def trials(sweep: Sweep, count: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Calls the sweep until it ends well, with `count` kills on the way; a line per kill, and a last one. Raises
-    RuntimeError if it does not end well once nothing is killed."""
+def trials(sweep: Sweep, count: int, longest: float, rng: random.Random) -> list[dict[str, Any]]:
+    """Calls the sweep until it ends well, with `count` kills on the way, `longest` seconds apart at most; a line per
+    kill, and a last one. Raises RuntimeError if it does not end well once nothing is killed."""
     told, process, seen, begun = [], sweep.call(), {}, time.monotonic()
     while True:
-        until = time.monotonic() + rng.uniform(0.0, LONGEST)
+        until = time.monotonic() + rng.uniform(0.0, longest)
         while process.poll() is None and (time.monotonic() < until or len(told) == count):
             time.sleep(0.01)
         for run in sweep.done().keys() - seen.keys():
@@ -101,11 +100,11 @@ def twice(sweep: Sweep) -> list[str]:
     return [run for run in sweep.done() if [r["step"] for r in read_metrics(sweep.folder / "runs" / run)] != steps]
 
 
-def study(folder: Path) -> Path:
+def study(folder: Path, seeds: tuple[int, ...]) -> Path:
     recipe = kills.write_recipe(folder, kills.MLP.replace("ModelConfig.intermediate_size = 10\n", ""))
     text = "".join(line for line in recipe.read_text().splitlines(keepends=True) if "learning_rate" not in line)
     text += "OptimizerConfig.learning_rate = 3e-3\nModelConfig.intermediate_size = 10\nTrainConfig.loggers = ()\n"
-    text += f"SweepConfig.matrix = {MATRIX}\nSweepConfig.control = ('1', '10')\nSweepConfig.seeds = {SEEDS}\n"
+    text += f"SweepConfig.matrix = {MATRIX}\nSweepConfig.control = ('1', '10')\nSweepConfig.seeds = {seeds}\n"
     file = folder / "study.gin"
     file.write_text(text)
     return file
@@ -115,18 +114,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--at_once", type=int, default=2, help="runs at a time")
+    parser.add_argument("--longest", type=float, default=10.0, help="seconds between kills, at most")
+    parser.add_argument("--calm", type=int, default=len(SEEDS), help="seeds of the sweep that nobody kills")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "swept.jsonl")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        file = study(Path(scratch))
-        calm, killed = (Sweep(file, Path(scratch) / name, options.at_once) for name in ("calm", "killed"))
-        lines = trials(killed, options.kills, random.Random(options.seed))
+        whole, few = (study(Path(scratch) / name, SEEDS[:seeds]) for name, seeds in (("a", 3), ("b", options.calm)))
+        killed, calm = (Sweep(file, file.parent / "sweep", options.at_once) for file in (whole, few))
+        lines = trials(killed, options.kills, options.longest, random.Random(options.seed))
         if calm.call().wait():
             raise SystemExit("the sweep that nobody kills did not end well")
         expected, found = calm.done(), killed.done()
         differ = [run for run in expected if found.get(run, {}).get("value") != expected[run]["value"]]
-        lines[-1] |= {"steps_twice": twice(killed), "other_value": differ, "expected": len(expected)}
+        lines[-1] |= {"steps_twice": twice(killed), "other_value": differ, "compared": len(expected)}
     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(json.dumps(lines[-1]))
     bad = lines[-1]["run_again"] or lines[-1]["steps_twice"] or differ or len(found) != COUNT
