@@ -1,7 +1,8 @@
 """Writes what the folders say into the pages: tables and figures of the studies, and experiments/README.md.
 
-A study is a folder with a study.gin; its results.jsonl is that of `orogen sweep`. Only what stands between the marks
-`<!-- NAME -->` and `<!-- end -->` of a page is written.
+A study is a folder with a study.gin; its results.jsonl is that of `orogen sweep`. A later design NAME.gin beside it,
+with a SweepConfig, has NAME.jsonl and NAME.png. Only what stands between the marks `<!-- table -->`, or
+`<!-- table NAME -->`, and `<!-- end -->` of a page is written.
 
 PYTHONPATH=src python experiments/page.py            writes tables, and figures of folders that do not draw their own
 PYTHONPATH=src python experiments/page.py --check    exits with 1 if a page is not what would be written
@@ -20,14 +21,29 @@ from orogen.sweep import table
 
 HERE = Path(__file__).parent
 NOT_RUN = "has not been run"
+FIRST = "study"
+MOST_NUMBERS = 2  # of each design, where a folder has several
 
 
 class Study(NamedTuple):
-    """A folder with a study.gin, and the rows of its table; none before it has been run."""
+    """A design in a folder, and the rows of its table; none before it has been run. name: of its file, without .gin."""
 
     folder: Path
     sweep: SweepConfig
     lines: list[dict[str, Any]]
+    name: str = FIRST
+
+    @property
+    def is_run(self) -> bool:
+        return any(not line["search"] for line in self.lines)
+
+    @property
+    def mark(self) -> str:
+        return "table" if self.name == FIRST else f"table {self.name}"
+
+    @property
+    def figure(self) -> Path:
+        return self.folder / ("figure.png" if self.name == FIRST else f"{self.name}.png")
 
     def rows(self, number: str | None = None) -> list[table.Row]:
         done: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {arm.values: {} for arm in self.sweep.arms()}
@@ -38,11 +54,14 @@ class Study(NamedTuple):
 
 
 def studies() -> list[Study]:
+    """All designs; those of a folder follow one another, the first one first."""
     found = []
-    for file in sorted(HERE.glob("*/study.gin")):
-        results = file.parent / "results.jsonl"
-        lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-        found.append(Study(file.parent, load_sweep([file])[0], lines))
+    for first in sorted(HERE.glob(f"*/{FIRST}.gin")):
+        others = [file for file in sorted(first.parent.glob("*.gin")) if file != first]
+        for file in (first, *(file for file in others if "SweepConfig" in file.read_text())):
+            results = first.parent / ("results.jsonl" if file == first else f"{file.stem}.jsonl")
+            lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+            found.append(Study(first.parent, load_sweep([file])[0], lines, file.stem))
     return found
 
 
@@ -51,11 +70,12 @@ def title(folder: Path) -> str:
 
 
 def paragraph(folder: Path, name: str) -> str:
-    """The text after `**name.**`, up to an empty line, in one line; empty if there is none."""
-    found = re.search(
+    """The text after the first `**name.**`, or the last verdict, up to an empty line, in one line; empty if there is
+    none."""
+    found = re.findall(
         rf"^\*\*{name}\.\*\* (.*?)(?:\n\n|\Z)", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE
     )
-    return " ".join(found[1].split()) if found else ""
+    return " ".join(found[-1 if name == "Verdict" else 0].split()) if found else ""
 
 
 def written(page: str, name: str, text: str) -> str:
@@ -67,9 +87,13 @@ def written(page: str, name: str, text: str) -> str:
     return before + begin + text + rest[rest.index(end) :]
 
 
-def study_page(study: Study) -> str:
-    page = (study.folder / "README.md").read_text()
-    return written(page, "table", table.markdown(study.sweep, study.rows()) if study.lines else f"It {NOT_RUN}.\n")
+def study_page(designs: list[Study]) -> str:
+    """The page of a folder, with the table of each of its designs."""
+    page = (designs[0].folder / "README.md").read_text()
+    for study in designs:
+        text = table.markdown(study.sweep, study.rows()) if study.is_run else f"It {NOT_RUN}.\n"
+        page = written(page, study.mark, text)
+    return page
 
 
 def effects(study: Study, number: str) -> str:
@@ -83,28 +107,36 @@ def effects(study: Study, number: str) -> str:
     return "; ".join(parts)
 
 
-def cost(study: Study) -> str:
-    return f"{len(study.lines)} runs, {sum(line['seconds'] for line in study.lines) / 60:.0f} min of steps"
+def cost(designs: list[Study]) -> str:
+    lines = [line for study in designs for line in study.lines]
+    return f"{len(lines)} runs, {sum(line['seconds'] for line in lines) / 60:.0f} min of steps"
 
 
-def study_cells(folder: Path, study: Study | None) -> list[str]:
+def study_cells(folder: Path, designs: list[Study]) -> list[str]:
     """Effect, verdict and cost; the page of a folder whose runs are no sweep says them itself."""
-    if study is None:
+    if not designs:
         return [paragraph(folder, "Effect"), paragraph(folder, "Verdict"), paragraph(folder, "Cost")]
-    if not study.lines:
+    done = [study for study in designs if study.is_run]
+    if not done:
         return ["–", NOT_RUN, "–"]
-    numbers = "<br>".join(effects(study, number) for number in study.sweep.numbers)
-    return [numbers, paragraph(folder, "Verdict"), cost(study)]
+    several = len(done) > 1
+    numbers = [
+        (f"{study.name}: " if several else "") + effects(study, number)
+        for study in done for number in study.sweep.numbers[: MOST_NUMBERS if several else None]
+    ]  # fmt: skip
+    return ["<br>".join(numbers), paragraph(folder, "Verdict"), cost(done)]
 
 
 def results_page(found: list[Study]) -> str:
     """experiments/README.md. Folders with a study.gin or a verdict are studies."""
-    sweeps = {study.folder: study for study in found}
+    sweeps: dict[Path, list[Study]] = {}
+    for study in found:
+        sweeps.setdefault(study.folder, []).append(study)
     folders = sorted(file.parent for file in HERE.glob("*/README.md"))
     are_studies = [folder for folder in folders if folder in sweeps or paragraph(folder, "Verdict")]
     lines = ["| question | effect, paired by seed [95 %] | verdict | cost |", "|---" * 4 + "|"]
     for folder in are_studies:
-        cells = [f"[{title(folder)}]({folder.name}/README.md)", *study_cells(folder, sweeps.get(folder))]
+        cells = [f"[{title(folder)}]({folder.name}/README.md)", *study_cells(folder, sweeps.get(folder, []))]
         lines.append("| " + " | ".join(cells) + " |")
     page = written((HERE / "README.md").read_text(), "studies", "\n".join(lines) + "\n")
     lines = ["| folder | asks | cost |", "|---" * 3 + "|"]
@@ -117,8 +149,9 @@ def results_page(found: list[Study]) -> str:
 
 def pages(found: list[Study]) -> dict[Path, str]:
     """What each page should be, by its path."""
+    folders = dict.fromkeys(study.folder for study in found)
     return {
-        **{study.folder / "README.md": study_page(study) for study in found},
+        **{folder / "README.md": study_page([one for one in found if one.folder == folder]) for folder in folders},
         HERE / "README.md": results_page(found),
     }
 
@@ -134,8 +167,8 @@ def main() -> None:
     for path in stale:
         path.write_text(texts[path])
     for study in found:
-        if study.lines and not (study.folder / "fit.py").exists():
-            table.draw(study.folder / "figure.png", study.sweep, study.rows())
+        if study.is_run and not (study.folder / "fit.py").exists():
+            table.draw(study.figure, study.sweep, study.rows())
 
 
 if __name__ == "__main__":

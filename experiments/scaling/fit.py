@@ -1,8 +1,10 @@
-"""Fits L = a C^-b to the results of each architecture, seed by seed, and draws them: fit.json and figure.png.
+"""Fits L = a C^-b to the results of each architecture, seed by seed, and draws them: fit.json and figure.png, or
+large_fit.json and large.png.
 
-PYTHONPATH=src python experiments/scaling/fit.py
+PYTHONPATH=src python experiments/scaling/fit.py [--design large]
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,18 @@ def laws(lines: list[dict[str, Any]], architecture: str) -> dict[int, tuple[floa
     return found
 
 
+FILES = {  # results, fit and figure of each design
+    "study": ("results.jsonl", "fit.json", "figure.png"),
+    "large": ("large.jsonl", "large_fit.json", "large.png"),
+}
+
+
 def main() -> None:
-    lines = [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
+    parser = argparse.ArgumentParser(description="Fits a law to the results of each architecture.")
+    parser.add_argument("--design", choices=FILES, default="study")
+    results, fit, figure = (HERE / name for name in FILES[parser.parse_args().design])
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    lines = [line for line in lines if not line["search"]]
     fits = {name: laws(lines, name) for name in ARCHITECTURES}
     facts: dict[str, Any] = {}
     for name, law in fits.items():
@@ -45,12 +57,12 @@ def main() -> None:
     effect = paired(exponents[1], exponents[0])
     assert effect is not None
     facts["hybrid - transformer"] = {"exponent": effect.difference, "low": effect.low, "high": effect.high}
-    (HERE / "fit.json").write_text(json.dumps(facts, indent=1) + "\n")
+    fit.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
-    draw(lines, facts)
+    draw(lines, facts, figure)
 
 
-def draw(lines: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+def draw(lines: list[dict[str, Any]], facts: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
     axes = figure.subplots()
     for name, marker in zip(ARCHITECTURES, "os", strict=True):
@@ -65,7 +77,7 @@ def draw(lines: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    figure.savefig(HERE / "figure.png")
+    figure.savefig(file)
 
 
 if __name__ == "__main__":

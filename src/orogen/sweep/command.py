@@ -57,7 +57,7 @@ def sweep(options: argparse.Namespace) -> int:
         )  # fmt: skip
         searches = arms.searches()
         runner.run(searches)
-        rates, edges = _best_rates(config, searches, results)
+        rates, edges = best_rates(config, searches, results)
         if runner.failures or runner.submitted:
             return _unfinished(options, runner)
         runs = arms.runs(rates)
@@ -92,7 +92,7 @@ def _show(options: argparse.Namespace, arms: "Arms") -> int:
     return 0
 
 
-def _best_rates(config: "SweepConfig", searches: "list[Run]", results: "Results") -> tuple[dict[str, float], list[str]]:
+def best_rates(config: "SweepConfig", searches: "list[Run]", results: "Results") -> tuple[dict[str, float], list[str]]:
     """Each arm's best learning rate, and the arms whose best is an end of the grid: a better one may lie outside."""
     found: dict[str, dict[float, float]] = {}
     for run in searches:
