@@ -19,6 +19,7 @@ from jax import Array
 
 from orogen.kernels.paged_attention import paged_attention
 from orogen.kernels.replay import Ring, SelectiveRing, flush, replay, selective_flush, selective_replay
+from orogen.kernels.state_blocks import opened
 from orogen.kernels.state_update import selective_update, ssm_update
 from orogen.kernels.state_update.reference import rounded
 from orogen.layers.documents import Documents
@@ -26,7 +27,7 @@ from orogen.model.cache import EMPTY, Reading, map_layers
 from orogen.model.context_cache import whole_documents
 from orogen.model.context_ssm import scan_continued, ssd_continued
 from orogen.model.replayed import Replayed, Replays, after, counts
-from orogen.model.stored_state import axes, empty, opened, seeds_of, updated
+from orogen.model.stored_state import axes, empty, seeds_of, updated
 from orogen.parallel.plan import Plan
 
 FEW = 8  # the most tokens of a piece for which the decoding kernels are made
@@ -223,7 +224,7 @@ class SlotState(NamedTuple):
             return updated(self.state, scan, **rounds)
         one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
         step = lambda state, seeds: ssm_update(*one, state_bhpn=state, seeds_b2=seeds, **of_rows)  # noqa: E731
-        y_bhp, state = updated(self.state, step, **rounds)
+        y_bhp, state = updated(self.state, step, **rounds, in_blocks=True)
         return y_bhp[:, None], state
 
     def selective_scan(
@@ -260,7 +261,7 @@ class SlotState(NamedTuple):
         one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
         kernel = {"active_b": active_b, "implementation": plan.decode_kernels}
         step = lambda state, seeds: selective_update(*one, state_bin=state, seeds_b2=seeds, **kernel)  # noqa: E731
-        y_bi, state = updated(self.state, step, **rounds)
+        y_bi, state = updated(self.state, step, **rounds, in_blocks=True)
         return y_bi[:, None], state
 
     def _seeds(self, rates: Array, docs: Documents, plan: Plan) -> Array | None:
