@@ -70,7 +70,7 @@ def quantise(checkpoint: Path, seed: int, record: Path) -> None:
             outcome = quantiser.write(calibrated, Path(scratch) / name, config)
             found = quantiser.described(calibrated, outcome)
             layers = found.pop("layers")
-            found["error_of_first_projection"] = layers[0]["relative_error"]
+            found["error_of_first_projection"] = layers[0]["relative_error"] or 0.0
             found |= {"layers": layers} if name == EXAMPLE else {}
             with record.open("a") as file:
                 file.write(json.dumps({"arm": name, "seed": seed, **found}) + "\n")
