@@ -128,7 +128,8 @@ def _kernel(*refs, names: tuple[str, ...], sizes: Sizes):
         read = lambda name, mask: load(ref[name], mask).astype(jnp.float32)  # noqa: E731
         state_in, x_i = read("state", both(in_i, in_n)), read("x", in_i)
         if "scales" in ref:
-            state_in *= _spread([load(ref["scales"].at[:, k], in_i) for k in range(count(sizes.state))], wide)
+            column = lambda k: load(ref["scales"].at[:, pl.ds(k, 1)], both(in_i, None))  # noqa: E731
+            state_in *= _spread([column(k) for k in range(count(sizes.state))], wide)
         b_n, c_n = read("b", in_n), read("c", in_n)
         if "skip" in ref:  # Mamba-2: one step and one rate per head
             dt, of_dt = ref["dt"][...], ref["dt"][...]
@@ -144,8 +145,8 @@ def _kernel(*refs, names: tuple[str, ...], sizes: Sizes):
             if "scales" in ref:
                 held_in = state_in if in_n is None else jnp.where(in_n[None, :], state_in, 0.0)
                 state_in, scales = _in_blocks(held_in, bits_in, count(sizes.state))
-                for k, scale_i in enumerate(scales):
-                    store(ref["new_scales"].at[:, k], scale_i, in_i)
+                for k, scale_i1 in enumerate(scales):
+                    store(ref["new_scales"].at[:, pl.ds(k, 1)], scale_i1, both(in_i, None))
             else:
                 state_in = to_float16(state_in, bits_in)
         store(ref["new_state"], state_in, both(in_i, in_n))
@@ -156,28 +157,28 @@ def _kernel(*refs, names: tuple[str, ...], sizes: Sizes):
 
 
 def _spread(parts: Sequence[Array], wide: int) -> Array:
-    """Numbers (i,) per block as (i, n): each for the block's columns. Of one block: (i, 1)."""
-    spread = parts[0][:, None]
-    for k, part_i in enumerate(parts[1:], 1):
-        spread = jnp.where(jnp.arange(wide)[None, :] >= k * BLOCK, part_i[:, None], spread)
+    """Numbers (i, 1) per block as (i, n): each for the block's columns. Of one block: (i, 1)."""
+    spread = parts[0]
+    for k, part_i1 in enumerate(parts[1:], 1):
+        spread = jnp.where(jnp.arange(wide)[None, :] >= k * BLOCK, part_i1, spread)
     return spread
 
 
 def _in_blocks(state_in: Array, bits_in: Array, blocks: int) -> tuple[Array, list[Array]]:
-    """`state_blocks.encode` of a tile, whose masked numbers are 0: whole numbers, and the scales (i,) of each block."""
+    """`state_blocks.encode` of a tile, whose masked numbers are 0: whole numbers, and the scales (i, 1) by block."""
     wide = state_in.shape[1]
     size_in = jnp.abs(state_in)
     finite_in, column_n = size_in < jnp.inf, jnp.arange(wide)
     found, spoilt = [], []
     for k in range(blocks):
         mine_in = (column_n >= k * BLOCK)[None, :] & (column_n < (k + 1) * BLOCK)[None, :]
-        found.append(jnp.max(jnp.where(mine_in & finite_in, size_in, 0.0), axis=1) * INVERSE)
-        spoilt.append(jnp.sum(jnp.where(mine_in & ~finite_in, 1.0, 0.0), axis=1))
+        found.append(jnp.max(jnp.where(mine_in & finite_in, size_in, 0.0), axis=1)[:, None] * INVERSE)
+        spoilt.append(jnp.sum(jnp.where(mine_in & ~finite_in, 1.0, 0.0), axis=1)[:, None])
     scale_in, spoilt_in = _spread(found, wide), _spread(spoilt, wide) > 0
     steps_in = state_in / jnp.where(scale_in > 0, scale_in, 1.0)
     below_in = jnp.floor(steps_in)
     uniform_in = (bits_in >> np.uint32(8)).astype(jnp.float32) * 2.0**-24
     whole_in = below_in + (uniform_in < steps_in - below_in).astype(jnp.float32)
     whole_in = jnp.minimum(jnp.maximum(whole_in, -float(LARGEST)), float(LARGEST))
-    scales = [jnp.where(bad_i > 0, jnp.nan, scale_i) for bad_i, scale_i in zip(spoilt, found, strict=True)]
+    scales = [jnp.where(bad_i1 > 0, jnp.nan, scale_i1) for bad_i1, scale_i1 in zip(spoilt, found, strict=True)]
     return jnp.where(spoilt_in, 1.0, whole_in).astype(jnp.int32), scales
