@@ -63,6 +63,8 @@ def test_a_wrong_result_of_any_layer_is_not_timed(name):
             wrong = [*leaves[:number], leaf + 1, *leaves[number + 1 :]]
             errors = operation.check(shape, operands, {**results, work: jax.tree.unflatten(tree, wrong)})
             assert max(errors.values()) > TOLERANCE, (work, number)
+            if leaf.dtype == jnp.int8:  # no number of these is NaN, but their scales may be
+                continue
             wrong[number] = leaf.at[(0,) * leaf.ndim].set(jnp.nan)
             errors = operation.check(shape, operands, {**results, work: jax.tree.unflatten(tree, wrong)})
             assert errors["not_finite"] == 1
