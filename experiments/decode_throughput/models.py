@@ -4,8 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from orogen.checkpoint.open import Opened
 from orogen.config.load import parse
@@ -15,8 +13,6 @@ from orogen.model.count import count
 from orogen.model.lm import build, initial_state
 from orogen.parallel.plan import make_plan
 from orogen.precision.policy import working_copy
-from orogen.precision.scaled import Scaled
-from orogen.precision.stored import E4M3
 
 PLANS = {
     "reference": PlanConfig(attention="blocked"),
@@ -33,32 +29,15 @@ def named(name: str) -> ModelConfig:
     return model
 
 
-def opened(model: ModelConfig, plan: PlanConfig, dtype: str, weights: str = "decoded") -> Opened:
-    """The model with weights drawn on the device; weights: `fp8` holds those of layers' products in 8 bits."""
+def opened(model: ModelConfig, plan: PlanConfig, dtype: str) -> Opened:
+    """The model with weights drawn on the device."""
 
     def make() -> Any:
         params, buffers = initial_state(model, 0)
-        params = working_copy(params, dtype)
-        return _in_8_bits(params) if weights == "fp8" else params, buffers
+        return working_copy(params, dtype), buffers
 
     params, buffers = jax.jit(make)()
     return Opened(model, make_plan(plan, model), build(model), params, buffers, None)
-
-
-def _in_8_bits(params: nnx.State) -> nnx.State:
-    """The parameters with matrices between the residual stream and a mixer's width in E4M3, one scale per matrix, as a
-    checkpoint in FP8 has them; routers and the steps of Mamba stay."""
-
-    def held(path: Any, param: nnx.Variable) -> nnx.Variable:
-        axes = param.get_metadata()["axes"]
-        if not {"embed", "expert_embed"} & set(axes) or "mixer" not in path or {"router", "dt"} & set(path):
-            return param
-        weight = param[...].astype(jnp.float32)
-        scale = jnp.max(jnp.abs(weight), (-2, -1), keepdims=True) / float(jnp.finfo(E4M3).max)
-        spread = jnp.broadcast_to(scale, (*scale.shape[:-1], weight.shape[-1]))
-        return param.replace(Scaled((weight / scale).astype(E4M3), spread))
-
-    return nnx.from_flat_state([(path, held(path, param)) for path, param in nnx.to_flat_state(params)])
 
 
 def all_attention(model: ModelConfig) -> ModelConfig:

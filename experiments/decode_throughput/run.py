@@ -102,20 +102,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="of decoding in one call")
     parser.add_argument("--kernels", choices=models.PLANS, default="reference")
     parser.add_argument("--dtype", default=None, help="bfloat16 with triton, else float32, unless given")
-    parser.add_argument("--weights", choices=("decoded", "fp8"), default="decoded", help="how weights are held")
     parser.add_argument("--replay", type=int, default=0)
     parser.add_argument("--peer", action="store_true", help="transformers, in turn")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     model, dtype = models.named(options.model), options.dtype or models.DTYPES[options.kernels]
-    model_opened = models.opened(model, models.PLANS[options.kernels], dtype, options.weights)
+    model_opened = models.opened(model, models.PLANS[options.kernels], dtype)
     for batch in map(int, options.batches.split(",")):
         config = EngineConfig(
             # One row is slower than four on a GPU: XLA makes sums of its products, at a third of the bandwidth.
             slots=max(batch, 4) if options.kernels == "triton" else batch,
             max_length=options.prompt + options.tokens, page=64, chunk=256, prefill_tokens=max(options.prompt, 4096),
             steps=options.steps, snapshots=0, prefix_cache=False, compute_dtype=dtype, kernels=options.kernels,
-            replay=options.replay, weights=options.weights,
+            replay=options.replay,
         )  # fmt: skip
         engine, told = Engine(model_opened, config), {}
         turns = lambda tokens: decode(engine, batch, options.prompt, tokens, told)  # noqa: E731, B023
@@ -123,8 +122,8 @@ def main() -> None:
         told.clear()
         record: dict[str, Any] = {
             "model": options.model, "batch": batch, "prompt": options.prompt, "dtype": dtype,
-            "kernels": options.kernels, "replay": options.replay, "weights": options.weights,
-            "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+            "kernels": options.kernels, "replay": options.replay, "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
         }  # fmt: skip
         if options.peer:
             sizes, theirs = Sizes(batch, options.prompt, options.tokens, options.steps), {}
