@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ WHOLE, QUICK = (1000, 300), (10, 4)  # steps of the teacher and of a student
 
 
 class Trial:
-    """One seed's runs in a folder. steps: the teacher's and a student's."""
+    """One seed's runs in a folder. steps: the teacher's and a student's; rates: the students' learning rates."""
 
-    def __init__(self, folder: Path, seed: int, steps: tuple[int, int]):
-        self.folder, self.seed, self.steps = folder / f"seed{seed}", seed, steps
+    def __init__(self, folder: Path, seed: int, steps: tuple[int, int], rates: Sequence[float]):
+        self.folder, self.seed, self.steps, self.rates = folder / f"seed{seed}", seed, steps, rates
 
     def results(self) -> Iterator[dict[str, Any]]:
         """Held-out loss and divergence of the teacher and of its rounding, and of each way to learn at each rate as it
@@ -46,7 +46,7 @@ class Trial:
         found: dict[str, Any] = {"seed": self.seed, "steps": list(self.steps), "teacher": last(teacher)}
         self.teacher = teacher
         found["ptq"] = self.student("ptq", 1, UNTRAINED, LEARNED["qad"])
-        for rate, (name, weights) in itertools.product(RATES, LEARNED.items()):
+        for rate, (name, weights) in itertools.product(self.rates, LEARNED.items()):
             found[f"{name} {rate:g}"] = self.student(f"{name}_{rate:g}", self.steps[1], rate, weights)
             yield found
 
@@ -96,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/qad"), help="a new folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")
     parser.add_argument("--record", type=Path, default=HERE / "results.jsonl", help="the file of results")
     parser.add_argument("--draw", action="store_true", help="only draws results.jsonl")
@@ -103,7 +104,7 @@ def main() -> None:
     if not options.draw:
         for seed in options.seeds[:1] if options.quick else options.seeds:
             began = time.monotonic()
-            for found in Trial(options.out, seed, QUICK if options.quick else WHOLE).results():
+            for found in Trial(options.out, seed, QUICK if options.quick else WHOLE, options.rates).results():
                 line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
                 print(line, flush=True)
                 if not options.quick:
