@@ -19,7 +19,6 @@ from jax import Array
 
 from orogen.kernels.paged_attention import paged_attention
 from orogen.kernels.replay import Ring, SelectiveRing, flush, replay, selective_flush, selective_replay
-from orogen.kernels.state_blocks import opened
 from orogen.kernels.state_update import selective_update, ssm_update
 from orogen.kernels.state_update.reference import rounded
 from orogen.layers.documents import Documents
@@ -27,7 +26,7 @@ from orogen.model.cache import EMPTY, Reading, map_layers
 from orogen.model.context_cache import whole_documents
 from orogen.model.context_ssm import scan_continued, ssd_continued
 from orogen.model.replayed import Replayed, Replays, after, counts
-from orogen.model.stored_state import axes, empty, seeds_of, updated
+from orogen.model.stored_state import axes, empty, opened, seeds_of, updated
 from orogen.parallel.plan import Plan
 
 FEW = 8  # the most tokens of a piece for which the decoding kernels are made
