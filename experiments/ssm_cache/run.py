@@ -18,8 +18,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from orogen.kernels.state_blocks import opened
 from orogen.kernels.state_update import ssm_update
-from orogen.model.stored_state import empty, opened, updated
+from orogen.model.stored_state import empty, updated
 
 HERE = Path(__file__).parent
 DECAYS = (0.9, 0.99, 0.999, 0.9999)  # per token, of one head each

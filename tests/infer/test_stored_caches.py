@@ -241,7 +241,7 @@ def test_refusals():
         engine_of(model, key_values="fp8")
     assert engine_of(model, key_values="fp8_unscaled").run([asked([1], 1)])
     for settings, field in (
-        ({"kernels": "triton", "state_dtype": "int8"}, "kernels"),
+        ({"kernels": "triton", "state_dtype": "int8", "state_rounding": "nearest"}, "kernels"),
         ({"kernels": "triton", "state_dtype": "float16", "state_rounding": "nearest"}, "kernels"),
         ({"key_values": "fp8_dynamic"}, "key_values"),
     ):

@@ -15,6 +15,7 @@ import pytest
 from orogen.report import pictures, series
 from orogen.report.metrics import MetricsWriter
 from orogen.report.page import write_report
+from orogen.report.rounding_page import section
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BASELINES = {"Witten-Bell 5-gram": 1.9, "zlib of the held-out text alone": 3.0}
@@ -312,3 +313,19 @@ def test_the_table_of_a_step_is_shown_if_there_is_one(tmp_path):
     assert cells[start + 15 :][:7] == ["all-reduce", "optimizer", "forward", "1.500", "0.250", "0.125", "2"]
     assert "Means over 3 steps" in text
     assert "Where a step" not in write(tmp_path / "other", [{"step": 1}])
+
+
+def test_scales_have_a_history_of_five_steps():
+    """The first and the last measured step, and three between them; a dash where an operand was not rounded."""
+
+    def record(step, scales):
+        shares = {operand: {"0": 0.25, "3": 0.5} for operand in scales}
+        names = "rounding_flushed", "rounding_saturated", "rounding_zeros"
+        return {"step": step, **dict.fromkeys(names, shares), "rounding_log2_scale": scales}
+
+    steps = [record(10 * k, {"mamba_in.forward.x": {"0": -k, "3": -k - 1.0, "5": None}}) for k in range(9)]
+    text = section([{"step": 5}, *steps, record(90, {"mamba_in.forward.x": {"0": -9.0, "3": None}, "new": {"0": 2.0}})])
+    assert "Rounding at step 90" in text
+    # Measured steps 0 to 9: places 0, 2, 4, 7 and 9.
+    assert ">-0.5, -2.5, -4.5, -7.5, -9.0</td>" in text and ">–, –, –, –, 2.0</td>" in text
+    assert ">-3.0</td>" in section([record(1, {"mamba_in.forward.x": {"0": -3.0}})])

@@ -85,7 +85,11 @@ def test_states_that_no_kernel_reads_go_through_float32():
     whole, half = of(), of(state_dtype="float16")
     assert whole - half == pytest.approx(2 * 2 * numbers / read)
     assert of(state_dtype="float16", state_rounding="nearest") - half == pytest.approx(2 * 4 * numbers / read)
-    assert of(state_dtype="int8") - whole == pytest.approx(2 * (1 + 4 / 128) * numbers / read)
+    assert whole - of(state_dtype="int8") == pytest.approx(2 * (4 - 1 - 4 / 128) * numbers / read)
+    nearest = of(state_dtype="int8", state_rounding="nearest")
+    assert nearest - whole == pytest.approx(2 * (1 + 4 / 128) * numbers / read)
+    replayed = of(state_dtype="int8", replay=16) - of(replay=16)
+    assert replayed == pytest.approx((1 + 4 / 128) * numbers / read * (1 + 1 / 16))
 
 
 @pytest.mark.parametrize("plan", [PlanConfig(), PlanConfig(tensor=2)])

@@ -81,7 +81,7 @@ class EngineConfig:
         require_choice(self, "key_values", (KEPT, SCALED, UNSCALED))
         require_choice(self, "kernels", ("reference", "triton"))
         in_kernel = self.kernels != "triton" or self.state_dtype == "float32"
-        in_kernel |= self.state_dtype == "float16" and self.state_rounding == "stochastic"
+        in_kernel |= self.state_rounding == "stochastic"
         kept = f"{self.state_dtype} states and state_rounding {self.state_rounding}"
         expected = f"reference with {kept}: no kernel reads and writes those"
         require(in_kernel, self, "kernels", expected)

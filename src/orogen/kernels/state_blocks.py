@@ -59,6 +59,11 @@ def decode(blocks: Blocks) -> Array:
     return _joined(parts, blocks.values.shape)
 
 
+def opened(state: Any) -> Array:
+    """A state as an array: blocks decoded, any other as it is."""
+    return decode(state) if isinstance(state, Blocks) else state
+
+
 def _split(x: Array) -> Array:
     """(…, k, 128): blocks, with zeros behind the last; or (…, 1, n) of fewer numbers."""
     size = x.shape[-1]

@@ -223,7 +223,7 @@ class SlotState(NamedTuple):
             return updated(self.state, scan, **rounds)
         one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
         step = lambda state, seeds: ssm_update(*one, state_bhpn=state, seeds_b2=seeds, **of_rows)  # noqa: E731
-        y_bhp, state = updated(self.state, step, **rounds)
+        y_bhp, state = updated(self.state, step, **rounds, in_blocks=True)
         return y_bhp[:, None], state
 
     def selective_scan(
@@ -260,7 +260,7 @@ class SlotState(NamedTuple):
         one = x_bti[:, 0], dt_bti[:, 0], A_in, B_btn[:, 0], C_btn[:, 0]
         kernel = {"active_b": active_b, "implementation": plan.decode_kernels}
         step = lambda state, seeds: selective_update(*one, state_bin=state, seeds_b2=seeds, **kernel)  # noqa: E731
-        y_bi, state = updated(self.state, step, **rounds)
+        y_bi, state = updated(self.state, step, **rounds, in_blocks=True)
         return y_bi[:, None], state
 
     def _seeds(self, rates: Array, docs: Documents, plan: Plan) -> Array | None:

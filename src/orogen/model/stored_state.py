@@ -1,7 +1,8 @@
 """How a slot keeps the state of an SSM from piece to piece: in float32, in float16, or in blocks of int8 with scales.
 
-Kernels compute with float32 states, and with float16 ones that they round stochastically themselves. Every other form
-is decoded before and encoded after them, but only for rows with tokens: what no token changes stays bit for bit.
+Kernels compute with float32 states, and with float16 ones that they round stochastically themselves; those of one token
+do so with int8 blocks too. Every other form is decoded before and encoded after them, but only for rows with tokens:
+what no token changes stays bit for bit.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from orogen.kernels.state_blocks import Blocks, decode, encode
+from orogen.kernels.state_blocks import Blocks, encode, opened
 from orogen.kernels.state_update.reference import bits_of
 from orogen.layers.documents import Documents
 from orogen.parallel.plan import Plan
 
-Run = Callable[[Array, Array | None], tuple[Any, Array]]
+Run = Callable[[Any, Array | None], tuple[Any, Any]]
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -29,16 +30,14 @@ def axes(names: tuple[str | None, ...], dtype: Any) -> Any:
     return Blocks(names, (*names[:-1], None)) if jnp.dtype(dtype) == jnp.int8 else names
 
 
-def opened(state: Any) -> Array:
-    """The state as kernels read it."""
-    return decode(state) if isinstance(state, Blocks) else state
-
-
-def updated(state: Any, run: Run, *, seeds_b2: Array | None, rows_b: Array) -> tuple[Any, Any]:
+def updated(
+    state: Any, run: Run, *, seeds_b2: Array | None, rows_b: Array, in_blocks: bool = False
+) -> tuple[Any, Any]:  # fmt: skip
     """What `run` computes, and the state that it leaves, as `state` is kept. run: given a state and the seeds with
-    which a kernel rounds a float16 one. rows_b: which rows have tokens. seeds_b2: see `seeds_of`."""
+    which a kernel rounds a float16 one. rows_b: which rows have tokens. seeds_b2: see `seeds_of`. in_blocks: whether
+    `run` takes int8 blocks and rounds them at random too."""
     blocks = isinstance(state, Blocks)
-    if not blocks and (state.dtype != jnp.float16 or seeds_b2 is not None):
+    if (in_blocks and seeds_b2 is not None) or (not blocks and (state.dtype != jnp.float16 or seeds_b2 is not None)):
         return run(state, seeds_b2)
     found, new = run(opened(state).astype(jnp.float32), None)
     if not blocks:

@@ -1,4 +1,5 @@
-"""What rounding lost, as a part of a run's page: one row per operand, at the last step that was measured."""
+"""What rounding lost, as a part of a run's page: one row per operand, at the last step that was measured, with the
+history of its scale."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -6,10 +7,20 @@ from typing import Any
 
 from orogen.report.series import Records
 
-HEADS = ("operand", "layers", "flushed to 0, worst", "of layer", "saturated, worst", "zero before", "log2 scale")
+HEADS = (
+    "operand",
+    "layers",
+    "flushed to 0, worst",
+    "of layer",
+    "saturated, worst",
+    "zero before",
+    "log2 scale by step",
+)
+HISTORY = 5  # steps whose scales are shown
 TEXT = (
     "Shares of an operand's numbers: those that rounding turned into 0 and those beyond the largest number of their "
-    "block, in the worst layer; those that were 0 before, and the scale, in the mean over layers. Gradients that are "
+    "block, in the worst layer; those that were 0 before, and the scale at up to five of the steps that were measured, "
+    "the first and the last among them, in the mean over layers. Gradients that are "
     "flushed to 0 do not train: compare gradient_zeros with plain_gradient_zeros in metrics.jsonl."
 )
 
@@ -19,7 +30,7 @@ def section(records: Records) -> str:
     measured = [record for record in records if record.get("rounding_flushed")]
     if not measured:
         return ""
-    lines = [HEADS, *_rows(measured[-1])]
+    lines = [HEADS, *_rows(measured)]
     cells = "".join(_row(row, "th" if i == 0 else "td") for i, row in enumerate(lines))
     heading = f"Rounding at step {measured[-1]['step']}"
     return (
@@ -28,12 +39,13 @@ def section(records: Records) -> str:
     )
 
 
-def _rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    found = []
+def _rows(measured: Records) -> list[tuple[str, ...]]:
+    found, record = [], measured[-1]
+    places = sorted({round(k * (len(measured) - 1) / (HISTORY - 1)) for k in range(HISTORY)})
     for operand, flushed in record["rounding_flushed"].items():
         worst = max(flushed, key=lambda layer: flushed[layer])
         saturated = record["rounding_saturated"][operand].values()
-        scales = [scale for scale in record["rounding_log2_scale"][operand].values() if scale is not None]
+        scales = [_scale(measured[place], operand) for place in places]
         zeros = record["rounding_zeros"][operand].values()
         found.append(
             (
@@ -43,10 +55,18 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 worst,
                 f"{max(saturated):.2%}",
                 f"{_mean(list(zeros)):.2%}",
-                f"{_mean(scales):.1f}" if scales else "",
+                ", ".join(scales),
             )  # fmt: skip
         )
     return found
+
+
+def _scale(record: Mapping[str, Any], operand: str) -> str:
+    """The mean over layers of log2 of the operand's scale; a dash where it was not measured, or is 0 everywhere: a
+    recipe may change."""
+    layers = record["rounding_log2_scale"].get(operand, {}).values()
+    known = [scale for scale in layers if scale is not None]
+    return f"{_mean(known):.1f}" if known else "–"
 
 
 def _mean(values: Sequence[float]) -> float:

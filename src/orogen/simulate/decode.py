@@ -92,8 +92,11 @@ def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cach
 
 def _in_kernel(engine: EngineConfig) -> bool:
     """Whether states are read and written as they are kept (model/stored_state.py)."""
-    at_random = engine.state_dtype == "float16" and engine.state_rounding == "stochastic"
-    return engine.state_dtype == "float32" or at_random
+    if engine.state_dtype == "float32":
+        return True
+    # Replays read float32 and float16 states only.
+    read = engine.state_dtype == "float16" or not engine.replayed
+    return engine.state_rounding == "stochastic" and read
 
 
 class Serving(NamedTuple):
@@ -136,10 +139,10 @@ def predict_inference(
 
     plan: None for one device; only data, tensor and expert ranks are read, and engines over ranks of context are not
     predicted. Decoding is bound by bytes: every step reads the weights that its tokens use, their keys and values (of a
-    window, those within it), and reads and writes states, or replays them; those in int8, or in float16 to the nearest,
-    through a float32 copy. Keys and values are read once, as they are kept, as by EngineConfig.kernels = 'triton'; the
-    reference copies all pages in float32, and takes longer than this says. Raises ConfigError for plans and hardware
-    that do not exist.
+    window, those within it), and reads and writes states, or replays them; those rounded to the nearest, and replayed
+    ones in int8, through a float32 copy. Keys and values are read once, as they are kept, as by EngineConfig.kernels =
+    'triton'; the reference copies all pages in float32, and takes longer than this says. Raises ConfigError for plans
+    and hardware that do not exist.
     """
     engine = engine or EngineConfig(compute_dtype="bfloat16", slots=1, max_length=prompt + new)
     plan = dataclasses.replace(plan or PlanConfig(), attention="blocked", ssd="triton", remat="none", microbatches=1)

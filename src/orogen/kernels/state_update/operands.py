@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from jax import Array
 
+from orogen.kernels.state_blocks import Blocks
+
 
 class Operands(NamedTuple):
     """See `ssm_update`; their shapes agree. a, dt and the skip are float32, `active_b` is bool; the seeds are uint32,
     or None for a float32 state."""
 
-    state_bhpn: Array
+    state_bhpn: Array | Blocks
     x_bhp: Array
     dt_bh: Array
     a_h: Array
@@ -26,7 +28,7 @@ class Operands(NamedTuple):
 class SelectiveOperands(NamedTuple):
     """See `selective_update`; otherwise as `Operands`."""
 
-    state_bin: Array
+    state_bin: Array | Blocks
     x_bi: Array
     dt_bi: Array
     A_in: Array
