@@ -22,12 +22,12 @@ from orogen.posttrain.environments.interface import Example
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 SHARES = {"none": 0.0, "report": 0.03, "many": 0.3}  # of thoughts that are cut short in training
-ITEMS = 8  # of a question, each of which has a line of three bytes in the thought
+ITEMS = 12  # of a question, each of which has a line of three bytes in the thought
 LEVELS = {"counting": ITEMS // 4, "largest": ITEMS - 1, "parity": ITEMS - 1}
-# The last byte of a line is left out, where both forms differ; 24 bytes are the whole thought.
-BUDGETS = [("hard", n) for n in (0, 5, 11, 17)] + [("grace", n) for n in (5, 11, 17)] + [("free", None)]
+# Of a line of three bytes, the last one does not fit, where both forms differ; 36 bytes are the whole thought.
+BUDGETS = [("hard", n) for n in (0, 8, 17, 26)] + [("grace", n) for n in (8, 17, 26)] + [("free", None)]
 WHOLE, QUICK = Size(400, 1000, 3000, 100), Size(4, 4, 40, 4)
-TOKENS = 96  # the most of an answer, four thoughts
+TOKENS = 96  # the most of an answer, more than two thoughts
 
 
 def thought(family: str, example: Example) -> str:
