@@ -17,8 +17,8 @@ class ChatConfig:
     too_long: a sequence above TrainConfig.sequence_length is dropped, cut at its end, or refused. without_reasoning,
     truncated: drawn by a hash of the conversation's key, so the same ones in every run. A truncated thought keeps a
     uniformly drawn part of its tokens and its answer; the model does not learn to end it, as `</think>` has weight 0
-    (Nemotron 3 Nano report, section 3.1: 10 % and 3 %). learned: with every, prompts, and the end of a truncated thought,
-    are learned as text is in pretraining.
+    (Nemotron 3 Nano report, section 3.1: 10 % and 3 %). learned: with every, prompts and the ends of truncated thoughts
+    are learned too, as text is in pretraining.
     """
 
     template: Annotated[str, "the chat template: a file, the name of one of ours, or checkpoint for the model's own"]

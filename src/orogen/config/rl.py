@@ -1,6 +1,7 @@
 """Reinforcement learning: environments, rollouts, objective and curriculum."""
 
 import dataclasses
+import urllib.parse
 from typing import Annotated, NamedTuple
 
 from orogen.config.checks import (
@@ -31,13 +32,24 @@ ALGORITHMS = {
     # arXiv:2507.18071, section 5.1.
     "gspo": Defaults(3e-4, 4e-4, "sequence", "filter", 0),
 }
-KINDS = ("synthetic", "reasoning_gym", "code", "json_schema", "instructions", "workplace")
+GYM = "nemo_gym"
+KINDS = ("synthetic", "reasoning_gym", "code", "json_schema", "instructions", "workplace", GYM)
 # Kinds whose tasks come from a family, and those whose tasks may come from a file.
-OF_FAMILIES, OF_FILES = ("synthetic", "reasoning_gym"), ("code", "json_schema", "instructions")
+OF_FAMILIES, OF_FILES = ("synthetic", "reasoning_gym"), ("code", "json_schema", "instructions", GYM)
 RUN_CODE = ("code", "reasoning_gym")  # what the model writes may run as Python
 IMPORTANCE = ("none", "tis", "icepop", "sequence")
 OVERLONG = ("keep", "filter", "penalty")
 PLAIN = "plain"
+
+
+def is_address(url: str | None) -> bool:
+    """Whether a text is http:// or https:// and a host, with perhaps a port and a path."""
+    try:
+        found = urllib.parse.urlsplit(url or "")
+        whole = found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:
+        return False
+    return whole and found.username is None and not (found.query or found.fragment) and str(url).isascii()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +57,19 @@ class EnvironmentConfig:
     """Tasks with verifiable answers.
 
     kind: synthetic (small families of our own), reasoning_gym (needs the extra rl), code (unit tests in a sandbox),
-    json_schema, instructions (checks in the manner of IFEval) or workplace (tools over a small stateful database).
+    json_schema, instructions (checks in the manner of IFEval), workplace (tools over a small stateful database) or
+    nemo_gym (the tools and the verifier of a resources server of NeMo Gym).
     corpus: one task per line of a .jsonl file; see the kind's module in posttrain/environments.
     """
 
     name: Annotated[str, "by which metrics know it: letters, digits, _ and -"]
-    kind: Annotated[str, "synthetic, reasoning_gym, code, json_schema, instructions or workplace"]
+    kind: Annotated[str, "synthetic, reasoning_gym, code, json_schema, instructions, workplace or nemo_gym"]
     share: Annotated[float, "share of each step's prompts, relative to those of the others"] = 1.0
     family: Annotated[str | None, "family of synthetic tasks, or data set of reasoning_gym"] = None
     corpus: Annotated[
-        str | None, "file of tasks (.jsonl) of code, json_schema or instructions; None: generated ones"
+        str | None, "file of tasks (.jsonl) of code, json_schema, instructions or nemo_gym; None: generated ones"
     ] = None
+    url: Annotated[str | None, "where a resources server of NeMo Gym listens, such as http://127.0.0.1:8001"] = None
     examples: Annotated[int, "different tasks, where they are generated"] = 1000
     level: Annotated[int, "difficulty of generated tasks, where they have one"] = 1
     seed: Annotated[int, "of generated tasks"] = 0
@@ -80,6 +94,10 @@ class EnvironmentConfig:
         expected = f"None: kind {self.kind!r} reads no file"
         require(self.corpus is None or self.kind in OF_FILES, self, "corpus", expected)
         require(self.corpus != "", self, "corpus", "a non-empty string, or None")
+        served = self.kind == GYM
+        require(not served or self.corpus is not None, self, "corpus", "a data set of NeMo Gym")
+        expected = "http:// or https:// and a host" if served else f"None: kind {self.kind!r} calls no server"
+        require(is_address(self.url) if served else self.url is None, self, "url", expected)
         require(0 <= self.partial_credit < 1, self, "partial_credit", "from 0 to below 1")
         expected = "0: only synthetic tasks have it"
         require(not self.partial_credit or self.kind == "synthetic", self, "partial_credit", expected)
