@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,7 @@ class Pool:
         self._all = [_Worker(config, module) for _ in range(workers)]
         for worker in self._all:
             self._workers.put(worker)
-        self._silent = 0
+        self._silent, self._counts = 0, threading.Lock()
         self._all[0].begin()
         self._threads = ThreadPoolExecutor(workers, "verify")
 
@@ -64,7 +65,8 @@ class Pool:
         found: list[Turn | Fault] = []
         for one in self._threads.map(self._one, turns):
             found.append(one)
-            self.faults.update([one.kind] if isinstance(one, Fault) else ())
+            with self._counts:  # a server verifies in several threads
+                self.faults.update([one.kind] if isinstance(one, Fault) else ())
             progress()
         return found
 
