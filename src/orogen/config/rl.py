@@ -77,6 +77,9 @@ class EnvironmentConfig:
     turns: Annotated[int, "the most turns of the assistant in one episode"] = 8
     seconds: Annotated[float, "deadline of one verification"] = 10.0
     memory_mb: Annotated[int, "memory of the process that verifies, and of a program in the sandbox"] = 1024
+    teacher: Annotated[
+        str | None, "checkpoint of this domain's teacher, whose judgement of each token takes the place of rewards"
+    ] = None
     unsandboxed: Annotated[
         bool, "whether code, or a family of reasoning_gym that evaluates answers, may run without a sandbox"
     ] = False
@@ -93,7 +96,8 @@ class EnvironmentConfig:
                 else f"None: kind {self.kind!r} has no families")  # fmt: skip
         expected = f"None: kind {self.kind!r} reads no file"
         require(self.corpus is None or self.kind in OF_FILES, self, "corpus", expected)
-        require(self.corpus != "", self, "corpus", "a non-empty string, or None")
+        for field in ("corpus", "teacher"):
+            require(getattr(self, field) != "", self, field, "a non-empty string, or None")
         served = self.kind == GYM
         require(not served or self.corpus is not None, self, "corpus", "a data set of NeMo Gym")
         expected = "http:// or https:// and a host" if served else f"None: kind {self.kind!r} calls no server"
@@ -123,6 +127,8 @@ class RLConfig:
     shortest ones that are good (Nemotron 3 Nano report, section 3.4).
     curriculum: gaussian profiles the pass rate of every task, drops those that always succeed, and draws by a Gaussian
     over the pass rate whose mean goes from curriculum_start to curriculum_end over the run (section 3.2).
+    EnvironmentConfig.teacher: distillation on policy (MOPD of Nemotron 3 Ultra). The advantage of each token of such an
+    environment is log π_teacher - log π, within advantage_clip; rewards are only measured.
     updates: optimizer steps per batch of rollouts; with more than one, later ones are off-policy.
     exact: rollouts and the trainer's log-probabilities are computed by programs that round alike: they differ by 0.
     template: plain joins the texts of messages by line ends, for models without one.
@@ -182,7 +188,9 @@ class RLConfig:
         require_positive(self, "profile_samples", "curriculum_width", "slots", "workers", "clip_low", "clip_high")
         require_not_negative(self, "importance_low", "overlong_buffer", "overlong_penalty", "resample", "kl")
         require_not_negative(self, "length_control", "concise_bonus", "profile_every", "table_rows")
-        require(self.samples > 1, self, "samples", "at least 2: the others are the baseline")
+        taught = all(one.teacher is not None for one in self.environments)
+        require_positive(self, "samples")
+        require(self.samples > 1 or taught, self, "samples", "at least 2, where there are rewards: their baseline")
         require(self.template != "", self, "template", "a non-empty string")
         for field, choices in (
             ("algorithm", ALGORITHMS), ("mean", (None, "token", "sequence")), ("importance", IMPORTANCE),

@@ -54,6 +54,9 @@ several times (`rollout.py`), has the answers verified, and packs them with thei
   `RLConfig.importance` and `sequence_error`. With `RLConfig.exact` these log-probabilities come from programs that
   round as decoding does (`infer/exact_scores.py`), and the difference is exactly 0 in float32. The pass that makes the
   gradient is over packed rows and still differs by rounding: `gap` says by how much.
+- *Distillation on policy* (`teachers.py`), as of Nemotron 3 Ultra (MOPD): an environment may name the checkpoint of
+  its teacher. The policy then learns log π_teacher - log π of each token that it wrote there, in place of rewards,
+  under the same clips and masks; `teacher_divergence` says how far it is. Other environments keep their rewards.
 - *A run that is killed goes on to the bit* and counts no sample twice: seeds derive from the run's seed, the number of
   the rollout, and the place in it; the engine takes new weights as if it were new. Batches that are left of a rollout
   with several updates are part of the checkpoint.

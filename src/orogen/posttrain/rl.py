@@ -39,6 +39,7 @@ from orogen.posttrain.rollout import Rollouts
 from orogen.posttrain.sft import keep_template, template_of
 from orogen.posttrain.source import Reference, RolloutSource
 from orogen.posttrain.task_split import SplitTasks, split_tasks
+from orogen.posttrain.teachers import Teachers
 from orogen.train.task import Task
 
 ENVIRONMENTS = "environments"  # DataConfig.corpus: tasks come from RLConfig.environments
@@ -102,9 +103,12 @@ def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path, until: ExitStack |
         identity, reference = _identity(config, corpus), _reference(config, origin, built, scorer)
         if reference is not None:
             identity["reference"] = _fingerprint(built, *reference())
+        if teachers := Teachers(config, corpus.tokenizer):
+            identity["teachers"] = teachers.fingerprints(_fingerprint)
         return RolloutSource(
             config, corpus.rollouts, dict(corpus.split.numbers["train"]), scorer, identity=identity,
             pad_id=corpus.tokenizer.pad_id, run_dir=run_dir, reference=reference,
+            teachers=teachers.scores if teachers else None,
         )  # fmt: skip
 
     return Task(
@@ -163,6 +167,10 @@ def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
     rl = json.loads(json.dumps(dataclasses.asdict(config.rl)))
     for free in ("slots", "workers", "table_rows"):  # these change no sample
         del rl[free]
+    for one in rl["environments"]:
+        del one["teacher"]  # known by what it computes
+        if one["url"] is None:  # positions of earlier versions do not name it
+            del one["url"]
     return {
         "tasks": corpus.content_hash, "tokenizer": corpus.tokenizer.fingerprint, "seed": config.train.seed, "rl": rl
     }  # fmt: skip

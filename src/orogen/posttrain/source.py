@@ -25,7 +25,7 @@ from orogen.posttrain.curriculum import Curriculum
 from orogen.posttrain.likelihood import Likelihoods
 from orogen.posttrain.measures import is_flat, measured
 from orogen.posttrain.rollout import Draw, Rollouts
-from orogen.posttrain.samples import Mismatch, Sample, Track, batch_of
+from orogen.posttrain.samples import Mismatch, Sample, Taught, Track, batch_of
 
 TABLES = "rollouts"  # the folder of the run folder that holds the tables of samples
 # Gives parameters and buffers of the model that KL refers to, as they are stored between steps.
@@ -43,10 +43,11 @@ class RolloutSource:
     def __init__(
         self, config: RunConfig, rollouts: Rollouts, tasks: dict[str, Sequence[int]], scorer: Likelihoods, *,
         identity: dict[str, Any], pad_id: int, run_dir: Path, reference: Reference | None,
+        teachers: Taught | None = None,
     ) -> None:  # fmt: skip
         self._config, self._rl, self._rollouts, self._scorer = config, config.rl, rollouts, scorer
         self._identity, self._pad_id, self._run_dir, self._reference = identity, pad_id, run_dir, reference
-        self._tasks = tasks
+        self._tasks, self._teachers = tasks, teachers
         steps = -(-config.train.steps // self._rl.updates)
         self._curriculum = Curriculum(self._rl, tasks, seed=config.train.seed, steps=steps)
         self._rollout, self._left, self._packed = 0, [], ""
@@ -194,7 +195,7 @@ class RolloutSource:
 
         return batch_of(
             samples, self._rl, trained, reference=referred if self._rl.kl else None,
-            shape=(train.batch_size, train.sequence_length), pad_id=self._pad_id,
+            shape=(train.batch_size, train.sequence_length), pad_id=self._pad_id, teachers=self._teachers,
         )  # fmt: skip
 
     def _exactly(self, batch: Batch, tracks: Sequence[Track], at: Sequence[Place], engine: Engine) -> np.ndarray:
