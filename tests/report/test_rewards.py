@@ -40,4 +40,4 @@ def test_the_last_answers_are_shown_as_text(tmp_path):
     page = answers_html(tmp_path)
     assert "<script>" not in page and "&lt;script&gt;" in page and "rollout 12" in page
     assert page.count("bits 7") == 2 and "–" in page and "-0.5" in page and "1,234" in page
-    assert "(2,023 characters)" in page and "x" * 1600 not in page
+    assert "(2,010 characters)" in page and "x" * 1600 not in page
