@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,8 @@ def right(prompt: str) -> str:
     return f"def {found[1]}(x):\n    return {found[2]} x + {found[3]}\n"
 
 
-def processor_seconds() -> float:
-    """Of children that have ended, and of theirs."""
-    found = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return found.ru_utime + found.ru_stime
-
-
 def measured(count: int, workers: int, *, unsandboxed: bool) -> dict[str, Any]:
-    """The wall clock and the processor time of verifying `count` right programs, once every process has started.
+    """The wall clock of verifying `count` right programs, once every process has started.
     Each verification runs a check of four calls in one process, and the program in another."""
     config = EnvironmentConfig(name="code", kind="code", examples=count, unsandboxed=unsandboxed)
     environment = make_environment(config)
@@ -44,7 +37,7 @@ def measured(count: int, workers: int, *, unsandboxed: bool) -> dict[str, Any]:
     for number in range(count):
         source = right(environment.example(number).messages[0]["content"])
         asked.append(Asked(number, None, Said(source, f"```python\n{source}```")))
-    pool, before = Pool(config, workers=workers), processor_seconds()
+    pool = Pool(config, workers=workers)
     pool.verify(asked[: 2 * workers])
     began = time.perf_counter()
     found = pool.verify(asked)
@@ -54,7 +47,6 @@ def measured(count: int, workers: int, *, unsandboxed: bool) -> dict[str, Any]:
     return {
         "bubblewrap": not unsandboxed, "workers": workers, "verifications": count, "passed": passed, "seconds": wall,
         "per_second": count / wall, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
-        "processor_seconds_each": (processor_seconds() - before) / (count + 2 * workers),
     }  # fmt: skip
 
 
