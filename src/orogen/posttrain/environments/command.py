@@ -51,11 +51,13 @@ def environments(options: argparse.Namespace) -> int:
         pools = {}
         for one in rl.environments:
             pools[one.name] = held.enter_context(contextlib.closing(Pool(one, workers=rl.workers)))
-        host, chosen = bound.getsockname()[:2]
-        say(f"orogen: {', '.join(made)} on http://{f'[{host}]' if ':' in host else host}:{chosen}")
-        if options.json:
-            print(json.dumps({"host": host, "port": chosen, "environments": list(made)}), flush=True)
-        return run(GymServer(made, pools).app(), bound)
+
+        def ready(host: str, port: int) -> None:
+            say(f"orogen: {', '.join(made)} on http://{f'[{host}]' if ':' in host else host}:{port}")
+            if options.json:
+                print(json.dumps({"host": host, "port": port, "environments": list(made)}), flush=True)
+
+        return run(GymServer(made, pools).app(), bound, ready)
 
 
 def _write(options: argparse.Namespace, rows: list[dict[str, object]]) -> int:
