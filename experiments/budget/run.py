@@ -107,7 +107,7 @@ def table(lines: list[dict[str, Any]], family: str, field: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/budget"), help="a new folder")
     parser.add_argument("--record", type=Path, default=HERE / "results.jsonl", help="gets a line per measurement")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")

@@ -51,7 +51,7 @@ def measured(count: int, workers: int, *, unsandboxed: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="verifications")
     parser.add_argument("--workers", type=int, default=2, help="processes that verify")
     parser.add_argument("--unsandboxed", action="store_true", help="without bubblewrap")

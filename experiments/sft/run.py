@@ -185,7 +185,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/sft"), help="a new folder")
     parser.add_argument("--record", type=Path, default=HERE / "results.jsonl", help="gets a line per seed and arm")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")

@@ -99,16 +99,21 @@ def _rewards(verdict: dict[str, Any]) -> dict[str, float]:
         why = verdict.get("failure_reason") or verdict.get("failure_kind") or "no reason"
         raise FaultError(RAISED, f"the server says that its reward measures nothing: {why}")
     reward, parts = verdict.get("reward"), verdict.get("reward_components")
-    if not _is_number(reward):
+    if not isinstance(reward, int | float) or isinstance(reward, bool):
         raise FaultError(RAISED, f"the server's reward is {reward!r}; expected a number")
-    whole = isinstance(parts, dict) and len(parts) > 0 and all(map(_is_number, parts.values()))
-    if whole and math.isclose(math.fsum(parts.values()), reward, rel_tol=1e-6, abs_tol=1e-6):
-        return {str(name): float(value) for name, value in parts.items()}
+    known = _numbers(parts)
+    if known and math.isclose(math.fsum(known.values()), reward, rel_tol=1e-6, abs_tol=1e-6):
+        return known
     return {"reward": float(reward)}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _numbers(parts: Any) -> dict[str, float]:
+    """The parts of a reward; none if one of them is no number."""
+    if not isinstance(parts, dict) or any(
+        isinstance(x, bool) or not isinstance(x, int | float) for x in parts.values()
+    ):
+        return {}
+    return {str(name): float(value) for name, value in parts.items()}
 
 
 class _Server:
