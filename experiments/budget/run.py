@@ -26,7 +26,7 @@ ITEMS = 12  # of a question, each of which has a line of three bytes in the thou
 LEVELS = {"counting": ITEMS // 4, "largest": ITEMS - 1, "parity": ITEMS - 1}
 # Of a line of three bytes, the last one does not fit, where both forms differ; 36 bytes are the whole thought.
 BUDGETS = [("hard", n) for n in (0, 8, 17, 26)] + [("grace", n) for n in (8, 17, 26)] + [("free", None)]
-WHOLE, QUICK = Size(400, 1000, 3000, 100), Size(4, 4, 40, 4)
+WHOLE, QUICK = Size(400, 700, 3000, 100), Size(4, 4, 40, 4)
 TOKENS = 96  # the most of an answer, more than two thoughts
 
 

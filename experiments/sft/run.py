@@ -130,7 +130,9 @@ def tuned(run: Path, corpus: Path, steps: int, seed: int, *words: object, **valu
 
 
 def pretrained(folder: Path, steps: int, seed: int) -> Path:
-    """The small model after text, the standard library's files."""
+    """The small model after text, the standard library's files; the one of an earlier call if there is one."""
+    if (folder / "base" / "checkpoints" / str(steps)).is_dir():
+        return folder / "base"
     text, _ = copy_corpus(folder, 10_000)
     binds = bound(
         DataConfig__corpus=str(text), DataConfig__heldout_fraction=0.1,
@@ -155,12 +157,12 @@ def accuracies(checkpoint: Path, asked: dict[str, Questions], size: Size) -> dic
     return found
 
 
-def trial(folder: Path, seed: int, size: Size) -> Iterator[dict[str, Any]]:
+def trial(folder: Path, seed: int, arms: Sequence[str], size: Size) -> Iterator[dict[str, Any]]:
     """One line per arm, when it is done."""
     asked = {family: questions(family, level, size, seed) for family, level in LEVELS.items()}
     corpus = write_chats(folder / "chats", [example for one in asked.values() for example in one.train])
     base = pretrained(folder, size.base, seed)
-    for arm in ARMS:
+    for arm in arms:
         began = time.monotonic()
         run = base
         if arm != "before":
@@ -190,13 +192,14 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=HERE / "results.jsonl", help="gets a line per seed and arm")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS, help="which seeds run")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS, help="which arms run")
     parser.add_argument("--table", action="store_true", help="only prints the table of the record")
     options = parser.parse_args()
     if options.table:
         print(table([json.loads(line) for line in options.record.read_text().splitlines()]))
         return
     for seed in (0,) if options.quick else options.seeds:
-        for line in trial(options.out / f"seed{seed}", seed, QUICK if options.quick else WHOLE):
+        for line in trial(options.out / f"seed{seed}", seed, options.arms, QUICK if options.quick else WHOLE):
             print(json.dumps(line), flush=True)
             if not options.quick:
                 with options.record.open("a") as file:
