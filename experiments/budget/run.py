@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.sft.run import Answerer, Questions, Size, pretrained, questions, right, tuned, write_chats
+from experiments.sft.run import NEW, Answerer, Questions, Size, questions, right, tuned, write_chats
 
 from orogen.infer.request import Budget
 from orogen.posttrain.environments.interface import Example
@@ -26,7 +26,7 @@ ITEMS = 12  # of a question, each of which has a line of three bytes in the thou
 LEVELS = {"counting": ITEMS // 4, "largest": ITEMS - 1, "parity": ITEMS - 1}
 # Of a line of three bytes, the last one does not fit, where both forms differ; 36 bytes are the whole thought.
 BUDGETS = [("hard", n) for n in (0, 8, 17, 26)] + [("grace", n) for n in (8, 17, 26)] + [("free", None)]
-WHOLE, QUICK = Size(400, 700, 3000, 100), Size(4, 4, 40, 4)
+WHOLE, QUICK = Size(0, 700, 3000, 100), Size(0, 4, 40, 4)
 TOKENS = 96  # the most of an answer, more than two thoughts
 
 
@@ -75,13 +75,12 @@ def trial(folder: Path, seed: int, arms: Iterable[str], size: Size) -> Iterator[
     owner = {id(example): family for family, one in asked.items() for example in one.train}
     examples = [example for one in asked.values() for example in one.train]
     corpus = write_chats(folder / "chats", examples, lambda example: thought(owner[id(example)], example))
-    base = pretrained(folder, size.base, seed)
     settings = {"ChatConfig__template": str(HERE / "chat.jinja"), "TrainConfig__sequence_length": 256,
                 "TrainConfig__batch_size": 8}  # fmt: skip
     for arm in arms:
         began = time.monotonic()
         cut = {"ChatConfig__truncated": SHARES[arm]}
-        run = tuned(folder / arm, corpus, size.tuned, seed, "--checkpoint", base, **settings, **cut)
+        run = tuned(folder / arm, corpus, size.tuned, seed, *NEW, **settings, **cut)
         answerer = Answerer(run, HERE / "chat.jinja", rows=size.heldout, tokens=TOKENS)
         for line in measured(answerer, asked):
             yield {"seed": seed, "arm": arm, "steps": size.tuned, **line}

@@ -31,7 +31,7 @@ SEEDS = (0, 1, 2)
 # Levels at which a family has enough different questions: digits, letters, numbers or words in fours.
 LEVELS = {"addition": 2, "largest": 5, "reversal": 3, "sorting": 1, "counting": 2}
 ARMS = ("before", "assistant", "every", "scratch")
-SCRATCH = "scratch"
+SCRATCH, NEW = "scratch", ("--gin_file", HERE / "model.gin")
 RATE, TUNING_RATE = 4e-3, 4e-3
 
 
@@ -130,9 +130,7 @@ def tuned(run: Path, corpus: Path, steps: int, seed: int, *words: object, **valu
 
 
 def pretrained(folder: Path, steps: int, seed: int) -> Path:
-    """The small model after text, the standard library's files; the one of an earlier call if there is one."""
-    if (folder / "base" / "checkpoints" / str(steps)).is_dir():
-        return folder / "base"
+    """The small model after text, the standard library's files."""
     text, _ = copy_corpus(folder, 10_000)
     binds = bound(
         DataConfig__corpus=str(text), DataConfig__heldout_fraction=0.1,
@@ -161,12 +159,12 @@ def trial(folder: Path, seed: int, arms: Sequence[str], size: Size) -> Iterator[
     """One line per arm, when it is done."""
     asked = {family: questions(family, level, size, seed) for family, level in LEVELS.items()}
     corpus = write_chats(folder / "chats", [example for one in asked.values() for example in one.train])
-    base = pretrained(folder, size.base, seed)
+    base = folder if set(arms) == {SCRATCH} else pretrained(folder, size.base, seed)
     for arm in arms:
         began = time.monotonic()
         run = base
         if arm != "before":
-            start = ("--gin_file", HERE / "model.gin") if arm == SCRATCH else ("--checkpoint", base)
+            start = NEW if arm == SCRATCH else ("--checkpoint", base)
             chat = {"ChatConfig__template": str(HERE / "chat.jinja")}
             chat |= {"ChatConfig__learned": "every"} if arm == "every" else {}
             run = tuned(folder / arm, corpus, size.tuned, seed, *start, **chat)
