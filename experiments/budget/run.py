@@ -25,7 +25,7 @@ SHARES = {"none": 0.0, "report": 0.03, "many": 0.3}  # of thoughts that are cut 
 ITEMS = 12  # of a question, each of which has a line of three bytes in the thought
 LEVELS = {"counting": ITEMS // 4, "largest": ITEMS - 1, "parity": ITEMS - 1}
 # Of a line of three bytes, the last one does not fit, where both forms differ; 36 bytes are the whole thought.
-BUDGETS = [("hard", n) for n in (0, 8, 17, 26)] + [("grace", n) for n in (8, 17, 26)] + [("free", None)]
+BUDGETS = [("free", None), *(("hard", n) for n in (17, 0, 26, 8)), *(("grace", n) for n in (17, 26, 8))]
 WHOLE, QUICK = Size(0, 700, 3000, 100), Size(0, 4, 40, 4)
 TOKENS = 96  # the most of an answer, more than two thoughts
 
