@@ -25,8 +25,7 @@ from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.roll_call import AbsentError
 from orogen.parallel.runtime import configure
-from orogen.posttrain.command import BEST_OF, DISTILL, DPO, REWARD, RL, SFT
-from orogen.posttrain.environments.command import ENVIRONMENTS
+from orogen.posttrain.command import BEST_OF, DISTILL, DPO, ENVIRONMENTS, REWARD, RL, SFT
 from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
