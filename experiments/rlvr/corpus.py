@@ -1,5 +1,5 @@
 """Writes the tasks of a recipe's environments as text with random answers in the right form: the policy then begins at
-chance. `python experiments/rlvr/corpus.py FILE.jsonl`"""
+chance. `python experiments/rlvr/corpus.py FILE.jsonl [RECIPE.gin]`"""
 
 import json
 import random
@@ -13,9 +13,9 @@ RECIPE = Path("gin_configs/posttrain/rl_toy.gin")
 COPIES = 4  # answers to each task
 
 
-def main(file: str) -> None:
+def main(file: str, recipe: str = str(RECIPE)) -> None:
     rng, lines = random.Random(0), []
-    for config in load([RECIPE])[0].need("rl").rl.environments:
+    for config in load([Path(recipe)])[0].need("rl").rl.environments:
         environment = make_environment(config)
         examples = [environment.example(number) for number in range(len(environment))]
         answers = sorted({example.secret for example in examples})
@@ -27,4 +27,4 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
