@@ -1,6 +1,7 @@
 #!/bin/sh
-# sh experiments/rlvr/three.sh SEED ARM OUT: the start of a seed, then ARM, `together` or `alone` (three runs), from it.
-# OUT gets start.jsonl and the metrics of each run. A core, 6 minutes.
+# sh experiments/rlvr/three.sh SEED ARM OUT: the start of a seed, then ARM from it: `together`, `alone` (three runs), or
+# `after`: a few demonstrations first, then more epochs of these or reinforcement learning.
+# OUT gets the metrics of each run. A core, 6 minutes.
 set -eu
 seed=$1 arm=$2 out=$3
 work=$(mktemp -d)
@@ -11,12 +12,33 @@ $orogen train --gin_file gin_configs/posttrain/rl_toy_start.gin --run "$work/sta
 
 rl() { # NAME GIN_FILE [BINDING]...
     name=$1 file=$2; shift 2
-    $orogen rl --gin_file "$file" --checkpoint "$work/start" --run "$work/$name" \
+    $orogen rl --gin_file "$file" --checkpoint "$work/${from:-start}" --run "$work/$name" \
         --gin_bindings "TrainConfig.seed = $seed" "$@"
     cp "$work/$name/metrics.jsonl" "$out/$arm-$name-$seed.jsonl"
 }
 
-if [ "$arm" = together ]; then
+supervised() { # NAME FROM STEPS
+    $orogen train --gin_file gin_configs/posttrain/rl_toy_start.gin --checkpoint "$work/$2" --run "$work/$1" \
+        --gin_bindings "DataConfig.corpus = '$work/right.jsonl'" --gin_bindings "TrainConfig.seed = $seed" \
+        --gin_bindings "TrainConfig.steps = $3" --gin_bindings "TrainConfig.batch_size = 64" \
+        --gin_bindings "TrainConfig.evaluate_every = $3" --gin_bindings "TrainConfig.checkpoint_every = $3" \
+        --gin_bindings "OptimizerConfig.learning_rate = 1e-3" \
+        --gin_bindings "DataConfig.heldout_fraction = 0.1"
+}
+
+if [ "$arm" = after ]; then
+    python experiments/rlvr/corpus.py "$work/right.jsonl" experiments/rlvr/three.gin 24
+    supervised first start 100
+    supervised more first 1100
+    # One step that changes nothing scores a model on all held-out tasks, as the runs score themselves.
+    for one in start first more; do
+        $orogen rl --gin_file experiments/rlvr/three.gin --checkpoint "$work/$one" --run "$work/score-$one" \
+            --gin_bindings "TrainConfig.seed = $seed" --gin_bindings 'TrainConfig.steps = 1' \
+            --gin_bindings 'OptimizerConfig.learning_rate = 1e-12' --gin_bindings 'OptimizerConfig.warmup_steps = 0'
+        cp "$work/score-$one/metrics.jsonl" "$out/$arm-$one-$seed.jsonl"
+    done
+    from=first rl three experiments/rlvr/three.gin
+elif [ "$arm" = together ]; then
     rl three experiments/rlvr/three.gin
 else
     for one in largest counting addition; do
