@@ -23,13 +23,14 @@ DEFAULT_TOKENS = 16  # OpenAI's
 
 @dataclasses.dataclass
 class Choice:
-    """What has come of one choice. scored: the prompt's tokens but the first, where they were requested. length:
-    characters of the tokens whose log-probabilities were told."""
+    """What has come of one choice. scored: the prompt's tokens but the first, where they were requested. versions: of
+    the weights that chose its tokens. length: characters of the tokens whose log-probabilities were told."""
 
     prompt: tuple[int, ...]
     text: str
     tokens: list[Chosen] = dataclasses.field(default_factory=list)
     scored: tuple[Chosen, ...] = ()
+    versions: list[int] = dataclasses.field(default_factory=list)
     length: int = 0
     finish: str | None = None
     stop: str | int | None = None
@@ -76,6 +77,7 @@ class _Form:
                 choice = self._choices[number]
                 choice.text += forms.said(self._body, output)
                 choice.tokens += output.tokens
+                choice.versions += [output.version] * len(output.tokens)
                 choice.scored += output.prompt
                 choice.finish, choice.stop = output.finish, output.stop
                 check_end(output)
@@ -110,6 +112,7 @@ class _Form:
         shown = choice.text + text if first else text
         choice.text += text
         choice.tokens += output.tokens
+        choice.versions += [output.version] * len(output.tokens)
         choice.scored += output.prompt
         choice.finish, choice.stop = output.finish, output.stop
         return self._choice(number, choice, shown, output.tokens, first=first)
@@ -130,6 +133,8 @@ class _Form:
             found["prompt_logprobs"] = _by_id(choice, self._body["prompt_logprobs"], self._parts.tokenizer)
         if self._shows_ids:
             found["token_ids"] = ids_of(tokens)
+            if self._parts.weights is not None:
+                found["token_versions"] = choice.versions[len(choice.versions) - len(tokens) :]
             if first:
                 found["prompt_token_ids"] = list(choice.prompt)
         return found
