@@ -1,7 +1,7 @@
 #!/bin/sh
-# sh experiments/rlvr/three.sh SEED ARM OUT: the start of a seed, then ARM from it: `together`, `alone` (three runs), or
-# `after`: a few demonstrations first, then more epochs of these or reinforcement learning.
-# OUT gets the metrics of each run. A core, 6 minutes.
+# sh experiments/rlvr/three.sh SEED ARM OUT: the start of a seed, then ARM from it: `together`, `alone` (three runs),
+# `ahead` (together, with rollouts a batch ahead), or `after`: a few demonstrations first, then more epochs of these or
+# reinforcement learning. OUT gets the metrics of each run. A core or two, 6 minutes.
 set -eu
 seed=$1 arm=$2 out=$3
 work=$(mktemp -d)
@@ -40,6 +40,8 @@ if [ "$arm" = after ]; then
     from=first rl three experiments/rlvr/three.gin
 elif [ "$arm" = together ]; then
     rl three experiments/rlvr/three.gin
+elif [ "$arm" = ahead ]; then
+    rl three experiments/rlvr/three.gin --gin_bindings 'RLConfig.staleness = 1'
 else
     for one in largest counting addition; do
         # What nothing reads is refused: the other environments go.

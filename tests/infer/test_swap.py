@@ -8,15 +8,20 @@ import jax
 import numpy as np
 import pytest
 from tests.infer.chats import tokenizer
-from tests.infer.engines import asked, opened
+from tests.infer.engines import asked
 from tests.infer.serve.live import post, serving
 
+from orogen.checkpoint.open import Opened
 from orogen.checkpoint.written import write_folder
 from orogen.config.engine import EngineConfig
+from orogen.config.model import ModelConfig
+from orogen.config.plan import PlanConfig
 from orogen.config.rl import EnvironmentConfig, RLConfig
+from orogen.cost.assemble import assemble
 from orogen.infer.engine import Engine
 from orogen.infer.request import Sampling
 from orogen.infer.serve.weights import Weights
+from orogen.model.lm import initial_state
 from orogen.posttrain import remote
 
 CONFIG = EngineConfig(slots=3, max_length=64, page=8, chunk=16, prefill_tokens=32, steps=2)
@@ -25,7 +30,19 @@ PROMPTS = [[5, 9, 30, 7], list(range(40, 60)), [3]]
 
 @pytest.fixture(scope="module")
 def model():
-    return opened("M*-", vocab_size=tokenizer().vocab_size, tokenizer=tokenizer())
+    return made(tokenizer().vocab_size)
+
+
+def made(vocab_size):
+    """A model of random weights, whose config says nothing that its layers do not read, as a checkpoint's does."""
+    model = ModelConfig(
+        pattern="M*-", vocab_size=vocab_size, hidden_size=12, intermediate_size=14, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=5, mamba_num_heads=4, mamba_head_dim=3, n_groups=2, ssm_state_size=4,
+        chunk_size=8,
+    )  # fmt: skip
+    plan, built = assemble(model, PlanConfig())
+    params, buffers = map(built.laid, jax.jit(lambda: initial_state(model, 0))())
+    return Opened(model, plan, built, jax.tree.map(lambda a: 3 * a, params), buffers, tokenizer())
 
 
 def others(model):
@@ -114,7 +131,7 @@ def test_a_server_writes_what_an_engine_of_this_process_does(server, model):
 )
 def test_weights_that_a_server_does_not_load(server, model, tmp_path_factory, body, key, status, message):
     (server.folder / "link").symlink_to(tmp_path_factory.mktemp("elsewhere"))
-    wider = opened("M*-", vocab_size=tokenizer().vocab_size + 8)
+    wider = made(tokenizer().vocab_size + 8)
     write_folder(server.folder / "other", wider.config, wider.params, wider.buffers)
     reply = post(server.port, "/v1/weights", body, headers={"authorization": f"Bearer {key}"})
     assert reply.status == status and message in json.load(reply)["error"]["message"]
