@@ -1,5 +1,7 @@
 """Other weights for an engine in the midst of answers, and through a server."""
 
+import collections
+import dataclasses
 import http.client
 import json
 from types import SimpleNamespace
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 from tests.infer.chats import tokenizer
 from tests.infer.engines import asked
+from tests.infer.fake_engine import FakeEngine
 from tests.infer.serve.live import post, serving
 
 from orogen.checkpoint.open import Opened
 from orogen.checkpoint.written import write_folder
+from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -92,11 +96,11 @@ def server(model, tmp_path, monkeypatch):
         yield SimpleNamespace(port=port, folder=tmp_path, engine=engine)
 
 
-def remote_engine(server, model):
+def remote_engine(server, model, **more):
     environments = (EnvironmentConfig(name="a", kind="workplace"),)
     rl = RLConfig(
         environments=environments, prompts=1, samples=2, max_tokens=4, template="plain", slots=3,
-        server=f"http://127.0.0.1:{server.port}", server_weights=str(server.folder),
+        server=f"http://127.0.0.1:{server.port}", server_weights=str(server.folder), **more,
     )  # fmt: skip
     return remote.RemoteEngine(rl, model.config, tokenizer())
 
@@ -135,6 +139,47 @@ def test_weights_that_a_server_does_not_load(server, model, tmp_path_factory, bo
     write_folder(server.folder / "other", wider.config, wider.params, wider.buffers)
     reply = post(server.port, "/v1/weights", body, headers={"authorization": f"Bearer {key}"})
     assert reply.status == status and message in json.load(reply)["error"]["message"]
+
+
+class Routing(FakeEngine):
+    """One whose answers tell experts: of two tokens at first, then of one each; or none."""
+
+    tells = True
+
+    def step(self):
+        found = super().step()
+        sizes = [1 + (len(self.answered[o.number]) == 0) for o in found] if self.tells else []
+        for output in found:
+            self.answered[output.number] += output.tokens
+        made = [np.full((n, 2, 3), n, np.int16) for n in sizes] or [None] * len(found)
+        return [dataclasses.replace(o, experts=experts) for o, experts in zip(found, made, strict=True)]
+
+
+def test_a_server_tells_experts_where_its_engine_does(model, tmp_path, monkeypatch):
+    monkeypatch.setenv(remote.API_KEY, "secret")
+    engine = Routing()
+    engine.answered = collections.defaultdict(list)
+    with serving(engine, words=False, key="secret", weights=object()) as (port, _):
+        far = remote_engine(SimpleNamespace(port=port, folder=tmp_path), model, router_replay=True)
+        (outputs,) = far.run([asked([5, 6], 3)], lambda: None)
+        found = [o.experts for o in outputs if o.experts is not None]
+        assert np.concatenate(found)[:, 0, 0].tolist() == [2, 2, 1, 1] and found[0].shape[1:] == (2, 3)
+        engine.tells = False
+        with pytest.raises(ConfigError, match="tells no experts; expected router_replay False"):
+            far.run([asked([5, 6], 3)], lambda: None)
+
+
+def test_a_server_that_refuses_or_is_not_there(server, model, monkeypatch):
+    far = remote_engine(server, model)
+    far._key = "guess"
+    with pytest.raises(ConfigError, match="answers /v1/weights with 401: the API key"):
+        far.give(model.params, model.buffers, version=0, in_flight=False)
+    far._url = far._url._replace(netloc="127.0.0.1:1")
+    with pytest.raises(remote.ServerError, match="ConnectionRefusedError"):
+        far.run(requests(), lambda: None)
+    monkeypatch.delenv(remote.API_KEY)
+    with pytest.raises(ConfigError, match="OROGEN_API_KEY is not; expected the key"):
+        remote_engine(server, model)
 
 
 def test_a_server_without_permission_takes_no_weights(model):

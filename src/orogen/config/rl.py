@@ -178,7 +178,6 @@ class RLConfig:
         for field in ("router_replay", "staleness", "server"):
             expected = "nothing where exact is on: an engine of this process computes both sides, by the same weights"
             require(not (self.exact and getattr(self, field)), self, field, expected)
-        require(not (self.server and self.router_replay), self, "router_replay", "False: a server tells no experts")
         expected = "a folder with server, None without"
         require((self.server is None) == (self.server_weights is None), self, "server_weights", expected)
         require_not_negative(self, "length_control", "concise_bonus", "profile_every", "table_rows")

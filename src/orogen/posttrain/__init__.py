@@ -67,7 +67,8 @@ several times (`groups.py`, `rollout.py`), has the answers verified, and packs t
   layers kept them, and the trainer's passes, of log-probabilities and of gradients, take these in place of their own
   choice. Weights of experts are the trainer's. A last token, which no engine reads, and the model of KL route by
   themselves. In a later turn of an episode, the engine reads earlier answers again; tokens keep the experts with which
-  they were written. Not for plans with stages or, in the engine, with tensor or context, nor with a server.
+  they were written. Not for plans with stages or, in the engine, with tensor or context. A server
+  needs `EngineConfig.report_experts = True` and `.prefix_cache = False`.
 - *Ahead* (`RLConfig.staleness`, `ahead.py`): a thread writes the next batches while the trainer updates, at most so
   many ahead, on one device or by a server. Weights are handed over between two calls of decoding, and answers go on
   with caches of older ones; every token has the log-probability of the weights that chose it, so that `importance`

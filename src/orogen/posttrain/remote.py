@@ -5,6 +5,7 @@ and answers are token ids, so nothing is tokenised twice; seeds are those of rol
 the same where the server's engine has the same settings.
 """
 
+import base64
 import http.client
 import json
 import os
@@ -15,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from orogen.checkpoint.written import write_folder
@@ -31,8 +33,8 @@ LOOK = 0.1  # seconds between two looks at whether there are other weights
 KEPT = 2  # versions of weights that stay on disk, as the server may still read the one before
 
 
-class ServerError(RuntimeError):
-    """The server does not do what it is asked."""
+class ServerError(OSError):
+    """The server cannot be reached, or fails."""
 
 
 class RemoteEngine:
@@ -50,10 +52,12 @@ class RemoteEngine:
         if not self._folder.is_dir():
             raise ConfigError(f"RLConfig.server_weights is {rl.server_weights!r}; expected a folder that exists")
         self._texts, self._ends, self._most = Texts(tokenizer), tokenizer.end_ids, rl.slots
+        self._more = {"return_routed_experts": True} if rl.router_replay else {}
         self._pushed = 0
 
     def give(self, params: nnx.State, buffers: nnx.State, *, version: int, in_flight: bool) -> None:
-        """Has the server answer by these weights of the whole model from now on. Raises ServerError."""
+        """Has the server answer by these weights of the whole model from now on. Raises ServerError, and ConfigError
+        for what it refuses."""
         self._pushed += 1
         name = f"weights-{os.getpid()}-{self._pushed}"
         write_folder(self._folder / name, self._model, params, buffers)
@@ -62,7 +66,7 @@ class RemoteEngine:
         shutil.rmtree(old, ignore_errors=True)
 
     def run(self, requests: Iterable[Request], progress: Callable[[], None]) -> list[list[Output]]:
-        """The outputs of each request, at most `RLConfig.slots` at a time. Raises ServerError."""
+        """The outputs of each request, at most `RLConfig.slots` at a time. Raises as `give`."""
         with ThreadPoolExecutor(self._most) as pool:
             asked: list[Future[list[Output]]] = [pool.submit(self._answer, n, r) for n, r in enumerate(requests)]
             left = set(asked)
@@ -81,7 +85,7 @@ class RemoteEngine:
             "prompt": list(request.prompt), "max_tokens": request.max_tokens, "seed": request.sampling.seed,
             "temperature": request.sampling.temperature, "logprobs": 0, "return_token_ids": True,
         }  # fmt: skip
-        (choice,) = self._post("/v1/completions", body)["choices"]
+        (choice,) = self._post("/v1/completions", body | self._more)["choices"]
         ids, scores = choice["token_ids"], choice["logprobs"]["token_logprobs"]
         chosen = list(map(Chosen, ids, scores))
         if choice["finish_reason"] not in (STOP, LENGTH):
@@ -89,7 +93,16 @@ class RemoteEngine:
         text = self._text(request, ids)
         versions = choice["token_versions"]
         parts = [Output(number, (one,), version=version) for one, version in zip(chosen, versions, strict=True)]
-        return [*parts, Output(number, text=text, finish=choice["finish_reason"])]
+        experts = self._experts(choice) if self._more else None
+        return [*parts, Output(number, text=text, finish=choice["finish_reason"], experts=experts)]
+
+    def _experts(self, choice: dict[str, Any]) -> np.ndarray:
+        """(n, l, k) int16, of the tokens that the server's model read."""
+        told = choice["routed_experts"]
+        if told is None:
+            raise ConfigError(f"RLConfig.server {self._url.geturl()} tells no experts; expected router_replay False, "
+                              "or a server with EngineConfig.report_experts = True")  # fmt: skip
+        return np.frombuffer(base64.b64decode(told["int16"]), "<i2").reshape(told["shape"])
 
     def _text(self, request: Request, ids: Sequence[int]) -> str:
         """As the engine tells it: an end token adds none."""
@@ -105,10 +118,12 @@ class RemoteEngine:
             response = connection.getresponse()
             found = json.loads(response.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ServerError(f"{self._url.geturl()}{path}: {type(error).__name__}: {error}") from None
+            raise ServerError(f"RLConfig.server {self._url.geturl()}{path}: {type(error).__name__}: {error}") from None
         finally:
             connection.close()
         if response.status != http.HTTPStatus.OK:
             reason = found.get("error", {}).get("message") if isinstance(found, dict) else found
-            raise ServerError(f"{self._url.geturl()}{path} answers {response.status}: {reason}")
+            refused = response.status < http.HTTPStatus.INTERNAL_SERVER_ERROR
+            kind = ConfigError if refused and response.status != http.HTTPStatus.TOO_MANY_REQUESTS else ServerError
+            raise kind(f"RLConfig.server {self._url.geturl()} answers {path} with {response.status}: {reason}")
         return found
