@@ -175,7 +175,7 @@ def run_arm(name: str, opened: Opened, prompts: Sequence[Sequence[int]]) -> list
             trainer_t = kept["found"][place.row, place.start + chosen_t - 1].astype(np.float64)
             gaps.append(trainer_t - np.array(track.rollout, np.float32)[chosen_t])
         line = {"arm": name, "replay": replayed, "tokens": sum(map(len, gaps)), **measured(np.concatenate(gaps), gaps)}
-        if not engine.config.exact:
+        if not engine.config.exact and not arm.plan:  # routers of another plan round otherwise
             told = np.sort(kept["batch"].extras[ROUTING], -1)
             anew = chosen_anew(opened, opened.params, moved, kept["batch"], arm.trainer)
             there = told[..., 0] >= 0

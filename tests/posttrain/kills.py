@@ -2,7 +2,7 @@
 
 `python -m tests.posttrain.kills --count 6 --seed 1 --out kills.jsonl` makes that many trials of runs whose rollouts are
 written in turn with updates: their records, tables and weights must be those of a run that nobody ends, to the bit. It
-makes as many of runs that write ahead, which must ask each task as often and take each step once. `make test` has one of
+makes as many of runs that write ahead, which must ask each task as often, each step once. `make test` has one of
 each kind that is only played, in test_rl.py and test_ahead.py.
 """
 
