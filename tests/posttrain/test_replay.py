@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from tests.helpers import hybrid, run_config
+from tests.posttrain.test_rl import RECIPE, run
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
@@ -24,6 +25,18 @@ RL = RLConfig(
     environments=(EnvironmentConfig(name="a", kind="workplace"),), prompts=1, samples=2, max_tokens=9, template="plain",
     router_replay=True, importance="none", sequence_error=None,
 )  # fmt: skip
+# A run of one rollout with two updates, by weights that stay as they are.
+EXPERTS = """
+ModelConfig.pattern = '*E'
+ModelConfig.n_routed_experts = 8
+ModelConfig.num_experts_per_tok = 2
+ModelConfig.moe_intermediate_size = 10
+ModelConfig.routed_scaling_factor = 50.0
+OptimizerConfig.learning_rate = 1e-12
+TrainConfig.router_bias_update_rate = 0.5
+TrainConfig.steps = 2
+DataConfig.heldout_fraction = 0.0
+"""
 LENGTHS = (20, 7), (5, 9), (33, 1)  # tokens of prompts and answers
 
 
@@ -116,6 +129,21 @@ def test_samples_without_experts_are_refused(written):
     bare = [dataclasses.replace(samples[0], tracks=[dataclasses.replace(samples[0].tracks[0], experts=None)])]
     with pytest.raises(ValueError, match="expected an engine that reports them"):
         batch_of(bare, RL, lambda *_: np.zeros(()), reference=None, shape=(1, 48), pad_id=0)
+
+
+def test_the_gradient_s_pass_replays_too(tmp_path):
+    """Of two updates per rollout, the first moves nothing but correction biases: the second one's pass has the
+    rollout's log-probabilities all the same. (Without replay, they differ by more than 0.001.)"""
+    file = tmp_path / "rl.gin"
+    dropped = (
+        "ModelConfig.intermediate",
+        "TrainConfig.evaluate",
+        *(line.split(" = ")[0] for line in EXPERTS.strip().splitlines()),
+    )
+    kept = [line for line in RECIPE.splitlines() if not line.startswith(dropped)]
+    file.write_text("\n".join(kept) + EXPERTS)
+    _, lines = run(file, tmp_path / "run", "RLConfig.router_replay = True")
+    assert [line["step"] for line in lines] == [1, 2] and all(0 < line["gap"] < 1e-4 for line in lines)
 
 
 @pytest.mark.parametrize(
