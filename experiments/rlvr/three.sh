@@ -29,9 +29,9 @@ supervised() { # NAME FROM STEPS
 if [ "$arm" = after ]; then
     python experiments/rlvr/corpus.py "$work/right.jsonl" experiments/rlvr/three.gin 24
     supervised first start 100
-    supervised more first 1100
+    supervised more first 650
     # One step that changes nothing scores a model on all held-out tasks, as the runs score themselves.
-    for one in start first more; do
+    for one in first more; do
         $orogen rl --gin_file experiments/rlvr/three.gin --checkpoint "$work/$one" --run "$work/score-$one" \
             --gin_bindings "TrainConfig.seed = $seed" --gin_bindings 'TrainConfig.steps = 1' \
             --gin_bindings 'OptimizerConfig.learning_rate = 1e-12' --gin_bindings 'OptimizerConfig.warmup_steps = 0'
