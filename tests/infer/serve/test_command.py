@@ -64,7 +64,8 @@ def http_get(port, path):
 
 def test_a_tiny_model_answers_as_it_does_without_a_server():
     command = [sys.executable, "-m", "orogen.cli", "serve", "--checkpoint", str(CHECKPOINT), "--port", "0", "--json",
-               "--slots", "4", "--max_length", "128", "--name", "tiny", "--weights", str(CHECKPOINT.parent)]  # fmt: skip
+               "--slots", "4", "--max_length", "128", "--name", "tiny",
+               "--weights", str(CHECKPOINT.parent)]  # fmt: skip
     environment = {**os.environ, "OROGEN_API_KEY": "k", "JAX_NUM_CPU_DEVICES": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
