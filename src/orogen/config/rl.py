@@ -131,6 +131,13 @@ class RLConfig:
     environment is log π_teacher - log π, within advantage_clip; rewards are only measured.
     updates: optimizer steps per batch of rollouts; with more than one, later ones are off-policy.
     exact: rollouts and the trainer's log-probabilities are computed by programs that round alike: they differ by 0.
+    router_replay: the engine records the experts of every token, and the trainer's passes take those in place of their
+    own choice; weights of experts are the trainer's (R3 of NeMo RL). Prompts are then read for each answer anew.
+    server: a server writes the rollouts. Weights go to it as checkpoint folders, prompts as token ids; its key is in
+    the environment, as OROGEN_API_KEY.
+    staleness: with n > 0, rollouts are written by a thread beside the trainer, at most n batches ahead of it. The
+    weights that train a batch are handed over between two calls of decoding, and texts go on with what older ones
+    cached, so that tokens of one answer may be of different weights, and have the log-probabilities of these.
     template: plain joins the texts of messages by line ends, for models without one.
     """
 
@@ -174,6 +181,10 @@ class RLConfig:
     curriculum_width: Annotated[float, "standard deviation of the Gaussian"] = 0.2
     updates: Annotated[int, "optimizer steps per batch of rollouts"] = 1
     exact: Annotated[bool, "whether rollouts and trainer agree to the bit; needs one device"] = False
+    router_replay: Annotated[bool, "whether the trainer routes tokens to the experts that the rollout chose"] = False
+    server: Annotated[str | None, "http://HOST:PORT of an `orogen serve` that writes the rollouts; None: here"] = None
+    server_weights: Annotated[str | None, "the folder of its --weights, through which it gets the weights"] = None
+    staleness: Annotated[int, "batches of rollouts that are written ahead while the trainer updates; 0: none"] = 0
     slots: Annotated[int, "answers that the engine writes at once"] = 16
     workers: Annotated[int, "processes that verify, per environment"] = 2
     table_rows: Annotated[int, "samples of each batch that are written to the run folder's rollouts/"] = 16
@@ -187,6 +198,12 @@ class RLConfig:
         require_positive(self, "prompts", "max_tokens", "temperature", "importance_high", "advantage_clip", "updates")
         require_positive(self, "profile_samples", "curriculum_width", "slots", "workers", "clip_low", "clip_high")
         require_not_negative(self, "importance_low", "overlong_buffer", "overlong_penalty", "resample", "kl")
+        require_not_negative(self, "staleness")
+        for field in ("router_replay", "staleness", "server"):
+            expected = "nothing where exact is on: an engine of this process computes both sides, by the same weights"
+            require(not (self.exact and getattr(self, field)), self, field, expected)
+        expected = "a folder with server, None without"
+        require((self.server is None) == (self.server_weights is None), self, "server_weights", expected)
         require_not_negative(self, "length_control", "concise_bonus", "profile_every", "table_rows")
         taught = all(one.teacher is not None for one in self.environments)
         require_positive(self, "samples")

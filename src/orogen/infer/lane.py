@@ -106,7 +106,7 @@ class Lane:
         """What the host reads of what a call emitted, on its way to the host: each array takes a transfer."""
         self._held, (report, bad_b, offered_bn) = results
         if not logprobs:
-            report = Report(report.token, None, None, None)
+            report = Report(report.token, None, None, None, report.experts)
         emitted = Emitted(report, bad_b, offered_bn if self._drafts else None)
         for array in jax.tree.leaves(emitted):
             array.copy_to_host_async()

@@ -33,6 +33,18 @@ def measured(
     }
 
 
+def aged(samples: Sequence[Sample], number: int) -> dict[str, float]:
+    """How many batches of rollouts old the weights were that chose tokens, when batch `number` trains: staleness_mean,
+    staleness_max; mixed_answers: share of sequences whose tokens are of several weights."""
+    of_each = [
+        [number - version for version, mine in zip(track.versions, track.chosen, strict=True) if mine]
+        for sample in samples for track in sample.tracks
+    ]  # fmt: skip
+    ages = [age for one in of_each for age in one]
+    mixed = float(np.mean([len(set(one)) > 1 for one in of_each]))
+    return {"staleness_mean": float(np.mean(ages)), "staleness_max": float(max(ages)), "mixed_answers": mixed}
+
+
 def is_flat(group: Sequence[Sample]) -> bool:
     """Whether a judged group has no gradient: its rewards, with what is added for lengths, are equal."""
     return all(sample.advantage == 0 for sample in group)

@@ -12,29 +12,43 @@ import numpy as np
 
 from orogen.config.rl import RLConfig
 from orogen.data.packing import Batch, Place, Stream, empty_batch, pack_rows, places
+from orogen.infer.lookup import NONE
 from orogen.posttrain.advantages import corrected, taught
 from orogen.posttrain.objective import ADVANTAGE, IMPORTANCE, OLD, REFERENCE, ROLLOUT, WEIGHT
+from orogen.train.loss import ROUTING
 
 
 @dataclasses.dataclass
 class Track:
     """A token sequence of an episode. chosen: which tokens the policy chose; rollout: their log-probabilities as the
-    engine reported them, 0 for the others."""
+    engine reported them, 0 for the others; versions: of the weights that chose them, likewise; experts: (n, l, k) those
+    of the first n tokens in each layer of experts, None where nobody records them."""
 
     ids: list[int]
     chosen: list[bool]
     rollout: list[float]
+    versions: list[int] = dataclasses.field(default_factory=list)
+    experts: np.ndarray | None = None
 
     @classmethod
     def of_prompt(cls, ids: Sequence[int]) -> "Track":
         """A sequence of which nothing is chosen yet."""
-        return cls(list(ids), [False] * len(ids), [0.0] * len(ids))
+        return cls(list(ids), [False] * len(ids), [0.0] * len(ids), [0] * len(ids))
 
-    def add(self, ids: Sequence[int], rollout: Sequence[float] | None = None) -> None:
+    def add(
+        self, ids: Sequence[int], rollout: Sequence[float] | None = None, versions: Sequence[int] | None = None
+    ) -> None:
         """Appends tokens; with log-probabilities they were chosen."""
         self.ids += ids
         self.chosen += [rollout is not None] * len(ids)
         self.rollout += [0.0] * len(ids) if rollout is None else rollout
+        self.versions += [0] * len(ids) if versions is None else versions
+
+    def routed(self, experts: np.ndarray) -> None:
+        """Takes the experts (n, l, k) of the first n tokens, as the engine read them for the last answer. Tokens of
+        earlier answers keep those with which they were written: a later turn reads them again."""
+        known = 0 if self.experts is None else len(self.experts)
+        self.experts = experts if self.experts is None else np.concatenate([self.experts, experts[known:]])
 
 
 @dataclasses.dataclass
@@ -113,8 +127,10 @@ def batch_of(
     at = places([len(track.ids) for track in tracks], length)
     streams = [Stream(np.array(t.ids, np.int32), np.array(t.chosen, np.float32)) for t in tracks]
     batch = _whole(pack_rows(streams, at, length, pad_id), rows, pad_id)
-    trainer_bt = score(batch, tracks, at)
+    routing = {ROUTING: _routing(tracks, at, batch.tokens_bt.shape)} if rl.router_replay else {}
+    trainer_bt = score(batch._replace(extras=routing), tracks, at)
     extras = {name: np.zeros(batch.tokens_bt.shape, np.float32) for name in (WEIGHT, ADVANTAGE, IMPORTANCE, ROLLOUT)}
+    extras |= routing
     if rl.updates > 1:
         extras[OLD] = trainer_bt
     if reference is not None:
@@ -125,6 +141,18 @@ def batch_of(
         row = _Row(place, trainer_bt, by_teacher.get(sample.environment), extras)
         found = found.plus(_lay(sample, track, rl, row))
     return batch._replace(extras=extras), found
+
+
+def _routing(tracks: Sequence[Track], at: Sequence[Place], shape: tuple[int, int]) -> np.ndarray:
+    """(b, t, l, k) int32: the recorded experts of packed tokens, NONE for others, such as the last of a sequence, which
+    no engine reads."""
+    known = [track.experts for track in tracks if track.experts is not None]
+    if len(known) < len(tracks) or not known:
+        raise ValueError("samples without experts; expected an engine that reports them")
+    found = np.full((*shape, *known[0].shape[1:]), NONE, np.int32)
+    for experts, place in zip(known, at, strict=True):
+        found[place.row, place.start : place.start + len(experts)] = experts
+    return found
 
 
 class _Row(NamedTuple):
