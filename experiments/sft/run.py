@@ -179,7 +179,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     for arm in ARMS:
         own = [line for line in lines if line["arm"] == arm]
         columns = [[line["accuracy"][family] for line in own] for family in LEVELS] + [[line["mean"] for line in own]]
-        cells = [f"{100 * statistics.mean(c):.1f} ± {100 * statistics.stdev(c):.1f}" for c in columns]
+        cells = [f"{100 * statistics.mean(c):.1f} ± {100 * statistics.stdev(c):.1f}" if c[1:] else "–" for c in columns]
         rows.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
