@@ -1,5 +1,6 @@
 """Writes the tasks of a recipe's environments as text with random answers in the right form: the policy then begins at
-chance. `python experiments/rlvr/corpus.py FILE.jsonl`"""
+chance. Of another recipe than the toy's, only tasks that are trained on; with RIGHT, so many of each environment with
+their right answers. `python experiments/rlvr/corpus.py FILE.jsonl [RECIPE.gin [RIGHT]]`"""
 
 import json
 import random
@@ -8,16 +9,23 @@ from pathlib import Path
 
 from orogen.config.load import load
 from orogen.posttrain.environments.make import make_environment
+from orogen.posttrain.task_split import split_tasks
 
 RECIPE = Path("gin_configs/posttrain/rl_toy.gin")
 COPIES = 4  # answers to each task
 
 
-def main(file: str) -> None:
+def main(file: str, recipe: str | None = None, right: str | None = None) -> None:
     rng, lines = random.Random(0), []
-    for config in load([RECIPE])[0].need("rl").rl.environments:
-        environment = make_environment(config)
-        examples = [environment.example(number) for number in range(len(environment))]
+    config = load([Path(recipe) if recipe else RECIPE])[0].need("rl", "data")
+    environments = {one.name: make_environment(one) for one in config.rl.environments}
+    trained = split_tasks(environments, config.data).numbers["train"] if recipe else None
+    for name, environment in environments.items():
+        numbers = range(len(environment)) if trained is None else trained[name]
+        examples = [environment.example(number) for number in numbers]
+        if right is not None:
+            lines += [json.dumps({"text": one.messages[0]["content"] + one.secret}) for one in examples[: int(right)]]
+            continue
         answers = sorted({example.secret for example in examples})
         lines += [
             json.dumps({"text": example.messages[0]["content"] + rng.choice(answers)})
@@ -27,4 +35,4 @@ def main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

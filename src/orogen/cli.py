@@ -25,7 +25,7 @@ from orogen.parallel import distributed
 from orogen.parallel.cluster import VARIABLE, read_cluster
 from orogen.parallel.roll_call import AbsentError
 from orogen.parallel.runtime import configure
-from orogen.posttrain.command import BEST_OF, DISTILL, DPO, REWARD, RL, SFT
+from orogen.posttrain.command import BEST_OF, DISTILL, DPO, ENVIRONMENTS, REWARD, RL, SFT
 from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
@@ -33,8 +33,9 @@ from orogen.train.stop import INTERRUPTED
 from orogen.vision.command import CAPTION, DATABASE, GRAFT
 
 COMMANDS = (
-    TRAIN, SFT, DPO, RL, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE, CAPTION, DATABASE,
-    CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PRUNE, QUANTIZE, SEARCH, GRAFT, PARAMS, PLAN, SIMULATE, VERIFY, BENCH,
+    TRAIN, SFT, DPO, RL, ENVIRONMENTS, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE,
+    CAPTION, DATABASE, CURATE, TOKENIZE, CONVERT, AVERAGE, UPCYCLE, PRUNE, QUANTIZE, SEARCH, GRAFT, PARAMS, PLAN,
+    SIMULATE, VERIFY, BENCH,
 )  # fmt: skip
 FIRST = TRAIN.examples[0], GENERATE.examples[0]  # of the commands, for whoever knows none
 # None: an error that our own code raises, which names a missing file.

@@ -115,6 +115,18 @@ def test_shares_of_reasoning_are_drawn_the_same_way_in_every_run(tmp_path):
         np.testing.assert_array_equal(one.tokens_t, other.tokens_t)
 
 
+def test_the_loss_can_be_on_every_token(tmp_path):
+    """But the first, which nothing predicts; also on the end of a thought that is cut short."""
+    folder = write(tmp_path, *(line(f"question {n}", f"{n}", reasoning_content="think about it") for n in range(20)))
+    spoken, every = (streams(opened(folder, truncated=1.0, **learned)) for learned in ({}, {"learned": "every"}))
+    for one, other in zip(spoken, every, strict=True):
+        np.testing.assert_array_equal(one.tokens_t, other.tokens_t)
+        assert one.weights_t[0] == other.weights_t[0] == 0 and other.weights_t[1:].all()
+        assert 0 < one.weights_t.sum() < len(one.weights_t) / 2
+    with pytest.raises(ConfigError, match="ChatConfig.learned is 'user'; expected one of assistant, every"):
+        ChatConfig(template="x", learned="user")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

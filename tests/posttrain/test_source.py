@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from orogen.config.rl import EnvironmentConfig, RLConfig
+from orogen.posttrain.groups import Groups
 from orogen.posttrain.measures import measured
 from orogen.posttrain.rollout import Spent
 from orogen.posttrain.samples import Mismatch, Sample
-from orogen.posttrain.source import RolloutSource
 
 ONE = EnvironmentConfig(name="a", kind="synthetic", family="copy")
 RL = RLConfig(
@@ -22,11 +22,11 @@ def sample(group, reward, longest):
     return Sample("a", group, group, "k", "p", reward=reward, longest=longest)
 
 
-def source(**attributes):
-    """One without engine and weights."""
-    made = object.__new__(RolloutSource)
+def groups(**attributes):
+    """Those of a run without engine and weights."""
+    made = object.__new__(Groups)
     config = SimpleNamespace(train=SimpleNamespace(seed=0))
-    for name, value in ({"_rl": RL, "_config": config, "_rollout": 0, "progress": None} | attributes).items():
+    for name, value in ({"_rl": RL, "_config": config} | attributes).items():
         setattr(made, name, value)
     return made
 
@@ -34,7 +34,7 @@ def source(**attributes):
 def test_the_longest_turn_decides_the_penalty():
     """Turns of 6 and at most 4 tokens: penalties -0.5 and 0, however many turns there are."""
     group = [sample(0, 1.0, 6), sample(0, 1.0, 4)]
-    source()._judge(group)
+    groups()._judge(group)
     assert [one.advantage for one in group] == [-0.25, 0.25]
 
 
@@ -48,8 +48,8 @@ def test_equal_rewards_with_unequal_lengths_are_a_gradient():
 
     curriculum = SimpleNamespace(draw=lambda rollout: [("a", 7), ("a", 8)], more=lambda name, count, rollout: [9])
     rl = dataclasses.replace(RL, resample=1)
-    made = source(_rl=rl, _rollouts=SimpleNamespace(write=write), _curriculum=curriculum)
-    samples, replaced = made._groups(None)
+    made = groups(_rl=rl, _rollouts=SimpleNamespace(write=write), curriculum=curriculum)
+    samples, replaced = made._groups(0, None, lambda: None)
     assert drawn == [[7, 7, 8, 8], [9, 9]] and replaced == 0
     found = measured(samples, [samples[:2], samples[2:]], Mismatch(), rl)
     assert found["zero_gradient_groups"] == 0.5
@@ -58,13 +58,12 @@ def test_equal_rewards_with_unequal_lengths_are_a_gradient():
 def test_faults_are_those_of_this_rollout():
     rollouts = SimpleNamespace(spent=Spent(), take=lambda *weights: None, faults={"timeout": 3, "crash": 1})
 
-    def groups(engine):
+    def written(*_):
         rollouts.faults = {"timeout": 5, "crash": 1}
         return [sample(0, 1.0, 1), sample(1, 1.0, 1)], 0
 
-    curriculum = SimpleNamespace(profile_due=lambda rollout: False)
-    made = source(_rollouts=rollouts, _curriculum=curriculum, _groups=groups)
-    made._batch = lambda *parts: (None, Mismatch())
-    made._batches(SimpleNamespace(params=None, buffers=None))
-    faults = {name: count for name, count in made._measures.items() if name.startswith("faults/")}
+    curriculum = SimpleNamespace(profile_due=lambda rollout: False, state=dict)
+    made = groups(_rollouts=rollouts, curriculum=curriculum, _groups=written)
+    found = made.write(0, None, lambda: None).measures
+    faults = {name: count for name, count in found.items() if name.startswith("faults/")}
     assert faults == {"faults/timeout": pytest.approx(2)}

@@ -64,6 +64,9 @@ class EngineConfig:
     )
     written_out: Annotated[bool, "whether layers are unrolled, so that no loop copies weights"] = True
     exact: Annotated[bool, "whether answers are the same to the bit however requests are batched"] = False
+    report_experts: Annotated[
+        bool, "whether outputs tell the experts of every token; prompts are then read whole, without a prefix cache"
+    ] = False
     warm: Annotated[bool | None, "whether a server compiles every program first; None: unless it runs on a CPU"] = None
     seed: Annotated[int, "draws the seeds of requests that give none"] = 0
 
@@ -97,6 +100,8 @@ class EngineConfig:
         require(enough, self, "replay", f"at least {2 * fed}, twice the tokens of a step")
         require(not self.exact or not self.replayed, self, "replay", "0 where exact is on")
         require(not self.exact or self.drafter == "none", self, "drafter", "none where exact is on")
+        told = "False with exact or prefix_cache: a token that is not read, or read again, has no experts to report"
+        require(not self.report_experts or not (self.exact or self.prefix_cache), self, "report_experts", told)
         require(0 <= self.seed < 2**63, self, "seed", "a whole number from 0 to 2**63 - 1")
 
     @property

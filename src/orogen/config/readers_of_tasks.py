@@ -27,7 +27,7 @@ def _of_preference(fields: str, holds: Callable[[PreferenceConfig], bool], other
 
 
 ALWAYS = {
-    "chat": "template too_long without_reasoning truncated",
+    "chat": "template too_long without_reasoning truncated learned",
     "distill": "divergence cross_entropy temperature top_k logits states",
     "elastic": "budgets cost hidden_size intermediate_size num_attention_heads mamba_num_heads mamba_head_dim "
     "n_routed_experts moe_intermediate_size moe_shared_expert_intermediate_size moe_latent_size num_layers removal "

@@ -1,6 +1,7 @@
 """Reinforcement learning: environments, rollouts, objective and curriculum."""
 
 import dataclasses
+import urllib.parse
 from typing import Annotated, NamedTuple
 
 from orogen.config.checks import (
@@ -31,13 +32,24 @@ ALGORITHMS = {
     # arXiv:2507.18071, section 5.1.
     "gspo": Defaults(3e-4, 4e-4, "sequence", "filter", 0),
 }
-KINDS = ("synthetic", "reasoning_gym", "code", "json_schema", "instructions", "workplace")
+GYM = "nemo_gym"
+KINDS = ("synthetic", "reasoning_gym", "code", "json_schema", "instructions", "workplace", GYM)
 # Kinds whose tasks come from a family, and those whose tasks may come from a file.
-OF_FAMILIES, OF_FILES = ("synthetic", "reasoning_gym"), ("code", "json_schema", "instructions")
+OF_FAMILIES, OF_FILES = ("synthetic", "reasoning_gym"), ("code", "json_schema", "instructions", GYM)
 RUN_CODE = ("code", "reasoning_gym")  # what the model writes may run as Python
 IMPORTANCE = ("none", "tis", "icepop", "sequence")
 OVERLONG = ("keep", "filter", "penalty")
 PLAIN = "plain"
+
+
+def is_address(url: str | None) -> bool:
+    """Whether a text is http:// or https:// and a host, with perhaps a port and a path."""
+    try:
+        found = urllib.parse.urlsplit(url or "")
+        whole = found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:
+        return False
+    return whole and found.username is None and not (found.query or found.fragment) and str(url).isascii()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +57,19 @@ class EnvironmentConfig:
     """Tasks with verifiable answers.
 
     kind: synthetic (small families of our own), reasoning_gym (needs the extra rl), code (unit tests in a sandbox),
-    json_schema, instructions (checks in the manner of IFEval) or workplace (tools over a small stateful database).
+    json_schema, instructions (checks in the manner of IFEval), workplace (tools over a small stateful database) or
+    nemo_gym (the tools and the verifier of a resources server of NeMo Gym).
     corpus: one task per line of a .jsonl file; see the kind's module in posttrain/environments.
     """
 
     name: Annotated[str, "by which metrics know it: letters, digits, _ and -"]
-    kind: Annotated[str, "synthetic, reasoning_gym, code, json_schema, instructions or workplace"]
+    kind: Annotated[str, "synthetic, reasoning_gym, code, json_schema, instructions, workplace or nemo_gym"]
     share: Annotated[float, "share of each step's prompts, relative to those of the others"] = 1.0
     family: Annotated[str | None, "family of synthetic tasks, or data set of reasoning_gym"] = None
     corpus: Annotated[
-        str | None, "file of tasks (.jsonl) of code, json_schema or instructions; None: generated ones"
+        str | None, "file of tasks (.jsonl) of code, json_schema, instructions or nemo_gym; None: generated ones"
     ] = None
+    url: Annotated[str | None, "where a resources server of NeMo Gym listens, such as http://127.0.0.1:8001"] = None
     examples: Annotated[int, "different tasks, where they are generated"] = 1000
     level: Annotated[int, "difficulty of generated tasks, where they have one"] = 1
     seed: Annotated[int, "of generated tasks"] = 0
@@ -63,6 +77,9 @@ class EnvironmentConfig:
     turns: Annotated[int, "the most turns of the assistant in one episode"] = 8
     seconds: Annotated[float, "deadline of one verification"] = 10.0
     memory_mb: Annotated[int, "memory of the process that verifies, and of a program in the sandbox"] = 1024
+    teacher: Annotated[
+        str | None, "checkpoint of this domain's teacher, whose judgement of each token takes the place of rewards"
+    ] = None
     unsandboxed: Annotated[
         bool, "whether code, or a family of reasoning_gym that evaluates answers, may run without a sandbox"
     ] = False
@@ -79,7 +96,12 @@ class EnvironmentConfig:
                 else f"None: kind {self.kind!r} has no families")  # fmt: skip
         expected = f"None: kind {self.kind!r} reads no file"
         require(self.corpus is None or self.kind in OF_FILES, self, "corpus", expected)
-        require(self.corpus != "", self, "corpus", "a non-empty string, or None")
+        for field in ("corpus", "teacher"):
+            require(getattr(self, field) != "", self, field, "a non-empty string, or None")
+        served = self.kind == GYM
+        require(not served or self.corpus is not None, self, "corpus", "a data set of NeMo Gym")
+        expected = "http:// or https:// and a host" if served else f"None: kind {self.kind!r} calls no server"
+        require(is_address(self.url) if served else self.url is None, self, "url", expected)
         require(0 <= self.partial_credit < 1, self, "partial_credit", "from 0 to below 1")
         expected = "0: only synthetic tasks have it"
         require(not self.partial_credit or self.kind == "synthetic", self, "partial_credit", expected)
@@ -105,8 +127,17 @@ class RLConfig:
     shortest ones that are good (Nemotron 3 Nano report, section 3.4).
     curriculum: gaussian profiles the pass rate of every task, drops those that always succeed, and draws by a Gaussian
     over the pass rate whose mean goes from curriculum_start to curriculum_end over the run (section 3.2).
+    EnvironmentConfig.teacher: distillation on policy (MOPD of Nemotron 3 Ultra). The advantage of each token of such an
+    environment is log π_teacher - log π, within advantage_clip; rewards are only measured.
     updates: optimizer steps per batch of rollouts; with more than one, later ones are off-policy.
     exact: rollouts and the trainer's log-probabilities are computed by programs that round alike: they differ by 0.
+    router_replay: the engine records the experts of every token, and the trainer's passes take those in place of their
+    own choice; weights of experts are the trainer's (R3 of NeMo RL). Prompts are then read for each answer anew.
+    server: a server writes the rollouts. Weights go to it as checkpoint folders, prompts as token ids; its key is in
+    the environment, as OROGEN_API_KEY.
+    staleness: with n > 0, rollouts are written by a thread beside the trainer, at most n batches ahead of it. The
+    weights that train a batch are handed over between two calls of decoding, and texts go on with what older ones
+    cached, so that tokens of one answer may be of different weights, and have the log-probabilities of these.
     template: plain joins the texts of messages by line ends, for models without one.
     """
 
@@ -150,6 +181,10 @@ class RLConfig:
     curriculum_width: Annotated[float, "standard deviation of the Gaussian"] = 0.2
     updates: Annotated[int, "optimizer steps per batch of rollouts"] = 1
     exact: Annotated[bool, "whether rollouts and trainer agree to the bit; needs one device"] = False
+    router_replay: Annotated[bool, "whether the trainer routes tokens to the experts that the rollout chose"] = False
+    server: Annotated[str | None, "http://HOST:PORT of an `orogen serve` that writes the rollouts; None: here"] = None
+    server_weights: Annotated[str | None, "the folder of its --weights, through which it gets the weights"] = None
+    staleness: Annotated[int, "batches of rollouts that are written ahead while the trainer updates; 0: none"] = 0
     slots: Annotated[int, "answers that the engine writes at once"] = 16
     workers: Annotated[int, "processes that verify, per environment"] = 2
     table_rows: Annotated[int, "samples of each batch that are written to the run folder's rollouts/"] = 16
@@ -163,8 +198,16 @@ class RLConfig:
         require_positive(self, "prompts", "max_tokens", "temperature", "importance_high", "advantage_clip", "updates")
         require_positive(self, "profile_samples", "curriculum_width", "slots", "workers", "clip_low", "clip_high")
         require_not_negative(self, "importance_low", "overlong_buffer", "overlong_penalty", "resample", "kl")
+        require_not_negative(self, "staleness")
+        for field in ("router_replay", "staleness", "server"):
+            expected = "nothing where exact is on: an engine of this process computes both sides, by the same weights"
+            require(not (self.exact and getattr(self, field)), self, field, expected)
+        expected = "a folder with server, None without"
+        require((self.server is None) == (self.server_weights is None), self, "server_weights", expected)
         require_not_negative(self, "length_control", "concise_bonus", "profile_every", "table_rows")
-        require(self.samples > 1, self, "samples", "at least 2: the others are the baseline")
+        taught = all(one.teacher is not None for one in self.environments)
+        require_positive(self, "samples")
+        require(self.samples > 1 or taught, self, "samples", "at least 2, where there are rewards: their baseline")
         require(self.template != "", self, "template", "a non-empty string")
         for field, choices in (
             ("algorithm", ALGORITHMS), ("mean", (None, "token", "sequence")), ("importance", IMPORTANCE),

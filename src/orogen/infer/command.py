@@ -84,6 +84,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drain_seconds", type=seconds, default=30.0, metavar="S",
         help="after SIGTERM, time for requests to end (default: %(default)g)")  # fmt: skip
     add("--priorities", action="store_true", help="let clients say which of their requests go before those of others")
+    add("--weights", type=Path, metavar="DIR", help="let clients load other weights, of checkpoints in this folder")
     add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)
 
 
@@ -256,17 +257,21 @@ def score(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     """`orogen serve`."""
     _require_installed(SERVE_NEEDS)
+    from orogen.config.load import load_engine
     from orogen.infer.constrain import Constraints
     from orogen.infer.engine import Engine
     from orogen.infer.serve.app import make_app
     from orogen.infer.serve.exchange import Settings
     from orogen.infer.serve.run import listen, make_server, run
+    from orogen.infer.serve.weights import Weights
     from orogen.infer.service import Service
     from orogen.infer.warm import warm_aloud
 
     key = os.environ.get(API_KEY) if options.api_key is None else options.api_key
     if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
         raise ConfigError(f"--api_key or {API_KEY} is empty or no plain ASCII; expected a key, or none of both")
+    if options.weights is not None and (key is None or not options.weights.is_dir()):
+        raise ConfigError(f"--weights {options.weights}; expected a folder that exists, and a key: {API_KEY}")
     chosen = {name: getattr(options, name) for name in ("slots", "max_length", "queue")}
     bindings = [f"EngineConfig.{name} = {value}" for name, value in chosen.items() if value is not None]
     with listen(options.host, options.port) as bound:  # before the model is read, which may take minutes
@@ -275,6 +280,10 @@ def serve(options: argparse.Namespace) -> int:
         compiles = words is not None and importlib.util.find_spec("llguidance") is not None
         constraints = Constraints(words, opened.config.vocab_size) if compiles else None
         engine = Engine(opened, config, release=True)
+        weights, model = None, opened.config
+        if options.weights is not None:
+            plan, _ = load_engine([*options.gin_bindings, *bindings])
+            weights = Weights(engine, options.weights, model, plan, config)
         del opened  # what it still had of the weights
         warm_aloud(engine)
         service = Service(engine, limit=config.slots + config.queue)
@@ -286,7 +295,7 @@ def serve(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
 
-        beside = {"constraints": constraints, "scheduler": engine.scheduler}
+        beside = {"constraints": constraints, "scheduler": lambda: engine.scheduler, "weights": weights}
         app = make_app(service, settings, tokenizer=words, chat=chat, **beside)
         with contextlib.closing(engine):
             return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)

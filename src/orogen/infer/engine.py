@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.infer.arrays import Arrays
+from orogen.infer.dispatched import Dispatched, logprobs_wanted
 from orogen.infer.lane import Lane
 from orogen.infer.packing import pack
 from orogen.infer.prepare import buckets_of, check_request, is_token, prepared
@@ -38,14 +39,6 @@ from orogen.infer.warm import compiling, run_all
 SHORT = 4
 
 
-class Dispatched(NamedTuple):
-    """A call whose outputs are not told yet: the row of each request, and most steps; 0 for one that read."""
-
-    placed: list[tuple[int, Slot]]
-    emitted: Future[Emitted]
-    steps: int
-
-
 class Engine:
     """Answers requests by one model. Not thread-safe. Raises ConfigError for a plan or model that it cannot serve.
 
@@ -58,6 +51,7 @@ class Engine:
         """release: the engine takes over the model's arrays, which `opened` then has no more; see `written_out`."""
         self.config = config = config or EngineConfig()
         self.sizes = sizes = sizes_of(opened.config, opened.plan.config, config)
+        self._bare = opened._replace(params=None, buffers=None)
         self.opened = opened = prepared(opened, config, release=release)
         self.scheduler = Scheduler(sizes.capacity(config))
         self.programs = Programs(opened, config, sizes.drafts, sizes.length, is_token(opened))
@@ -68,7 +62,7 @@ class Engine:
         self._slots: dict[int, Slot] = {}
         self._waiting: dict[int, tuple[Request, TextStream | None, Any]] = {}
         self._dispatched: collections.deque[Dispatched] = collections.deque()
-        self._failure: str | None = None
+        self._failure, self.version = None, 0
         self._outputs: list[Output] = []
         self._texts = Texts(opened.tokenizer) if opened.tokenizer is not None else None
         self._constraints: Any = None
@@ -179,17 +173,23 @@ class Engine:
         run_all(jobs)
         return len(jobs)
 
-    def give(self, params: Any, buffers: Any) -> None:
-        """Answers from now on by other weights of the same model, laid out and sharded like those before, which the
-        engine lets go of. Nothing that was cached stays, and slots and pages are given out as by a new engine: answers
-        are the same to the bit as its. Raises ValueError while anything is under way, EngineFailed."""
-        self._require_sound()
+    def give(self, params: Any, buffers: Any, *, version: int = 0) -> None:
+        """Answers from now on by other weights of the same model, laid out and sharded like those of `opened`. Nothing
+        that was cached stays, and slots and pages are given out as by a new engine: answers are the same to the bit as
+        its. Raises ValueError while anything is under way, EngineFailed."""
         if self.busy:
             raise ValueError("an engine that answers takes no other weights; expected it to be idle")
-        self._lane.settled()
-        self.opened = prepared(self.opened._replace(params=params, buffers=buffers), self.config, release=False)
-        self.programs.take(self.opened)
+        self.swap(params, buffers, version=version)
         self.scheduler = Scheduler(self.sizes.capacity(self.config))
+
+    def swap(self, params: Any, buffers: Any, *, version: int) -> None:
+        """As `give`, between two steps and while requests run: these go on with what earlier weights cached. version:
+        reported with each token that the weights choose. Raises EngineFailed."""
+        self._require_sound()
+        self._lane.settled()
+        self.opened = prepared(self._bare._replace(params=params, buffers=buffers), self.config, release=False)
+        self.programs.take(self.opened)
+        self.version = version
 
     def close(self) -> None:
         """Ends the process that compiles grammars, if there is one."""
@@ -261,8 +261,12 @@ class Engine:
             packed_rw = pack(self._arrays.entries(entries, rows, self._slots))
             inputs = packed_rw, *self._arrays.pieces(rows, call.length, self._slots), counted, mask_rw
             placed = [(row, slot) for row, slot in enumerate(ending) if slot]
-            emitted, hidden = self._lane.read(inputs, logprobs=_logprobs(placed))
+            emitted, hidden = self._lane.read(inputs, logprobs=logprobs_wanted(placed))
             self._score(rows, call.length, hidden)
+            if self.config.report_experts:
+                for row, piece in enumerate(rows):
+                    if piece is not None:
+                        self._slots[piece.slot].pieces.append((piece.start, emitted, row, piece.count))
             self._dispatch(placed, emitted, 0)
             for piece in call.pieces:
                 whole = planned[piece.slot]
@@ -284,7 +288,7 @@ class Engine:
             return
         for _, slot in placed:
             slot.ahead += steps or 1
-        self._dispatched.append(Dispatched(placed, emitted, steps))
+        self._dispatched.append(Dispatched(placed, emitted, steps, self.version))
 
     def _has_read(self, piece: Piece) -> None:
         """Keeps what is to be kept behind a piece, and reports it."""
@@ -303,7 +307,7 @@ class Engine:
         table_bp = self._arrays.table(slot.length_after(steps, self.sizes.drafts) for slot in running)
         inputs = packed_bw, table_bp, mask_bw
         placed = [(slot.seat, slot) for slot in running]
-        emitted = self._lane.decode(inputs, features=features, steps=steps, logprobs=_logprobs(placed))
+        emitted = self._lane.decode(inputs, features=features, steps=steps, logprobs=logprobs_wanted(placed))
         self.stats.called_steps += steps
         self._dispatch(placed, emitted, steps)
 
@@ -336,6 +340,9 @@ class Engine:
             if not chosen and not bad[row]:
                 continue  # it has ended, which is told already
             output = slot.told(chosen, bad=bad[row])
+            if call.version or report.experts is not None:
+                experts = slot.experts(report, row, len(output.tokens))
+                output = dataclasses.replace(output, experts=experts, version=call.version)
             self.stats.generated_tokens += len(output.tokens)
             if output.finish is not None:
                 keeps = output.finish != ERROR and self.opened.plan.size("context") == 1  # see `Stores.holding`
@@ -343,8 +350,3 @@ class Engine:
                 self.scheduler.finished(slot.seat, committed=committed)
                 self._leave(slot.seat)
             self._outputs.append(output)
-
-
-def _logprobs(placed: Sequence[tuple[int, Slot]]) -> bool:
-    """Whether any of these requests wants them."""
-    return any(slot.request.logprobs is not None for _, slot in placed)

@@ -18,17 +18,19 @@ from jax import Array, lax
 from orogen.infer.budget import Markers
 from orogen.infer.exact import choose_rows, read_rows
 from orogen.infer.knobs import Features, Knobs
+from orogen.infer.lookup import NONE, at, look_up, written
 from orogen.infer.sampling import Rows, choose
 from orogen.layers.documents import Documents
+from orogen.model.by_letter import by_letter
 from orogen.model.cache import caches as caches_of
+from orogen.model.cache import without_caches
 from orogen.model.lm import LanguageModel
 from orogen.model.replayed import counts
 from orogen.model.slots import rolled_back, with_tables, without_drafts
+from orogen.model.stages import MOE
 from orogen.parallel.context import copied, own, taken
 from orogen.parallel.plan import Plan
-
-NONE = -1  # in place of a token: none was emitted, drafted or given
-LONGEST = 3  # tokens of the end of a text that prompt lookup looks for earlier in it
+from orogen.train.loss import map_moe
 
 
 class Caches(NamedTuple):
@@ -72,12 +74,15 @@ class Pieces(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Tokens, NONE where none was emitted, and what was asked for of each; see `sampling.Choice`."""
+    """Tokens, NONE where none was emitted, and what was asked for of each; see `sampling.Choice`. experts: those that
+    the tokens fed went to, int16, in each layer of experts in the order of the pattern (…, l, k): of a step, the tokens
+    before those emitted; of a piece, all of its tokens."""
 
     token: Array
     logprob: Array | None
     top_ids: Array | None
     top_logprobs: Array | None
+    experts: Array | None = None
 
 
 class Read(NamedTuple):
@@ -111,7 +116,8 @@ class Sampler(NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Forward:
     """A model on a plan, ready to decode. drafts: tokens that are drafted at a time, 0 for none. lookup: whether they
-    are looked up. exact: None, or how rows are computed one by one."""
+    are looked up. exact: None, or how rows are computed one by one. experts: layers of experts and experts per token,
+    if those of each token are reported; else None."""
 
     model: LanguageModel
     plan: Plan
@@ -121,6 +127,7 @@ class Forward:
     features: Features
     is_token_v: Array
     markers: Markers | None
+    experts: tuple[int, int] | None = None
 
     def read(self, caches: Caches, pieces: Pieces, sampler: Sampler) -> Read:
         """Reads a piece of each row's prompt."""
@@ -142,6 +149,7 @@ class Forward:
         next_bt = jnp.concatenate([pieces.tokens_bt[:, 1:], next_b[:, None]], axis=1)
         next_bt = jnp.where(time_t == last_b[:, None], next_b[:, None], next_bt)
         caches, drafts_bn = self._draft(caches, seen_btd, next_bt, docs, live_b=ends_b)
+        report = report._replace(experts=self._routed(kept))
         return Read(caches, rows, report, drafts_bn, bad_b, seen_btd)
 
     def step(self, caches: Caches, control: Control, sampler: Sampler) -> tuple[Caches, Rows, Control, Report, Array]:
@@ -159,10 +167,11 @@ class Forward:
         h_btd, kept = self.model.hidden(tokens_bt, docs, self.plan, caches.backbone)
         logits_btv = self.model.project(self.plan.enter(h_btd), self.plan)
         rows, left_b, report, bad_b = self._accept(logits_btv, control, sampler)
+        report = report._replace(experts=self._routed(kept))
         count_b = jnp.sum(report.token != NONE, axis=1, dtype=jnp.int32)
         backbone = rolled_back(caches_of(kept), counts(docs) - count_b) if self.drafts else caches_of(kept)
         last_b = jnp.maximum(count_b - 1, 0)
-        token_b = jnp.where(live_b, _at(report.token, last_b)[:, 0], control.token_b)
+        token_b = jnp.where(live_b, at(report.token, last_b)[:, 0], control.token_b)
         known = docs._replace(segments_bt=(jnp.arange(fed) < count_b[:, None]).astype(jnp.int32))
         caches, drafts_bn = self._draft(
             caches._replace(backbone=backbone), h_btd, report.token, known, live_b=live_b & (left_b > 0)
@@ -177,7 +186,7 @@ class Forward:
     ) -> tuple[Caches, Rows, Control, Report, Array]:
         """`step` without drafts, by reading again the tokens after the last whole piece."""
         assert self.exact is not None
-        caches = caches._replace(text_bl=_written(caches.text_bl, control.token_b[:, None], docs))
+        caches = caches._replace(text_bl=written(caches.text_bl, control.token_b[:, None], docs))
         first_b = control.place_b // self.exact.chunk * self.exact.chunk
         count_b = jnp.where(control.left_b > 0, control.place_b - first_b + 1, 0)
         caches, logits_bv = self._exactly(caches, first_b, count_b, control.table_bp)
@@ -207,7 +216,15 @@ class Forward:
             None if count is None else jnp.zeros(shape),
             None if top is None else jnp.full(top, NONE),
             None if top is None else jnp.zeros(top),
+            None if self.experts is None else jnp.full((*shape, *self.experts), NONE, jnp.int16),
         )
+
+    def _routed(self, kept: Any) -> Array | None:
+        """(b, t, l, k) int16: the experts of tokens, of what the backbone's layers kept."""
+        if self.experts is None:
+            return None
+        chosen = map_moe(lambda stats: stats.choice.replay.experts, without_caches(kept))
+        return jnp.moveaxis(by_letter(chosen, self.model.backbone.items)[MOE], 0, 2).astype(jnp.int16)
 
     def _accept(self, logits_btv: Array, control: Control, sampler: Sampler) -> tuple[Rows, Array, Report, Array]:
         """Chooses tokens in turn while they equal the drafts. Returns rows, tokens left, the report and bad rows."""
@@ -260,7 +277,7 @@ class Forward:
         if not self.lookup:
             return caches, none_bn
         after = docs._replace(positions_bt=docs.positions_bt + 1)
-        text_bl = _written(caches.text_bl, next_bt, after)
+        text_bl = written(caches.text_bl, next_bt, after)
         end_b = docs.positions_bt[:, 0] + counts(docs)
         found_bn = look_up(text_bl, end_b, self.drafts)
         return caches._replace(text_bl=text_bl), jnp.where(live_b[:, None], found_bn, none_bn)
@@ -273,7 +290,7 @@ class Forward:
         last_b = jnp.maximum(counts(docs) - 1, 0)
         h_btd, mtp = self._deeper(caches.mtp, h_btd, *self._own(next_bt, docs), self.plan)
         h_b1d = self._last(h_btd, last_b)
-        decoding, place_b1 = copied(self.plan).decoding(), _at(docs.positions_bt, last_b)
+        decoding, place_b1 = copied(self.plan).decoding(), at(docs.positions_bt, last_b)
         drafts, tentative = [self._likeliest(h_b1d)], mtp
         for depth in range(1, self.drafts):
             one = Documents(live_b[:, None].astype(jnp.int32), place_b1 + depth)
@@ -305,43 +322,7 @@ class Forward:
         return jnp.argmax(logits_b1v, -1).astype(jnp.int32)
 
 
-def look_up(text_bl: Array, end_b: Array, count: int) -> Array:
-    """(b, count) int32: what followed the last tokens of each text where they last occurred before, the longest such
-    end of at most LONGEST tokens; NONE where they did not, or beyond the text. end_b: the last token's place.
-
-    Source: prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding."""
-    place_l = jnp.arange(text_bl.shape[1])
-    length_bl = jnp.zeros(text_bl.shape, jnp.int32)
-    same_bl = jnp.ones(text_bl.shape, bool)
-    for back in range(LONGEST):
-        token_b1 = _at(text_bl, jnp.maximum(end_b - back, 0))
-        earlier_bl = jnp.pad(text_bl, ((0, 0), (back, 0)), constant_values=NONE)[:, : text_bl.shape[1]]
-        same_bl &= (earlier_bl == token_b1) & (place_l >= back) & (end_b[:, None] >= back)
-        length_bl += same_bl
-    # Longest first, then latest; the end of the text itself does not count.
-    rank_bl = jnp.where(place_l < end_b[:, None], length_bl * text_bl.shape[1] + place_l, NONE)
-    found_b = jnp.argmax(rank_bl, axis=1)
-    index_bn = found_b[:, None] + 1 + jnp.arange(count)
-    drafts_bn = jnp.take_along_axis(text_bl, index_bn, axis=1, mode="clip")
-    known_bn = (_at(length_bl, found_b) > 0) & (index_bn <= end_b[:, None]) & (end_b[:, None] > 0)
-    return jnp.where(known_bn, drafts_bn, NONE)
-
-
 def with_pages(caches: Caches, table_bp: Array) -> Caches:
     """The caches of rows with these pages."""
     mtp = None if caches.mtp is None else with_tables(caches.mtp, table_bp)
     return caches._replace(backbone=with_tables(caches.backbone, table_bp), mtp=mtp)
-
-
-def _written(text_bl: Array, tokens_bt: Array, docs: Documents) -> Array:
-    """The text with the tokens at their places."""
-    index_bt = jnp.where(docs.segments_bt != 0, docs.positions_bt, text_bl.shape[1])
-    return jax.vmap(lambda text_l, index_t, tokens_t: text_l.at[index_t].set(tokens_t, mode="drop"))(
-        text_bl, index_bt, tokens_bt
-    )
-
-
-def _at(x_bt: Array, index_b: Array) -> Array:
-    """(b, 1, …): of each row what is at its own index."""
-    index = index_b.reshape(-1, *(1,) * (x_bt.ndim - 1))
-    return jnp.take_along_axis(x_bt, index, axis=1)

@@ -106,7 +106,7 @@ class Lane:
         """What the host reads of what a call emitted, on its way to the host: each array takes a transfer."""
         self._held, emitted = results
         if not logprobs:
-            emitted = emitted._replace(report=Report(emitted.report.token, None, None, None))
+            emitted = emitted._replace(report=emitted.report._replace(logprob=None, top_ids=None, top_logprobs=None))
         for array in jax.tree.leaves(emitted):
             array.copy_to_host_async()
         return emitted

@@ -30,6 +30,7 @@ from orogen.infer.packing import unpack
 from orogen.infer.request import MOST_LOGPROBS
 from orogen.infer.state import State, carried, controlled, entered, no_entries, no_seats, no_state, rows_for
 from orogen.infer.stores import Stores
+from orogen.model.stages import MOE
 from orogen.parallel.axes import STREAM
 from orogen.parallel.placement import jitted
 from orogen.parallel.plan import Plan
@@ -256,7 +257,9 @@ class Programs(Stores):
         exact = Exact(self.config.chunk, self.layout.leads.backbone) if self.config.exact else None
         model = self.merged(params, buffers)
         markers = self.markers if features.budgets else None
-        return Forward(model, plan, self.drafts, lookup, exact, features, is_token_v, markers)
+        told, config = self.config.report_experts, self.opened.config
+        experts = (config.layers.main.count(MOE), config.num_experts_per_tok) if told else None
+        return Forward(model, plan, self.drafts, lookup, exact, features, is_token_v, markers, experts)
 
     def _decode_plan(self) -> Plan:
         """Of decoding: rows are split, and products of experts are those for few rows."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 from orogen.config.checks import check_types, require, require_choice
 
@@ -158,7 +158,9 @@ class Output:
     is not yet complete, or what may begin a stop string, wait for the next). finish: why it ended, None while it goes
     on. stop: the stop string, or the one of `Request.stop_ids`, that ended it. error: what was wrong, where `finish` is
     ERROR. cached: tokens of the prompt that the prefix cache had; prompt: its tokens but the first, if their
-    log-probabilities were requested. Both in the first output alone.
+    log-probabilities were requested. Both in the first output alone. experts: where the engine reports them, a numpy
+    array (n, l, k) of those that the tokens read for this output went to: all of the prompt in the first one, later
+    the tokens before the new ones. version: of the weights that chose the tokens, see `Engine.swap`.
     """
 
     number: int
@@ -169,3 +171,5 @@ class Output:
     stop: str | int | None = None
     cached: int | None = None
     prompt: tuple[Chosen, ...] = ()
+    experts: Any = None
+    version: int = 0

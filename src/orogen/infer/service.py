@@ -135,6 +135,19 @@ class Service:
             self._check_idle()
         return stream
 
+    async def between(self, action: Callable[[], None]) -> None:
+        """Carries out what concerns the engine between two of its steps. Raises what the action raises."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(action())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._command(run)
+        await asyncio.wrap_future(done)
+
     def forget(self, stream: Stream) -> None:
         """Lets go of a stream, and cancels its request unless it has ended. On the event loop."""
         number = stream.number

@@ -75,5 +75,8 @@ def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
     each = plan.data * plan.context * plan.tensor
     require(config.slots % each == 0, config, "slots", f"a multiple of data x context x tensor = {each}")
     require(plan.devices == 1 or not config.exact, config, "exact", f"False on {plan.devices} devices")
+    told = plan.tensor == plan.context == 1 and "E" in model.layers.main
+    expected = "False without experts, or with tensor or context, whose ranks route a part of the tokens each"
+    require(told or not config.report_experts, config, "report_experts", expected)
     has_block = config.drafter != "mtp" or bool(model.layers.mtp)
     require(has_block, config, "drafter", "none or lookup: the model has no multi-token-prediction block")

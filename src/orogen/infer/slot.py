@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from orogen.infer.forward import NONE, Report
+from orogen.infer.forward import Report
 from orogen.infer.knobs import Features, features_of
+from orogen.infer.lookup import NONE
+from orogen.infer.programs import Emitted
 from orogen.infer.request import CANCELLED, ERROR, LENGTH, STOP, Chosen, Output, Request
 from orogen.infer.state import MOST_ENDS
 from orogen.infer.text import TextStream
@@ -32,7 +34,8 @@ class Slot:
     """A request that runs. seat: the slot that it has. cached: tokens of its prompt that were. pages: its own, in
     order. end_ids: ids that end it. text, matcher: None without. generated: all ids that have been told. ahead: steps
     that were dispatched and not told, each of which gives a token at least, if the text goes on. scored: of the pieces
-    of a prompt that is scored, in order, what was reported, the row, and the tokens."""
+    of a prompt that is scored, in order, what was reported, the row, and the tokens. pieces: of every piece, where
+    experts are reported, its first place, what was emitted, the row, and the tokens."""
 
     number: int
     request: Request
@@ -45,6 +48,7 @@ class Slot:
     generated: list[int] = dataclasses.field(default_factory=list)
     ahead: int = 0
     scored: list[tuple[Future[Report], int, int]] = dataclasses.field(default_factory=list)
+    pieces: list[tuple[int, Future[Emitted], int, int]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def features(self) -> Features:
@@ -121,6 +125,19 @@ class Slot:
             raise ValueError(f"the log-probability of token {odd[0]} of the prompt is not a number")
         return tuple(found)
 
+    def experts(self, report: Report, row: int, count: int) -> np.ndarray | None:
+        """(n, l, k) int16: the experts of the tokens that the model read for an output of `count` tokens: first the
+        whole prompt, then the tokens before these. None where they are not reported."""
+        if report.experts is None:
+            return None
+        if self.pieces:
+            of_each = sorted(self.pieces, key=lambda piece: piece[0])
+            parts = [np.asarray(found.result().report.experts)[at, :some] for _, found, at, some in of_each]
+            self.pieces.clear()
+            return np.concatenate(parts)
+        tokens: Any = report.token[row]
+        return np.asarray(report.experts[row])[tokens != NONE][:count]
+
     def _stop(self) -> str | int | None:
         """What of the request ended it; None: an end of the model's own, or a grammar that is complete."""
         if self.text is not None and self.text.stopped:
@@ -154,7 +171,7 @@ def reported(report: Report, slot: int, logprobs: int) -> list[Chosen]:
     `Request`."""
     tokens: Any = report.token[slot]
     there = tokens != NONE  # what comes with a token has its axes, and those of the likeliest ones behind them
-    values, top_ids, top_values = (None if array is None else np.asarray(array[slot])[there] for array in report[1:])
+    values, top_ids, top_values = (None if array is None else np.asarray(array[slot])[there] for array in report[1:4])
     assert values is not None
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(values)
     if logprobs and top_ids is not None and top_values is not None:

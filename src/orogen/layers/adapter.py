@@ -69,6 +69,12 @@ def apart(params: nnx.State) -> tuple[nnx.State, nnx.State]:
     return weights, factors
 
 
+def without_adapters(params: nnx.State) -> nnx.State:
+    """The parameters with adapters that add nothing: their factors B are zero. The other arrays are the same ones."""
+    off = lambda path, leaf: leaf.replace(jnp.zeros_like(leaf.get_value())) if path[-1] == FACTORS[1] else leaf  # noqa: E731
+    return nnx.from_flat_state([(path, off(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
+
+
 def merged(weights: nnx.State, factors: nnx.State, scale: float) -> nnx.State:
     """The parameters of the model without adapters, whose weights are W + scale · A B, summed in float32. weights,
     factors: as `apart` gives them."""

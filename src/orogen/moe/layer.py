@@ -34,7 +34,7 @@ ROUTED = GROUPS["routed"]
 
 
 class Replay(NamedTuple):
-    """The experts of each token, and which of them had room for it. (b, t, k)"""
+    """The experts of each token, negative where it chooses for itself, and which of them had room for it. (b, t, k)"""
 
     experts: Array
     kept: Array

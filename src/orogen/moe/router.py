@@ -60,7 +60,8 @@ def route(
     a softmax over the chosen ones. The correction bias, if any, affects only the choice. With n_group > 1,
     only the topk_group groups with the largest sum of their best two biased scores are eligible. Weights are divided by
     their sum if `normalise` (those of softmax_topk add up to one anyway), then multiplied by `scaling`. Ties go to the
-    lower index. `experts_nk` replays a choice. by_pairs: how a few scores are compared. Float32 throughout.
+    lower index. `experts_nk` replays a choice, where it is not
+    negative. by_pairs: how a few scores are compared. Float32 throughout.
     Sources: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16; arXiv:2401.04088, section 2.1 (softmax_topk).
     """
     logits_ne = logits_ne.astype(jnp.float32)
@@ -68,7 +69,9 @@ def route(
     weighing_ne = logits_ne if score == "softmax_topk" else scores_ne
     choice_ne = lax.stop_gradient(weighing_ne) + (0 if bias_e is None else bias_e)
     own_nk, margin_n = _choose(choice_ne, k, n_group, topk_group, by_pairs=by_pairs)
-    chosen_nk: Any = checkpoint_name(own_nk, "routing") if experts_nk is None else experts_nk
+    chosen_nk: Any = checkpoint_name(own_nk, "routing")
+    if experts_nk is not None:
+        chosen_nk = jnp.where(experts_nk < 0, chosen_nk, experts_nk)
     flipped_n = jnp.any(jnp.sort(own_nk) != jnp.sort(chosen_nk), -1)
     weights_nk = jnp.take_along_axis(weighing_ne, chosen_nk, axis=-1)
     if score == "softmax":

@@ -45,8 +45,8 @@ compared: functions for environments of one's own, which no command runs.
 
 **Reinforcement learning** (`orogen rl`, `rl.py`): group-relative policy optimisation on `environments/`. A run's source
 of batches (`source.py`) draws tasks (`curriculum.py`), lets the weights that are about to train answer each of them
-several times (`rollout.py`), has the answers verified, and packs them with their advantages (`advantages.py`,
-`samples.py`) for the objective (`objective.py`); step, loop and plans are those of every task.
+several times (`groups.py`, `rollout.py`), has the answers verified, and packs them with their advantages
+(`advantages.py`, `samples.py`) for the objective (`objective.py`); step, loop and plans are those of every task.
 
 - *One model for both sides.* The engine reads the arrays that train, so nothing is sent and no weight is copied on one
   plan. Before each update the trainer computes the log-probabilities of all chosen tokens itself (`likelihood.py`); the
@@ -54,6 +54,9 @@ several times (`rollout.py`), has the answers verified, and packs them with thei
   `RLConfig.importance` and `sequence_error`. With `RLConfig.exact` these log-probabilities come from programs that
   round as decoding does (`infer/exact_scores.py`), and the difference is exactly 0 in float32. The pass that makes the
   gradient is over packed rows and still differs by rounding: `gap` says by how much.
+- *Distillation on policy* (`teachers.py`), as of Nemotron 3 Ultra (MOPD): an environment may name the checkpoint of
+  its teacher. The policy then learns log π_teacher - log π of each token that it wrote there, in place of rewards,
+  under the same clips and masks; `teacher_divergence` says how far it is. Other environments keep their rewards.
 - *A run that is killed goes on to the bit* and counts no sample twice: seeds derive from the run's seed, the number of
   the rollout, and the place in it; the engine takes new weights as if it were new. Batches that are left of a rollout
   with several updates are part of the checkpoint.
@@ -63,7 +66,23 @@ several times (`rollout.py`), has the answers verified, and packs them with thei
   rewards that are no numbers (`failed_verifications`, `faults/KIND`; in no baseline), overlong answers, masked tokens.
 - *Mixtures of experts*: `OptimizerConfig.frozen = ('router', 'mtp')` keeps these as they are, while correction biases
   are still updated, as in Nemotron 3 Nano's recipe.
-- *Not built*: router replay (the trainer routes tokens anew, by its own rounding), rollouts by a server over HTTP, and
-  rollouts under a PrecisionConfig, which is refused.
+- *Router replay* (`RLConfig.router_replay`): the engine reports the experts of every token that it reads, as the
+  layers kept them, and the trainer's passes, of log-probabilities and of gradients, take these in place of their own
+  choice. Weights of experts are the trainer's. A last token, which no engine reads, and the model of KL route by
+  themselves. In a later turn of an episode, the engine reads earlier answers again; tokens keep the experts with which
+  they were written. Not for plans with stages or, in the engine, with tensor or context. A server
+  needs `EngineConfig.report_experts = True` and `.prefix_cache = False`.
+- *Ahead* (`RLConfig.staleness`, `ahead.py`): a thread writes the next batches while the trainer updates, at most so
+  many ahead, on one device or by a server. Weights are handed over between two calls of decoding, and answers go on
+  with caches of older ones; every token has the log-probability of the weights that chose it, so that `importance`
+  corrects what is off-policy too. Records say how old the weights were (`staleness_mean`, `staleness_max`, in batches)
+  and how many answers are of several (`mixed_answers`). When weights change is decided by the clock, so such a run does
+  not repeat to the bit; what was in flight when it ended is written again, and never counts twice.
+- *By a server* (`RLConfig.server`, `remote.py`): `orogen serve --weights FOLDER` answers over HTTP, token ids in and
+  out. The weights go through FOLDER as checkpoints, onto whatever plan the server has. With the settings of the engine
+  in the process, a run is the same to the bit.
+- *Low-rank adapters and KL*: the model that KL refers to is the run's own without its adapters; where more is trained,
+  it is the first checkpoint's, a second model in memory.
+- *Not built*: rollouts under a PrecisionConfig, which is refused.
 - `rollouts/NUMBER.jsonl` of the run folder holds some samples of each batch to read, with rewards and advantages.
 """

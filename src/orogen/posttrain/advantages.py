@@ -43,6 +43,14 @@ def advantages(reward_n: np.ndarray, *, baseline: str, normalise: bool, clip: fl
     return found_n
 
 
+def taught(teacher_t: np.ndarray, trainer_t: np.ndarray, *, clip: float | None = None) -> np.ndarray:
+    """The advantage (t,) of each token that a teacher judges: log π_teacher - log π, whose mean over tokens that the
+    policy drew is an estimate of -KL(π || π_teacher). Source: the report of Nemotron 3 Ultra (MOPD); NeMo RL, opd.py.
+    """
+    value_t = teacher_t.astype(np.float64) - trainer_t.astype(np.float64)
+    return value_t if clip is None else np.clip(value_t, -clip, clip)
+
+
 def all_equal(reward_n: np.ndarray) -> bool:
     """Whether a group has no gradient: fewer than two rewards are known, or all are equal."""
     known = reward_n[~np.isnan(reward_n)]

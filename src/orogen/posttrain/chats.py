@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from orogen.config.chat import ChatConfig
+from orogen.config.chat import EVERY, ChatConfig
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.config.json_file import ListOf, Record, read_object
@@ -174,9 +174,17 @@ def _sequences(key: str, conversation: Conversation, config: ChatConfig, chat: C
     elif draw < config.without_reasoning + config.truncated:
         conversation = cut_short(conversation, share, chat)
     try:
-        return sequences(conversation, chat)
+        found = sequences(conversation, chat)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+    return [_wholly(stream) for stream in found] if config.learned == EVERY else found
+
+
+def _wholly(stream: Stream) -> Stream:
+    """The stream whose tokens are all learned but the first, which nothing predicts."""
+    weights_t = np.ones_like(stream.weights_t)
+    weights_t[0] = 0
+    return stream._replace(weights_t=weights_t)
 
 
 class _Fitted(NamedTuple):

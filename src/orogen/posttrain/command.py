@@ -1,16 +1,18 @@
-"""`orogen sft`, `dpo`, `rl`, `distill`, `reward` and `best_of`. Importing this does not import jax."""
+"""`orogen sft`, `dpo`, `rl`, `environments`, `distill`, `reward` and `best_of`. Importing this does not import jax."""
 
 import argparse
 import contextlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orogen.command import CHECKPOINT, EXIT_FAILURE, Command, answer, free_memory, positive
+from orogen.command import CHECKPOINT, EXIT_FAILURE, Command, add_config_arguments, answer, free_memory, positive
 from orogen.config.checks import ConfigError
 from orogen.config.preference import BRADLEY_TERRY
 from orogen.config.run import RunConfig
 from orogen.config.streams import say
+from orogen.infer.options import port
 from orogen.train.command import add_train_arguments, require_read, run_task
 
 if TYPE_CHECKING:
@@ -178,6 +180,32 @@ def rl(options: argparse.Namespace) -> int:
         return run_task(options, task, "rl")
 
 
+def _add_environments_arguments(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("action", choices=("serve", "write"), help="a resources server of NeMo Gym; or a data set for Gym's agents")
+    add_config_arguments(parser)
+    add("--out", type=Path, metavar="OUT.jsonl", help="of write: gets a line per task")
+    add("--host", default="127.0.0.1", help=f"of serve: address to listen on {default}")
+    add("--port", type=port, default=8001, metavar="P", help=f"of serve: port to listen on; 0: any {default}")
+
+
+def environments(options: argparse.Namespace) -> int:
+    """`orogen environments`."""
+    if (options.action == "write") != (options.out is not None):
+        raise ConfigError(f"environments {options.action}: expected --out with write, and with write alone")
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"{missing[0]} is not installed; expected what `pip install 'orogen[serve]'` installs")
+    from orogen.config.load import load
+    from orogen.posttrain.environments.running import serve, write_tasks
+
+    rl = load(options.gin_file, options.gin_bindings)[0].need("rl").rl
+    if options.action == "serve":
+        return serve(rl, options.host, options.port, as_json=options.json)
+    tasks = write_tasks(rl, options.out)
+    answer(options, {"out": str(options.out), "tasks": tasks}, [f"{tasks:,} tasks in {options.out}"])
+    return 0
+
+
 def _add_distill_arguments(parser: argparse.ArgumentParser) -> None:
     add_train_arguments(parser, checkpoint=f"the teacher: {CHECKPOINT}", needs_run=False)
     student = f"start the student from the weights of {CHECKPOINT}; by default it is new, of the gin files' model"
@@ -309,4 +337,14 @@ RL = Command(
     add_arguments=add_train_arguments,
     run=rl,
     joins=True,
+)
+ENVIRONMENTS = Command(
+    name="environments",
+    help="serve environments of reinforcement learning to NeMo Gym's agents, or write their tasks",
+    examples=(
+        "orogen environments write --gin_file gin_configs/posttrain/rl_toy.gin --out tasks.jsonl",
+        "orogen environments serve --gin_file gin_configs/posttrain/rl_toy.gin --port 8001",
+    ),
+    add_arguments=_add_environments_arguments,
+    run=environments,
 )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from orogen.config.streams import say
-from orogen.posttrain.rollout import Draw, Rollouts
+from orogen.posttrain.rollout import Answering, Draw, Rollouts
 
 REWARD, FAILURE, WHOLE = "heldout_reward", "heldout_failure", "whole_"
 
@@ -43,14 +43,20 @@ class HeldoutTasks:
             names_of = ", ".join(self._repeated)
             say(f"held-out tasks of {names_of} repeat questions of training: they have too few different ones")
             self._repeated = ()
-        engine = self._rollouts.take(state.params, state.buffers)
+        with self._rollouts.lock:
+            engine = self._rollouts.take(state.params, state.buffers)
+            means = self._means(engine, tasks)
+        reward = float(np.mean(means))
+        return dict(zip(names, [1 - reward, reward, *means], strict=True))
+
+    def _means(self, engine: Answering, tasks: Mapping[str, Sequence[int]]) -> list[float]:
+        """The mean reward of each environment."""
         means = []
         for name, numbers in tasks.items():
             draws = [Draw(name, int(number), place, ("heldout",)) for place, number in enumerate(numbers)]
             samples = self._rollouts.write(draws, engine, temperature=0.0, progress=self.progress)
             means.append(float(np.mean(np.nan_to_num([sample.reward for sample in samples], nan=0.0))))
-        reward = float(np.mean(means))
-        return dict(zip(names, [1 - reward, reward, *means], strict=True))
+        return means
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:

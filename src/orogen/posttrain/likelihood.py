@@ -18,6 +18,7 @@ from orogen.model.lm import Built, LanguageModel
 from orogen.parallel.context import later
 from orogen.parallel.plan import Plan
 from orogen.train.heldout import at_work, heldout_plan, measure
+from orogen.train.loss import ROUTING
 from orogen.train.step import batch_to_devices
 from orogen.train.task import ByName, Objective
 
@@ -34,10 +35,11 @@ class Likelihoods:
 
     def of(self, params: Any, buffers: Any, batch: Batch) -> np.ndarray:
         """(b, t) float32: the log-probability of token t + 1, given its document so far; 0 at the end of a row.
-        params: as they are stored between steps."""
+        params: as they are stored between steps. Of the batch's extras, only ROUTING is read."""
         shape = batch.tokens_bt.shape
         row_bt, place_bt = np.indices(shape, np.int32)
-        asked = batch._replace(extras={ROW: row_bt, PLACE: place_bt})
+        replayed = {name: array for name, array in batch.extras.items() if name == ROUTING}
+        asked = batch._replace(extras={ROW: row_bt, PLACE: place_bt, **replayed})
         found = self._program(shape)(at_work(params, self.plan), buffers, batch_to_devices(asked, self.plan))
         return np.asarray(jax.device_get(found[LIKELIHOOD].sum), np.float32)
 

@@ -15,9 +15,10 @@ def measured(
     """Means over samples, and `NAME/ENVIRONMENT` over those of each environment. A reward is a mean over the samples
     that have one; without any, it is left out.
 
-    zero_gradient_groups: share of the groups without an advantage. mismatch: of the trainer's log-probabilities from
-    the rollout's, over tokens; masked_tokens: share whose weight is 0; left_out_sequences: share of sequences with too
-    large an error.
+    teacher_divergence: the mean of log π - log π_teacher over tokens that a teacher judges, at temperature 1 an
+    estimate of KL(π || π_teacher) per token. zero_gradient_groups: share of the groups without an advantage. mismatch:
+    of the trainer's log-probabilities from the rollout's, over tokens; masked_tokens: share whose weight is 0;
+    left_out_sequences: share of sequences with too large an error.
     """
     found = _of(samples, "")
     for one in rl.environments:
@@ -30,6 +31,18 @@ def measured(
         "masked_tokens": mismatch.masked / max(mismatch.tokens, 1),
         "left_out_sequences": mismatch.left_out / max(mismatch.sequences, 1),
     }
+
+
+def aged(samples: Sequence[Sample], number: int) -> dict[str, float]:
+    """How many batches of rollouts old the weights were that chose tokens, when batch `number` trains: staleness_mean,
+    staleness_max; mixed_answers: share of sequences whose tokens are of several weights."""
+    of_each = [
+        [number - version for version, mine in zip(track.versions, track.chosen, strict=True) if mine]
+        for sample in samples for track in sample.tracks
+    ]  # fmt: skip
+    ages = [age for one in of_each for age in one]
+    mixed = float(np.mean([len(set(one)) > 1 for one in of_each]))
+    return {"staleness_mean": float(np.mean(ages)), "staleness_max": float(max(ages)), "mixed_answers": mixed}
 
 
 def is_flat(group: Sequence[Sample]) -> bool:
@@ -47,6 +60,10 @@ def _of(samples: Sequence[Sample], suffix: str) -> dict[str, float]:
         found[f"reward{suffix}/{name}"] = float(np.mean(known))
     chosen = [sum(track.chosen) and sum(track.rollout) for sample in samples for track in sample.tracks]
     tokens = sum(sample.tokens for sample in samples)
+    judged = [sample for sample in samples if sample.divergence is not None]
+    if judged:
+        total = math.fsum(sample.divergence or 0.0 for sample in judged)
+        found[f"teacher_divergence{suffix}"] = total / max(sum(sample.tokens for sample in judged), 1)
     return found | {
         f"answer_tokens{suffix}": tokens / len(samples),
         f"overlong{suffix}": float(np.mean([sample.overlong for sample in samples])),

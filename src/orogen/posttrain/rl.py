@@ -27,6 +27,7 @@ from orogen.data.splits import TokenizedSplit
 from orogen.data.tokenizer import Tokenizer, check_vocab_size
 from orogen.data.vocabulary import make_tokenizer
 from orogen.infer.chat import Chat
+from orogen.layers.adapter import without_adapters
 from orogen.model.lm import Built
 from orogen.parallel import distributed
 from orogen.posttrain.dialogue import Plain, Templated
@@ -39,6 +40,7 @@ from orogen.posttrain.rollout import Rollouts
 from orogen.posttrain.sft import keep_template, template_of
 from orogen.posttrain.source import Reference, RolloutSource
 from orogen.posttrain.task_split import SplitTasks, split_tasks
+from orogen.posttrain.teachers import Teachers
 from orogen.train.task import Task
 
 ENVIRONMENTS = "environments"  # DataConfig.corpus: tasks come from RLConfig.environments
@@ -100,11 +102,14 @@ def make_rl(rl: RLConfig, origin: Path | None, run_dir: Path, until: ExitStack |
         built = assemble(config.model, config.plan, length=config.train.sequence_length).built
         scorer = Likelihoods(config, built)
         identity, reference = _identity(config, corpus), _reference(config, origin, built, scorer)
-        if reference is not None:
-            identity["reference"] = _fingerprint(built, *reference())
+        if reference is not None and not _is_within(config):
+            identity["reference"] = _fingerprint(built, *reference(None))
+        if teachers := Teachers(config, corpus.tokenizer):
+            identity["teachers"] = teachers.fingerprints(_fingerprint)
         return RolloutSource(
             config, corpus.rollouts, dict(corpus.split.numbers["train"]), scorer, identity=identity,
             pad_id=corpus.tokenizer.pad_id, run_dir=run_dir, reference=reference,
+            teachers=teachers.scores if teachers else None,
         )  # fmt: skip
 
     return Task(
@@ -141,7 +146,15 @@ def _check(config: RunConfig) -> None:
         kept = getattr(PrecisionConfig(), field)
         expected = f"{kept!r}: rollouts and the trainer's log-probabilities are not quantised"
         require(getattr(config.precision, field) == kept, config.precision, field, expected)
-    require(not rl.exact or config.plan.devices == 1, rl, "exact", f"False on {config.plan.devices} devices")
+    devices = config.plan.devices
+    require(not rl.exact or devices == 1, rl, "exact", f"False on {devices} devices")
+    # Two threads would start programs with collectives there in different orders, which then wait for each other.
+    apart = devices == 1 or rl.server is not None
+    require(not rl.staleness or apart, rl, "staleness", f"0 on {devices} devices, or a server")
+    if rl.router_replay:
+        require("E" in config.model.layers.main, rl, "router_replay", "False: the model has no experts")
+        require(config.plan.stage == 1, config.plan, "stage", "1 with RLConfig.router_replay")
+        require(config.plan.capacity_factor is None, config.plan, "capacity_factor", "None with RLConfig.router_replay")
     if distributed.count() > 1:
         raise ConfigError(f"{distributed.count()} processes; expected one: its engine writes the rollouts")
 
@@ -163,21 +176,36 @@ def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
     rl = json.loads(json.dumps(dataclasses.asdict(config.rl)))
     for free in ("slots", "workers", "table_rows"):  # these change no sample
         del rl[free]
+    for one in rl["environments"]:
+        del one["teacher"]  # known by what it computes
+        if one["url"] is None:  # positions of earlier versions do not name it
+            del one["url"]
+    for later in (
+        "router_replay",
+        "staleness",
+        "server",
+        "server_weights",
+    ):  # positions of earlier versions do not name them
+        if not rl[later]:
+            del rl[later]
     return {
         "tasks": corpus.content_hash, "tokenizer": corpus.tokenizer.fingerprint, "seed": config.train.seed, "rl": rl
     }  # fmt: skip
 
 
 def _reference(config: RunConfig, origin: Path | None, built: Built, scorer: Likelihoods) -> Reference | None:
-    """The weights that KL refers to, read once."""
+    """The weights that KL refers to: those of the run without its adapters or, in other runs, the first checkpoint's,
+    read once."""
     rl, lora = config.rl, config.lora
     if not rl.kl:
         return None
+    if _is_within(config):
+        return lambda state: (without_adapters(state.params), state.buffers)
     if origin is None:
         raise ConfigError(f"RLConfig.kl is {rl.kl}; expected --checkpoint DIR too, the model from which it is measured")
     held: list[tuple[Any, Any]] = []
 
-    def reference() -> tuple[Any, Any]:
+    def reference(state: Any) -> tuple[Any, Any]:
         if not held:
             with open_folder(origin) as folder:
                 given = folder if lora is None else with_adapters(folder, lora, seed=config.train.seed)
@@ -185,6 +213,11 @@ def _reference(config: RunConfig, origin: Path | None, built: Built, scorer: Lik
         return held[0]
 
     return reference
+
+
+def _is_within(config: RunConfig) -> bool:
+    """Whether the run itself holds what it began with: it trains nothing but adapters."""
+    return config.lora is not None and not config.need("optimizer").optimizer.trained
 
 
 def _fingerprint(built: Built, *states: Any) -> str:

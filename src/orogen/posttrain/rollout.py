@@ -10,16 +10,20 @@ the bit.
 import dataclasses
 import hashlib
 import math
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
+from orogen.config.lora import base_of
 from orogen.config.plan import PlanConfig
 from orogen.config.rl import RLConfig
 from orogen.config.run import RunConfig
@@ -28,11 +32,13 @@ from orogen.data.tokenizer import Tokenizer
 from orogen.infer.engine import Engine
 from orogen.infer.request import ERROR, LENGTH, Output, Request, Sampling
 from orogen.infer.sizes import sizes_of
+from orogen.layers.adapter import apart, merged
 from orogen.model.lm import Built
 from orogen.parallel import placement
 from orogen.posttrain import dialogue
 from orogen.posttrain.environments.interface import Environment, Example, Turn
 from orogen.posttrain.environments.pool import Asked, Fault, Pool
+from orogen.posttrain.remote import RemoteEngine
 from orogen.posttrain.samples import Sample, Track
 from orogen.precision.policy import working_copy
 from orogen.train.heldout import at_work
@@ -41,6 +47,17 @@ PAGE, PIECE = 16, 64  # tokens of a page, and of a piece of a prompt where texts
 SHORT = 256  # tokens of a text below which a piece is one page
 UNREADABLE = "unreadable"  # a conversation that cannot be continued, since its template or tokenizer fails at it
 READ = 2048  # prompt tokens that are read at a time
+
+
+Weights = tuple[Any, Any]  # parameters and buffers, as an engine reads them
+
+
+class Answering(Protocol):
+    """What writes answers: an engine of this process, or a server's."""
+
+    def run(self, requests: Iterable[Request], progress: Callable[[], None]) -> list[list[Output]]:
+        """The outputs of each request. progress: called on the way, between two calls of decoding."""
+        ...
 
 
 class Draw(NamedTuple):
@@ -84,10 +101,16 @@ class Rollouts:
         self._trained = assemble(config.model, config.plan, length=config.train.sequence_length).built
         self._plan, self._built = assemble(config.model, _engine_plan(config.plan))
         self.settings = _engine_config(config, self._plan.config)
-        sizes_of(config.model, self._plan.config, self.settings)
         self._engine: Engine | None = None
+        self._server: RemoteEngine | None = None
+        if self.rl.server is None:
+            sizes_of(config.model, self._plan.config, self.settings)
+        else:
+            self._server = RemoteEngine(self.rl, base_of(config.model), tokenizer)
         self._unreadable = 0
         self.spent = Spent()
+        self.lock = threading.RLock()  # held while the engine or the verifiers are used, if several threads do
+        self._stops: list[Callable[[], None]] = []
         self._pools: dict[str, Pool] = {}
         try:
             for one in self.rl.environments:
@@ -107,22 +130,52 @@ class Rollouts:
 
     def close(self) -> None:
         """Ends the processes that verify."""
+        for stop in self._stops:
+            stop()
         for pool in self._pools.values():
             pool.close()
 
-    def take(self, params: Any, buffers: Any) -> Engine:
+    def on_close(self, stop: Callable[[], None]) -> None:
+        """Calls `stop` before the verifiers end."""
+        self._stops.append(stop)
+
+    def take(self, params: Any, buffers: Any) -> Answering:
         """The engine with the weights of a training state."""
-        params = self._here(params, buffers)
+        return self.given(self._here(params, buffers), version=0)
+
+    def given(self, weights: Weights, *, version: int) -> Answering:
+        """The engine with these weights, as a new one; see `Engine.give`."""
+        if self._server is not None:
+            self._server.give(*weights, version=version, in_flight=False)
+            return self._server
         if self._engine is None:
-            model, tokenizer = self._config.model, self._tokenizer
-            opened = Opened(model, self._plan, self._built, params[0], params[1], tokenizer)
+            opened = Opened(self._config.model, self._plan, self._built, *weights, self._tokenizer)
             self._engine = Engine(opened, self.settings)
+            self._engine.version = version
         else:
-            self._engine.give(*params)
+            self._engine.give(*weights, version=version)
         return self._engine
 
-    def _here(self, params: Any, buffers: Any) -> tuple[Any, Any]:
-        """Parameters and buffers as the engine reads them, in its dtype."""
+    def swap(self, weights: Weights, *, version: int) -> None:
+        """Gives them to the engine in the midst of its answers; see `Engine.swap`."""
+        if self._server is not None:
+            self._server.give(*weights, version=version, in_flight=True)
+        elif self._engine is not None:
+            self._engine.swap(*weights, version=version)
+
+    def forget(self) -> None:
+        """Lets go of the engine, whatever it does."""
+        self._engine = None
+
+    def copied(self, params: Any, buffers: Any) -> Weights:
+        """The weights of a training state, as the engine reads them, in arrays of their own, which no step takes."""
+        return jax.tree.map(jnp.copy, self._here(params, buffers))
+
+    def _here(self, params: Any, buffers: Any) -> Weights:
+        """Parameters and buffers as the engine reads them, in its dtype; of the whole model for a server."""
+        if self._server is not None:
+            whole, lora = (self._trained.whole(params), self._trained.whole(buffers)), self._config.lora
+            return whole if lora is None else (merged(*apart(whole[0]), lora.scale), whole[1])
         dtype = self.settings.compute_dtype
         if dtype != "float32":
             params = _cast(params, dtype)
@@ -135,7 +188,12 @@ class Rollouts:
         return jax.device_put(laid, placement.shardings(laid, self._plan))
 
     def write(
-        self, draws: Sequence[Draw], engine: Engine, *, temperature: float, progress: Callable[[], None] = lambda: None
+        self,
+        draws: Sequence[Draw],
+        engine: Answering,
+        *,
+        temperature: float,
+        progress: Callable[[], None] = lambda: None,
     ) -> list[Sample]:
         """The sample of each draw. progress: called on the way. Raises ConfigError for a task whose prompt leaves no
         room, FloatingPointError if logits are no numbers."""
@@ -179,7 +237,7 @@ class Rollouts:
         return True
 
     def _speak(
-        self, live: Sequence[_Episode], engine: Engine, temperature: float, progress: Callable[[], None]
+        self, live: Sequence[_Episode], engine: Answering, temperature: float, progress: Callable[[], None]
     ) -> list[str]:
         """What each episode says next, which is added to its tracks."""
         room = self._config.train.sequence_length
@@ -200,7 +258,13 @@ class Rollouts:
         if last.finish == ERROR:
             raise FloatingPointError(f"a rollout failed: {last.error}")
         tokens = [token for output in outputs for token in output.tokens]
-        episode.sample.tracks[-1].add([token.id for token in tokens], [float(token.logprob or 0) for token in tokens])
+        versions = [output.version for output in outputs for _ in output.tokens]
+        track = episode.sample.tracks[-1]
+        track.add([token.id for token in tokens], [float(token.logprob or 0) for token in tokens], versions)
+        if self.rl.router_replay:
+            # No engine reads the last token of an answer, though one may have that is stopped by its text.
+            read = np.concatenate([output.experts for output in outputs if output.experts is not None])
+            track.routed(read[: len(track.ids) - 1])
         episode.sample.overlong |= last.finish == LENGTH
         episode.sample.longest = max(episode.sample.longest, len(tokens))
         self.spent.tokens += len(tokens)
@@ -281,5 +345,6 @@ def _engine_config(config: RunConfig, plan: PlanConfig) -> EngineConfig:
     return EngineConfig(
         slots=-(-rl.slots // unit) * unit, max_length=length, page=PAGE,
         chunk=PAGE if rl.exact or length <= SHORT else PIECE, prefill_tokens=READ, queue=2**20, written_out=False,
-        exact=rl.exact, compute_dtype=config.train.compute_dtype,
+        exact=rl.exact, compute_dtype=config.train.compute_dtype, report_experts=rl.router_replay,
+        prefix_cache=not rl.router_replay,
     )  # fmt: skip

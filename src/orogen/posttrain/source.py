@@ -4,11 +4,10 @@ Letters: b batch, t time, n samples of a group.
 """
 
 import base64
-import collections
 import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,16 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import Batch, Place
 from orogen.infer.engine import Engine
 from orogen.infer.exact_scores import ExactScores
-from orogen.posttrain.advantages import advantages, length_bonus, overlong_penalty
-from orogen.posttrain.curriculum import Curriculum
+from orogen.posttrain.ahead import Ahead
+from orogen.posttrain.groups import Groups, batches_of, by_group
 from orogen.posttrain.likelihood import Likelihoods
-from orogen.posttrain.measures import is_flat, measured
-from orogen.posttrain.rollout import Draw, Rollouts
-from orogen.posttrain.samples import Mismatch, Sample, Track, batch_of
+from orogen.posttrain.measures import aged, measured
+from orogen.posttrain.rollout import Rollouts
+from orogen.posttrain.samples import Mismatch, Sample, Taught, Track, batch_of
 
 TABLES = "rollouts"  # the folder of the run folder that holds the tables of samples
-# Gives parameters and buffers of the model that KL refers to, as they are stored between steps.
-Reference = Callable[[], tuple[Any, Any]]
+# Gives parameters and buffers of the model that KL refers to, as a training state stores them, beside that state.
+Reference = Callable[[Any], tuple[Any, Any]]
 
 
 class RolloutSource:
@@ -43,12 +42,16 @@ class RolloutSource:
     def __init__(
         self, config: RunConfig, rollouts: Rollouts, tasks: dict[str, Sequence[int]], scorer: Likelihoods, *,
         identity: dict[str, Any], pad_id: int, run_dir: Path, reference: Reference | None,
+        teachers: Taught | None = None,
     ) -> None:  # fmt: skip
         self._config, self._rl, self._rollouts, self._scorer = config, config.rl, rollouts, scorer
         self._identity, self._pad_id, self._run_dir, self._reference = identity, pad_id, run_dir, reference
-        self._tasks = tasks
-        steps = -(-config.train.steps // self._rl.updates)
-        self._curriculum = Curriculum(self._rl, tasks, seed=config.train.seed, steps=steps)
+        self._teachers = teachers
+        self._groups = Groups(config, rollouts, tasks)
+        self._curriculum = self._groups.curriculum.state()
+        self._ahead = None
+        if self._rl.staleness:
+            self._ahead = Ahead(rollouts, self._groups, most=self._rl.staleness, total=batches_of(config))
         self._rollout, self._left, self._packed = 0, [], ""
         self._measures: dict[str, float] = {}
         self._exact: ExactScores | None = None
@@ -70,7 +73,7 @@ class RolloutSource:
         """The position after the last batch taken."""
         return {
             "identity": self._identity, "rollout": self._rollout, "left": self._packed, "measures": self._measures,
-            "curriculum": self._curriculum.state(),
+            "curriculum": self._curriculum,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -83,19 +86,22 @@ class RolloutSource:
             )
         self._rollout, self._packed, self._measures = state["rollout"], state["left"], dict(state["measures"])
         self._left = _unpacked(self._packed)
-        self._curriculum.restore(state["curriculum"])
+        if self._ahead is not None:
+            self._ahead.stop()
+        self._curriculum = state["curriculum"]
+        self._groups.curriculum.restore(self._curriculum)
 
     def _batches(self, state: Any) -> list[Batch]:
         """One batch per update, of samples that the weights of `state` write."""
-        began, spent = time.perf_counter(), self._rollouts.spent
-        before = spent.writing, spent.verifying, spent.tokens
-        faults = collections.Counter(self._rollouts.faults)
-        engine = self._rollouts.take(state.params, state.buffers)
-        if self._curriculum.profile_due(self._rollout):
-            self._curriculum.profiled(self._profile(engine))
-        samples, resampled = self._groups(engine)
-        wrote = time.perf_counter()
-        groups = _by_group(samples)
+        began = time.perf_counter()
+        if self._ahead is not None:
+            engine, weights = None, (state.params, state.buffers)
+            written = self._ahead.take(self._rollout, *weights, self.progress)
+        else:
+            engine = self._rollouts.take(state.params, state.buffers)
+            written = self._groups.write(self._rollout, engine, self.progress)
+        wrote, samples, self._curriculum = time.perf_counter(), written.samples, written.curriculum
+        groups = by_group(samples)
         share = len(groups) // self._rl.updates
         parts = [sum(groups[n * share : (n + 1) * share], []) for n in range(self._rl.updates)]
         made = [self._batch(part, state, engine) for part in parts]
@@ -103,84 +109,14 @@ class RolloutSource:
         for _, one in made:
             mismatch = mismatch.plus(one)
         self._measures = measured(samples, groups, mismatch, self._rl) | {
-            "resampled_groups": float(resampled),
-            **_named_faults(collections.Counter(self._rollouts.faults) - faults),
-            "rollout_ms": 1e3 * (spent.writing - before[0]),
-            "verify_ms": 1e3 * (spent.verifying - before[1]),
-            "score_ms": 1e3 * (time.perf_counter() - wrote),
-            "rollout_tokens_per_second": (spent.tokens - before[2]) / max(wrote - began, 1e-9),
-        }
+            **written.measures, "score_ms": 1e3 * (time.perf_counter() - wrote),
+        }  # fmt: skip
+        if self._ahead is not None:
+            self._measures |= {"waited_ms": 1e3 * (wrote - began), **aged(samples, self._rollout)}
         self._write_table(samples)
         return [batch for batch, _ in made]
 
-    def _groups(self, engine: Engine) -> tuple[list[Sample], int]:
-        """The judged samples of the batch's tasks, and how many groups were replaced because they had no gradient."""
-        drawn = self._curriculum.draw(self._rollout)
-        samples = self._write(drawn, engine, round_=0)
-        replaced = 0
-        for round_ in range(1, int(self._rl.chosen("resample")) + 1):
-            groups = _by_group(samples)
-            dull = [place for place, group in enumerate(groups) if is_flat(group)]
-            if not dull:
-                break
-            names = [groups[place][0].environment for place in dull]
-            again = [(name, self._curriculum.more(name, 1, self._rollout)[0]) for name in names]
-            fresh = _by_group(self._write(again, engine, round_=round_))
-            for place, group in zip(dull, fresh, strict=True):
-                if not is_flat(group):
-                    for sample in group:
-                        sample.group = place
-                    groups[place] = group
-                    replaced += 1
-            samples = sum(groups, [])
-        return samples, replaced
-
-    def _write(self, drawn: Sequence[tuple[str, int]], engine: Engine, *, round_: int) -> list[Sample]:
-        seed = self._config.train.seed
-        draws = [
-            Draw(name, number, group, (seed, self._rollout, round_, group, sample))
-            for group, (name, number) in enumerate(drawn)
-            for sample in range(self._rl.samples)
-        ]
-        samples = self._sampled(draws, engine)
-        for group in _by_group(samples):
-            self._judge(group)
-        return samples
-
-    def _sampled(self, draws: Sequence[Draw], engine: Engine) -> list[Sample]:
-        return self._rollouts.write(draws, engine, temperature=self._rl.temperature, progress=self.progress)
-
-    def _profile(self, engine: Engine) -> dict[str, list[float]]:
-        """The mean reward, from 0 to 1, of each task; a sample whose verifier failed counts as 0."""
-        found = {}
-        for name, numbers in self._tasks.items():
-            draws = [
-                Draw(name, int(number), place, (self._config.train.seed, "profile", self._rollout, number, sample))
-                for place, number in enumerate(numbers)
-                for sample in range(self._rl.profile_samples)
-            ]
-            groups = _by_group(self._sampled(draws, engine))
-            means = (np.nan_to_num(_rewards(group), nan=0.0).mean() for group in groups)
-            found[name] = [float(np.clip(mean, 0, 1)) for mean in means]
-        return found
-
-    def _judge(self, group: Sequence[Sample]) -> None:
-        """The advantages of a group, from rewards with what is added for their lengths."""
-        rl, reward_n = self._rl, _rewards(group)
-        if rl.chosen("overlong") == "penalty":
-            settings = {"most": rl.max_tokens, "buffer": rl.overlong_buffer, "penalty": rl.overlong_penalty}
-            reward_n = reward_n + [overlong_penalty(sample.longest, **settings) for sample in group]
-        if rl.length_control or rl.concise_bonus:
-            sizes = [np.array([sample.sizes[part] for sample in group]) for part in (0, 1)]
-            settings = {"weight": rl.length_control, "concise": rl.concise_bonus}
-            reward_n = reward_n + length_bonus(reward_n, sizes, **settings)
-        found_n = advantages(
-            reward_n, baseline=rl.baseline, normalise=rl.normalise, clip=rl.advantage_clip
-        )  # fmt: skip
-        for sample, value in zip(group, found_n, strict=True):
-            sample.advantage = float(value)
-
-    def _batch(self, samples: Sequence[Sample], state: Any, engine: Engine) -> tuple[Batch, Mismatch]:
+    def _batch(self, samples: Sequence[Sample], state: Any, engine: Any) -> tuple[Batch, Mismatch]:
         train = self._config.train
 
         def trained(batch: Batch, tracks: Sequence[Track], at: Sequence[Place]) -> np.ndarray:
@@ -190,11 +126,11 @@ class RolloutSource:
 
         def referred(batch: Batch, tracks: Sequence[Track], at: Sequence[Place]) -> np.ndarray:
             assert self._reference is not None
-            return self._scorer.of(*self._reference(), batch)
+            return self._scorer.of(*self._reference(state), batch._replace(extras={}))  # it routes by itself
 
         return batch_of(
             samples, self._rl, trained, reference=referred if self._rl.kl else None,
-            shape=(train.batch_size, train.sequence_length), pad_id=self._pad_id,
+            shape=(train.batch_size, train.sequence_length), pad_id=self._pad_id, teachers=self._teachers,
         )  # fmt: skip
 
     def _exactly(self, batch: Batch, tracks: Sequence[Track], at: Sequence[Place], engine: Engine) -> np.ndarray:
@@ -219,22 +155,6 @@ class RolloutSource:
         chosen = [samples[n * len(samples) // count] for n in range(count)]
         lines = "".join(json.dumps(sample.row(), ensure_ascii=False) + "\n" for sample in chosen)
         write_atomically(folder / f"{self._rollout:08d}.jsonl", lines.encode("utf-8", "surrogatepass"))
-
-
-def _named_faults(faults: Mapping[str, int]) -> dict[str, float]:
-    return {f"faults/{kind}": float(count) for kind, count in sorted(faults.items())}
-
-
-def _rewards(group: Sequence[Sample]) -> np.ndarray:
-    return np.array([sample.reward for sample in group], np.float64)
-
-
-def _by_group(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """The samples of each group, in the order of the groups."""
-    found: dict[int, list[Sample]] = {}
-    for sample in samples:
-        found.setdefault(sample.group, []).append(sample)
-    return [found[group] for group in sorted(found)]
 
 
 def _packed(batches: Sequence[Batch]) -> str:

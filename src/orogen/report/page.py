@@ -21,6 +21,7 @@ from orogen.report.pairs import pair_pictures
 from orogen.report.pictures import DARK, LIGHT, Picture, pictures, png
 from orogen.report.profile import TABLE
 from orogen.report.profile_page import section
+from orogen.report.rewards import answers_html, reward_pictures
 from orogen.report.series import (
     Floats,
     Records,
@@ -50,11 +51,12 @@ def write_report(
     """
     run_dir, records = Path(run_dir), read_metrics(run_dir)
     spent = time_spent(records, read_lost(run_dir))
-    drawn = (*pictures(records, baselines), *pair_pictures(records), *task_pictures(records))
+    drawn = (*pictures(records, baselines), *pair_pictures(records), *reward_pictures(records), *task_pictures(records))
     figures = [figure_html(run_dir, picture) for picture in drawn]
     texts = [
         rounding_page.section(records),
         _profile_html(run_dir / "profile" / TABLE),
+        answers_html(run_dir),
         text_html("Samples", samples, state="open"),
         text_html("Configuration", config_text, state=""),
         text_html("Environment", json.dumps(environment, indent=2, default=str), state=""),

@@ -16,16 +16,21 @@ from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.layers.documents import Documents
 from orogen.model.block import Repeat, repeats
+from orogen.model.by_letter import stacked
 from orogen.model.cache import both, caches, map_layers, without_caches
 from orogen.model.lm import LanguageModel
 from orogen.model.mtp import shifted_segments
 from orogen.model.stages import MOE
 from orogen.model.streams import streams, unwatched, watching
-from orogen.moe.layer import MoEStats
+from orogen.moe.layer import MoEStats, Replay
 from orogen.moe.router import Balance, global_balance
 from orogen.parallel.plan import Plan
 from orogen.parallel.varying import varying_axes
 from orogen.train.task import ByName, Objective
+
+# An extra of a batch (b, t, l, k) int32: the experts that replace a token's own choice in each of the backbone's layers
+# of experts, in the order of the pattern; negative where there is nothing to replace it with.
+ROUTING = "routing"
 
 
 class Counts(NamedTuple):
@@ -164,7 +169,7 @@ def run_backbone(
 ) -> Passed:
     """The results of the backbone's layers, with the losses of their routers."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    given = both(both(replay and replay[0], _resumed(carried, batch)), model.given_images(batch.extras, plan))
+    given = both(_given(model, batch, plan, replay, carried), model.given_images(batch.extras, plan))
     x_btd, kept = model.backbone(x_btd, docs, plan, both(given, watching(config.layers.main, watched)))
     found = streams(config.layers.main, kept, watched)
     kept = unwatched(kept) if watched else kept
@@ -172,6 +177,18 @@ def run_backbone(
     known = None if assigned is None else assigned[0]
     loss = _router_loss(moe_stats(stats), counts, plan, depth=0, applications=1, config=config, assigned=known)
     return Passed(x_btd, loss, jax.tree.map(jnp.zeros_like, counts.metrics), (stats,), left, found)
+
+
+def _given(model: LanguageModel, batch: Batch, plan: Plan, replay: Any, carried: Any) -> Any:
+    """The choices that the backbone's routers take in place of their own, and the states that other layers continue."""
+    chosen = replay and replay[0]
+    if ROUTING in batch.extras:
+        mine = lambda x: plan.deal(plan.own(x))  # noqa: E731
+        experts_lbtk = jnp.moveaxis(mine(batch.extras[ROUTING]), 2, 0)
+        there_bt1 = mine(batch.segments_bt)[..., None] != 0  # padding is dropped, as by the router itself
+        of_layers = Replay(experts_lbtk, jnp.broadcast_to(there_bt1, experts_lbtk.shape))
+        chosen = stacked({MOE: of_layers}, model.backbone.items)
+    return both(chosen, _resumed(carried, batch))
 
 
 def _resumed(carried: Any, batch: Batch) -> Any:
@@ -260,7 +277,7 @@ def assignments(
     """The assignments of `batch` per expert, over all devices, as `loss_share` takes them; from a forward pass without
     heads. deeper: whether the MTP block runs."""
     docs = Documents(batch.segments_bt, batch.positions_bt)
-    given = both(both(replay and replay[0], _resumed(carried, batch)), model.given_images(batch.extras, plan))
+    given = both(_given(model, batch, plan, replay, carried), model.given_images(batch.extras, plan))
     h_btd, kept = model.hidden(batch.tokens_bt, docs, plan, given)
     below = model.deeper(h_btd, batch.tokens_bt, docs, plan, replay and replay[1:]) if deeper else []
     return [plan.total(counted(each)) for each in (without_caches(kept), *(stats for _, stats in below))]

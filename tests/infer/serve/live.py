@@ -24,13 +24,16 @@ from orogen.infer.service import Service
 
 
 @contextlib.contextmanager
-def serving(engine, *, words: bool = False, limit: int = 1000, **settings) -> Iterator[tuple[int, Service]]:
+def serving(
+    engine, *, words: bool = False, limit: int = 1000, weights=None, **settings
+) -> Iterator[tuple[int, Service]]:
     """The port of a server that runs while the body does, and its service."""
     service = Service(engine, limit=limit)
     chat = Chat(tokenizer(), own_template("nemotron_3_nano"), RENDERER) if words else None
     given = Settings(name="tiny", most=settings.pop("most", None) or engine.most, **settings)
-    watched = getattr(engine, "scheduler", None)
-    app = make_app(service, given, tokenizer=tokenizer() if words else None, chat=chat, scheduler=watched)
+    watched = (lambda: engine.scheduler) if hasattr(engine, "scheduler") else None
+    beside = {"chat": chat, "scheduler": watched, "weights": weights}
+    app = make_app(service, given, tokenizer=tokenizer() if words else None, **beside)
     with listen("127.0.0.1", 0) as bound:
         up, port = threading.Event(), bound.getsockname()[1]
         server = make_server(app, service, drain_seconds=0.1, ready=lambda *_: up.set())

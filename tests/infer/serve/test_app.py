@@ -313,7 +313,7 @@ def test_metrics_count_slots_while_the_engine_changes_them():
         items = values = keys = __iter__
 
     scheduler, measures = Scheduler(capacity()), Measures()
-    measures.watch(scheduler)
+    measures.watch(lambda: scheduler)
     scheduler.submit(Request(prompt=(1, 2, 3), max_tokens=1))
     scheduler.round()
     scheduler._running = Changing(scheduler._running)

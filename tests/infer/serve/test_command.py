@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def test_the_extra_is_named_where_it_is_missing(refused, monkeypatch):
         (["--gin_bindings", "ModelConfig.vocab_size = 3"], "bindings that nothing read: ModelConfig.vocab_size"),
         (["--gin_bindings", "PlanConfig.stage = 2"], "stage"),
         (["--host", "256.0.0.1"], "--host 256.0.0.1 --port 0:"),
+        (["--weights", "."], "--weights .; expected a folder that exists, and a key: OROGEN_API_KEY"),
+        (["--weights", "absent", "--api_key", "k"], "--weights absent; expected a folder that exists"),
     ],
 )
 def test_bad_options(capsys, arguments, message):
@@ -55,9 +58,14 @@ def test_a_port_that_is_taken(refused):
         assert f"--port {port}: " in refused("serve", "--checkpoint", CHECKPOINT, "--port", port)
 
 
+def http_get(port, path):
+    return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}").read()
+
+
 def test_a_tiny_model_answers_as_it_does_without_a_server():
     command = [sys.executable, "-m", "orogen.cli", "serve", "--checkpoint", str(CHECKPOINT), "--port", "0", "--json",
-               "--slots", "4", "--max_length", "128", "--name", "tiny"]  # fmt: skip
+               "--slots", "4", "--max_length", "128", "--name", "tiny",
+               "--weights", str(CHECKPOINT.parent)]  # fmt: skip
     environment = {**os.environ, "OROGEN_API_KEY": "k", "JAX_NUM_CPU_DEVICES": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -72,6 +80,11 @@ def test_a_tiny_model_answers_as_it_does_without_a_server():
         events = [json.loads(line[6:]) for line in stream.split("\n\n")[:-2]]
         assert [i for e in events for i in e["choices"][0]["token_ids"]] == choice["token_ids"]
         assert "".join(e["choices"][0]["text"] for e in events) == choice["text"]
+        same = {"folder": CHECKPOINT.name, "version": 5}
+        assert json.load(post(port, "/v1/weights", same, headers=key)) == same
+        (again,) = json.load(post(port, "/v1/completions", ask, headers=key))["choices"]
+        assert again["text"] == choice["text"] and set(again["token_versions"]) == {5}
+        assert b"orogen_slots_used 0.0" in http_get(port, "/metrics")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     (text,) = generate(open_model(CHECKPOINT), ["import "], tokens=12, temperature=0.0)

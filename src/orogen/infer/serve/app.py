@@ -2,7 +2,7 @@
 
 import contextlib
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Any
 
@@ -28,12 +28,14 @@ from orogen.infer.serve.exchange import Parts, Settings, token_text
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.serve.responses import responses
+from orogen.infer.serve.weights import Weights, load_weights
 from orogen.infer.service import Service
 
 OPEN = ("/", "/health", "/metrics")  # without the key
 # Those that are counted by name; what others there are is the client's choice.
 KNOWN = (
-    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/tokenize", "/detokenize", *OPEN,
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/v1/weights", "/tokenize",
+    "/detokenize", *OPEN,
 )  # fmt: skip
 # The page needs nothing from elsewhere, and nothing may be put into it from elsewhere.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -41,12 +43,14 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 def make_app(
     service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None,
-    constraints: Constraints | None = None, scheduler: Scheduler | None = None,
+    constraints: Constraints | None = None, scheduler: Callable[[], Scheduler] | None = None,
+    weights: Weights | None = None,
 ) -> Starlette:  # fmt: skip
     """The application around a service, which is started and closed with it.
 
     constraints: those that compile grammars, of the engine's tokenizer; None: the engine does, while its other requests
-    wait. scheduler: the engine's, of which /metrics tells what is held; None: it does not.
+    wait. scheduler: gives the engine's, of which /metrics tells what is held; None: it does not. weights: what loads
+    others; None: nothing does.
     """
     measures = Measures()
     if scheduler is not None:
@@ -71,7 +75,7 @@ def make_app(
         lifespan=life,
         exception_handlers={HttpError: answer_error, HTTPException: answer_http, Exception: answer_fault},
     )
-    app.state.parts = Parts(service, settings, tokenizer, chat, measures, grammars)
+    app.state.parts = Parts(service, settings, tokenizer, chat, measures, grammars, weights)
     app.add_middleware(_Gate, parts=app.state.parts)
     return app
 
@@ -86,6 +90,7 @@ def _routes() -> list[Route]:
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chats, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/weights", load_weights, methods=["POST"]),
         Route("/tokenize", _tokenize, methods=["POST"]),
         Route("/detokenize", _detokenize, methods=["POST"]),
     ]

@@ -1,5 +1,6 @@
 """`/v1/completions`: prompts, as text or as token ids, continued."""
 
+import base64
 import dataclasses
 import itertools
 import time
@@ -7,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -23,16 +25,29 @@ DEFAULT_TOKENS = 16  # OpenAI's
 
 @dataclasses.dataclass
 class Choice:
-    """What has come of one choice. scored: the prompt's tokens but the first, where they were requested. length:
-    characters of the tokens whose log-probabilities were told."""
+    """What has come of one choice. scored: the prompt's tokens but the first, where they were requested. versions: of
+    the weights that chose its tokens. experts: those that are not told yet, see `Output`. length: characters of the
+    tokens whose log-probabilities were told."""
 
     prompt: tuple[int, ...]
     text: str
     tokens: list[Chosen] = dataclasses.field(default_factory=list)
     scored: tuple[Chosen, ...] = ()
+    versions: list[int] = dataclasses.field(default_factory=list)
+    experts: list[Any] = dataclasses.field(default_factory=list)
     length: int = 0
     finish: str | None = None
     stop: str | int | None = None
+
+    def add(self, output: Output, text: str) -> None:
+        """Takes what has come."""
+        self.text += text
+        self.tokens += output.tokens
+        self.versions += [output.version] * len(output.tokens)
+        self.scored += output.prompt
+        self.finish, self.stop = output.finish, output.stop
+        if output.experts is not None:
+            self.experts.append(output.experts)
 
     @property
     def mean_logprob(self) -> float:
@@ -73,11 +88,7 @@ class _Form:
         """Takes all outputs."""
         async with answers:
             async for number, output in answers:
-                choice = self._choices[number]
-                choice.text += forms.said(self._body, output)
-                choice.tokens += output.tokens
-                choice.scored += output.prompt
-                choice.finish, choice.stop = output.finish, output.stop
+                self._choices[number].add(output, forms.said(self._body, output))
                 check_end(output)
         for number, choice in enumerate(self._choices):
             choice.scored = self._choices[number - number % self._of].scored
@@ -108,10 +119,8 @@ class _Form:
         choice, text = self._choices[number], forms.said(self._body, output)
         first = not choice.tokens
         shown = choice.text + text if first else text
-        choice.text += text
-        choice.tokens += output.tokens
-        choice.scored += output.prompt
-        choice.finish, choice.stop = output.finish, output.stop
+        choice.experts.clear()
+        choice.add(output, text)
         return self._choice(number, choice, shown, output.tokens, first=first)
 
     def _usage(self) -> dict[str, int]:
@@ -128,11 +137,24 @@ class _Form:
             choice.length += sum(map(len, found["logprobs"]["tokens"]))
         if "prompt_logprobs" in self._body and first:
             found["prompt_logprobs"] = _by_id(choice, self._body["prompt_logprobs"], self._parts.tokenizer)
+        if self._body.get("return_routed_experts"):
+            found["routed_experts"] = _encoded(choice.experts)
         if self._shows_ids:
             found["token_ids"] = ids_of(tokens)
+            if self._parts.weights is not None:
+                found["token_versions"] = choice.versions[len(choice.versions) - len(tokens) :]
             if first:
                 found["prompt_token_ids"] = list(choice.prompt)
         return found
+
+
+def _encoded(experts: Sequence[np.ndarray]) -> dict[str, Any] | None:
+    """(n, l, k) experts of tokens that were read, as `shape` and little-endian int16 in base64; None where the engine
+    does not report them."""
+    if not experts:
+        return None
+    whole = np.concatenate(experts).astype("<i2")
+    return {"shape": list(whole.shape), "int16": base64.b64encode(whole.tobytes()).decode()}
 
 
 def _counts(body: dict[str, Any]) -> tuple[int, int]:

@@ -53,6 +53,7 @@ class Parts:
     chat: Chat | None
     measures: Measures
     grammars: Grammars | None = None
+    weights: Any = None  # `weights.Weights`, which loads other ones
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @functools.cached_property

@@ -49,6 +49,7 @@ COMPLETION = Record(
         "echo": _FLAG,
         "logprobs": (Whole(0, 20), None),
         "prompt_logprobs": (Whole(0, 20), None),
+        "return_routed_experts": _FLAG,
     },
 )
 _NAMED = Record({"name": str})

@@ -32,20 +32,24 @@ class Measures:
         self.finished = Counter("requests_finished", "Requests by why they ended.", ["reason"], **kept)
         self.responses = Counter("http_responses", "Responses by route and status.", ["route", "status"], **kept)
 
-    def watch(self, scheduler: Scheduler) -> None:
+    def watch(self, scheduler: Callable[[], Scheduler]) -> None:
         """Adds what an engine's requests and its prefix cache hold. Each number is read from another thread's state, so
-        that two of them may be of different moments."""
-        ranks = scheduler.ranks
-        self._gauge("slots", "Requests that can run at a time.", lambda: sum(len(rank.slots) for rank in ranks))
-        self._gauge("slots_used", "Slots that have a request.", lambda: scheduler.occupied)
+        that two of them may be of different moments. scheduler: gives the engine's, which other weights replace."""
+        slots = lambda: sum(len(rank.slots) for rank in scheduler().ranks)  # noqa: E731
+        self._gauge("slots", "Requests that can run at a time.", slots)
+        self._gauge("slots_used", "Slots that have a request.", lambda: scheduler().occupied)
         for what in ("pages", "snapshots"):
-            pools = [pool for rank in ranks if (pool := getattr(rank, what)) is not None]
-            caches = [rank.prefix for rank in ranks if rank.prefix is not None]
-            self._watch_pools(what, pools, lambda caches=caches, what=what: _evictable(caches, what))
+            self._watch_pools(what, scheduler)
 
-    def _watch_pools(self, what: str, pools: Sequence[Pool], cached: Callable[[], int]) -> None:
-        used = lambda: sum(pool.count - pool.free for pool in pools)  # noqa: E731
-        self._gauge(what, f"Room for {what} of caches, over all data ranks.", lambda: sum(p.count for p in pools))
+    def _watch_pools(self, what: str, scheduler: Callable[[], Scheduler]) -> None:
+        def pools() -> list[Pool]:
+            return [pool for rank in scheduler().ranks if (pool := getattr(rank, what)) is not None]
+
+        def cached() -> int:
+            return _evictable([rank.prefix for rank in scheduler().ranks if rank.prefix is not None], what)
+
+        used = lambda: sum(pool.count - pool.free for pool in pools())  # noqa: E731
+        self._gauge(what, f"Room for {what} of caches, over all data ranks.", lambda: sum(p.count for p in pools()))
         self._gauge(f"{what}_cached", f"Those {what} that only the prefix cache keeps.", cached)
         self._gauge(f"{what}_held", f"Those {what} that requests have.", lambda: used() - cached())
 

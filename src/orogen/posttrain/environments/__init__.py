@@ -22,4 +22,8 @@ has no answer many times in a row, ends the run.
 | json_schema | a file, or generated schemas | 1 if the answer is JSON of the schema |
 | instructions | a file, or generated ones | 1 if all checks hold |
 | workplace | people, meetings, tickets, mails; ten tools | 1 if the database is as it should be |
+| nemo_gym | a file of NeMo Gym, whose tools and verifier a resources server has (`gym.py`) | the server's |
+
+**NeMo Gym's contract** the other way: `orogen environments serve` is a resources server of the environments of a gin
+file (`server.py`), and `orogen environments write` writes their tasks as data sets of Gym's agents.
 """

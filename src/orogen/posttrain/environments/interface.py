@@ -5,6 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+# What can become of a verification, beside a turn.
+TIMEOUT, CRASH, FLOOD, RAISED, NAN = FAULTS = ("timeout", "crash", "flood", "raised", "nan")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
@@ -34,6 +37,14 @@ class Turn(NamedTuple):
     state: Any
     replies: Sequence[dict[str, Any]] = ()
     rewards: Mapping[str, float] | None = None
+
+
+class FaultError(RuntimeError):
+    """A verification that came to nothing for a reason that the environment knows. kind: one of FAULTS."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 class Environment(Protocol):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from orogen.config.rl import EnvironmentConfig
 from orogen.posttrain.environments.code import Code
+from orogen.posttrain.environments.gym import NemoGym
 from orogen.posttrain.environments.instructions import Instructions
 from orogen.posttrain.environments.interface import Environment
 from orogen.posttrain.environments.reasoning import Reasoning
@@ -18,6 +19,7 @@ MAKERS: dict[str, Callable[[EnvironmentConfig], Environment]] = {
     "json_schema": Schema,
     "instructions": Instructions,
     "workplace": Workplace,
+    "nemo_gym": NemoGym,
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import parse_json
 from orogen.config.rl import EnvironmentConfig
-from orogen.posttrain.environments.interface import Said, Turn
+from orogen.posttrain.environments.interface import CRASH, FLOOD, RAISED, TIMEOUT, Said, Turn
 from orogen.posttrain.environments.worker import LENGTH, config_message, written
 
 WORKER = "orogen.posttrain.environments.worker"
@@ -24,12 +25,10 @@ MOST_ANSWER = 2**22  # bytes of one answer
 MOST_ERRORS = 2**16  # bytes of what a process says while it starts
 START_SECONDS = 60.0  # for Python and what an environment imports
 GIVE_UP = 32  # verifications in a row without an answer, after which the environment counts as broken
-# What can become of a verification, beside a turn.
-TIMEOUT, CRASH, FLOOD, RAISED, NAN = FAULTS = ("timeout", "crash", "flood", "raised", "nan")
 
 
 class Fault(NamedTuple):
-    """A verification that came to nothing, and why: one of FAULTS, and a line."""
+    """A verification that came to nothing, and why: one of `interface.FAULTS`, and a line."""
 
     kind: str
     reason: str
@@ -54,7 +53,7 @@ class Pool:
         self._all = [_Worker(config, module) for _ in range(workers)]
         for worker in self._all:
             self._workers.put(worker)
-        self._silent = 0
+        self._silent, self._counts = 0, threading.Lock()
         self._all[0].begin()
         self._threads = ThreadPoolExecutor(workers, "verify")
 
@@ -66,7 +65,8 @@ class Pool:
         found: list[Turn | Fault] = []
         for one in self._threads.map(self._one, turns):
             found.append(one)
-            self.faults.update([one.kind] if isinstance(one, Fault) else ())
+            with self._counts:  # a server verifies in several threads
+                self.faults.update([one.kind] if isinstance(one, Fault) else ())
             progress()
         return found
 
@@ -131,7 +131,7 @@ class _Worker:
             self.end()
             return Fault(CRASH, f"the verifier ended: {error}")
         if "error" in answer:
-            return Fault(NAN if answer.get("nan") else RAISED, answer["error"])
+            return Fault(answer.get("kind", RAISED), answer["error"])
         return Turn(answer["state"], answer["replies"], answer["rewards"])
 
     def _exchange(self, data: bytes, seconds: float) -> dict[str, Any]:

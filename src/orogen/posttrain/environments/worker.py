@@ -2,7 +2,8 @@
 
 It imports no jax. Messages are 8 bytes of length, then JSON. The first one is the config, which is answered when the
 environment is ready; each further one has `number` of the task, `state` and `said`, and its answer `state`, `replies`
-and `rewards`, or `error` with what was raised. What the environment prints goes nowhere.
+and `rewards`, or `error` with what was raised, and its `kind` if that is known. What the environment prints goes
+nowhere.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import time
 from typing import Any, BinaryIO
 
 from orogen.config.rl import EnvironmentConfig
-from orogen.posttrain.environments.interface import Said
+from orogen.posttrain.environments.interface import FaultError, Said
 from orogen.posttrain.environments.make import make_environment
 
 LENGTH = struct.Struct(">Q")
@@ -63,11 +64,13 @@ def _answered(environment: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         example = environment.example(request["number"])
         turn = environment.step(example, request["state"], Said(**request["said"]))
+    except FaultError as error:
+        return {"error": " ".join(str(error).split()), "kind": error.kind}
     except Exception as error:  # a verifier may raise anything: it is told to whoever asked
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     rewards = turn.rewards and {name: float(value) for name, value in turn.rewards.items()}
     if rewards and not all(map(math.isfinite, rewards.values())):
-        return {"error": f"a reward is no finite number: {rewards}", "nan": True}
+        return {"error": f"a reward is no finite number: {rewards}", "kind": "nan"}
     return {"state": turn.state, "replies": list(turn.replies), "rewards": rewards}
 
 

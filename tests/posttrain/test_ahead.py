@@ -1,0 +1,225 @@
+"""Rollouts beside the trainer: ahead of it in a thread, by a server, and the reference that adapters leave in place."""
+
+import dataclasses
+import json
+import shutil
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.helpers import bound, hybrid, run_config
+from tests.infer.serve.live import serving
+from tests.posttrain.test_rl import RECIPE, run
+
+from orogen.checkpoint.open import Opened
+from orogen.cli import main
+from orogen.config.load import load
+from orogen.config.lora import LoraConfig
+from orogen.config.plan import PlanConfig
+from orogen.config.rl import EnvironmentConfig, RLConfig
+from orogen.cost.assemble import assemble
+from orogen.data.vocabulary import make_tokenizer
+from orogen.infer.engine import Engine
+from orogen.infer.serve.weights import Weights
+from orogen.layers.adapter import apart, merged
+from orogen.model.lm import initial_state
+from orogen.posttrain import rl
+from orogen.posttrain.ahead import Ahead
+from orogen.posttrain.groups import Written
+from orogen.posttrain.likelihood import Likelihoods
+from orogen.posttrain.remote import API_KEY
+from orogen.posttrain.rollout import _engine_config
+from orogen.train.sides import packed_batch
+
+SHORT = ("RLConfig.updates = 1", "TrainConfig.evaluate_every = 3", "RLConfig.workers = 1")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "rl.gin"
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def plain(recipe, tmp_path_factory):
+    """A run of three steps whose rollouts are written in turn with them."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, *run(recipe, folder, *SHORT, "TrainConfig.steps = 3")
+
+
+def tasks_of(folder):
+    """By table, what its samples were asked."""
+    read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
+    tables = sorted((folder / "rollouts").iterdir())
+    return [[(row["environment"], row["number"]) for row in read(file)] for file in tables]
+
+
+def test_rollouts_ahead_are_at_most_one_batch_old_and_count_no_sample_twice(recipe, plain, tmp_path):
+    """Also after a kill that lost the last checkpoint: a batch that was being written is written again."""
+    ahead = (*SHORT, "RLConfig.staleness = 1")
+    _, lines = run(recipe, tmp_path, *ahead, "TrainConfig.steps = 2")
+    assert lines[0]["staleness_max"] == 0 and lines[1]["staleness_max"] in (0, 1)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    _, lines = run(recipe, tmp_path, *ahead, "TrainConfig.steps = 3", resume=True)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(0 <= line["staleness_mean"] <= line["staleness_max"] <= 1 for line in lines)
+    assert lines[1]["staleness_max"] == 0 and "heldout_reward" in lines[2]
+    assert tasks_of(tmp_path) == tasks_of(plain[0])
+
+
+class Rollouts:
+    """What Ahead needs, with a clock of its own: it writes one batch per permission."""
+
+    def __init__(self):
+        self.lock, self.version, self.stops = threading.RLock(), None, []
+        self.given_at, self.swapped = [], []
+
+    def on_close(self, stop):
+        self.stops.append(stop)
+
+    def copied(self, params, buffers):
+        return params, buffers
+
+    def given(self, weights, *, version):
+        self.version = version
+        self.given_at.append(version)
+
+    def swap(self, weights, *, version):
+        self.version = version
+        self.swapped.append(version)
+
+    def forget(self):
+        self.version = None
+
+
+class Slow:
+    """Batches of which each takes three calls of the engine, between which it waits for permission."""
+
+    def __init__(self, rollouts):
+        self.rollouts, self.may, self.begun = rollouts, threading.Semaphore(0), []
+
+    def write(self, number, engine, progress):
+        self.begun.append(number)
+        versions = []
+        for _ in range(3):
+            assert self.may.acquire(timeout=20)
+            progress()
+            versions.append(self.rollouts.version)
+        return Written(versions, {}, {"after": number})
+
+
+def test_no_batch_begins_before_the_weights_that_bound_its_age():
+    """With one batch ahead: batch 1 begins by weights 0, gets weights 1 between two calls, and batch 2 waits."""
+    rollouts = Rollouts()
+    groups = Slow(rollouts)
+    ahead = Ahead(rollouts, groups, most=1, total=4)
+    groups.may.release(4)  # all of batch 0 and one call of batch 1
+    assert ahead.take(0, "w0", None, lambda: None).samples == [0, 0, 0]
+    until(lambda: groups.begun == [0, 1] and groups.may._value == 0)
+    assert rollouts.given_at == [0, 0] and not rollouts.swapped
+    groups_later = threading.Timer(0.05, lambda: groups.may.release(2))
+    groups_later.start()
+    assert ahead.take(1, "w1", None, lambda: None).samples == [0, 1, 1]
+    assert rollouts.swapped == [1]
+    until(lambda: groups.begun == [0, 1, 2])
+    groups.may.release(9)
+    time.sleep(0.05)
+    assert groups.begun == [0, 1, 2]  # batch 3 waits for weights 2
+    assert ahead.take(2, "w2", None, lambda: None).curriculum == {"after": 2}
+    ahead.take(3, "w3", None, lambda: None)
+    assert groups.begun == [0, 1, 2, 3]
+    ahead.stop()
+
+
+def test_what_a_batch_raises_is_raised_where_it_is_waited_for():
+    class Broken(Slow):
+        def write(self, number, engine, progress):
+            raise FloatingPointError("a rollout failed")
+
+    rollouts = Rollouts()
+    ahead = Ahead(rollouts, Broken(rollouts), most=1, total=4)
+    with pytest.raises(FloatingPointError, match="a rollout failed"):
+        ahead.take(0, "w0", None, lambda: None)
+    rollouts.stops[0]()
+
+
+def until(holds):
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_run_by_a_server_is_the_run_in_one_process(recipe, plain, tmp_path, monkeypatch):
+    """To the bit: weights there, tokens and log-probabilities back."""
+    monkeypatch.setenv(API_KEY, "secret")
+    (tmp_path / "weights").mkdir()
+    config, _ = load([recipe], [*SHORT, "TrainConfig.steps = 3"])
+    laid, built = assemble(config.model, config.plan)
+    params, buffers = map(built.laid, initial_state(config.model, 99))
+    words = make_tokenizer(config.data, ())
+    settings = _engine_config(config, config.plan)
+    engine = Engine(Opened(config.model, laid, built, params, buffers, words), settings)
+    weights = Weights(engine, tmp_path / "weights", config.model, PlanConfig(), settings)
+    with serving(engine, most=96, key="secret", weights=weights) as (port, _):
+        bindings = (
+            *SHORT, "TrainConfig.steps = 3", f"RLConfig.server = 'http://127.0.0.1:{port}'",
+            f"RLConfig.server_weights = {str(tmp_path / 'weights')!r}",
+        )  # fmt: skip
+        found, lines = run(recipe, tmp_path / "run", *bindings)
+    _, alone, expected = plain
+    assert lines == expected
+    for one, other in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(alone.state.params), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (["RLConfig.server = 'ftp://x'", "RLConfig.server_weights = '.'"], "RLConfig.server is 'ftp://x'; expected"),
+        (["RLConfig.server = 'http://x'"], "RLConfig.server_weights is None; expected a folder with server"),
+        (["RLConfig.server = 'http://x'", "RLConfig.server_weights = '/no'"], "RLConfig.server_weights is '/no'"),
+        (["RLConfig.staleness = 1", "RLConfig.exact = True"], "RLConfig.staleness is 1; expected nothing where exact"),
+        (["RLConfig.staleness = -1"], "RLConfig.staleness is -1"),
+        (["RLConfig.router_replay = True"], "RLConfig.router_replay is True; expected False: the model has no experts"),
+    ],
+)
+def test_bad_settings_are_one_line_and_status_2(recipe, tmp_path, capsys, monkeypatch, bindings, message):
+    monkeypatch.setenv(API_KEY, "secret")
+    command = ["rl", "--gin_file", str(recipe), "--run", str(tmp_path / "run"), *bound(*bindings)]
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_with_adapters_the_reference_is_the_run_without_them(monkeypatch):
+    """To the bit, and with no second model read; where more than adapters is trained, the first checkpoint is."""
+    base = hybrid(pattern="M*E-", mtp_depths=0)
+    settings = RLConfig(
+        environments=(EnvironmentConfig(name="a", kind="workplace"),), prompts=1, samples=2, max_tokens=4,
+        template="plain", kl=0.1,
+    )  # fmt: skip
+    without = run_config(base, batch_size=2, sequence_length=16)
+    config = dataclasses.replace(without, lora=LoraConfig(rank=2), rl=settings).check()
+    built = assemble(config.model, config.plan)[1]
+    params, buffers = map(built.laid, initial_state(config.model, 0))
+    params = jax.tree.map(lambda a: a + 0.01, params)  # of the factors too
+    monkeypatch.setattr(rl, "open_folder", None)
+    reference = rl._reference(config, None, built, Likelihoods(config, built))
+    assert reference is not None
+    state = type("State", (), {"params": params, "buffers": buffers})
+    batch = packed_batch(config, config.train)
+    one = Likelihoods(config, built).of(*reference(state), batch)
+    adapted = Likelihoods(config, built).of(params, buffers, batch)
+    plain = assemble(base, config.plan)[1]
+    weights, factors = apart(params)
+    bare = merged(weights, jax.tree.map(jnp.zeros_like, factors), 1.0)
+    other = Likelihoods(without, plain).of(bare, buffers, batch)
+    assert one.tobytes() == other.tobytes() and abs(one - adapted).max() > 1e-3
+    trained = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, trained=("norm",)))
+    with pytest.raises(Exception, match="--checkpoint"):
+        rl._reference(trained, None, built, Likelihoods(config, built))
