@@ -37,7 +37,7 @@ from orogen.posttrain.samples import Sample, Track, batch_of
 from orogen.precision.policy import working_copy
 from orogen.train.loss import ROUTING, map_moe
 
-PROMPTS, PROMPT, ANSWER, LENGTH = 32, 48, 80, 128
+PROMPTS, PROMPT, ANSWER, LENGTH = 64, 48, 80, 128
 E4M3_MOST = 448.0
 RL = RLConfig(
     environments=(EnvironmentConfig(name="text", kind="workplace"),), prompts=1, samples=2, max_tokens=ANSWER,

@@ -198,7 +198,7 @@ def test_bad_settings_are_one_line_and_status_2(recipe, tmp_path, capsys, monkey
 
 def test_with_adapters_the_reference_is_the_run_without_them(monkeypatch):
     """To the bit, and with no second model read; where more than adapters is trained, the first checkpoint is."""
-    base = hybrid(pattern="M*E-", mtp_depths=0)
+    base = hybrid(pattern="*-", mtp_depths=0)
     settings = RLConfig(
         environments=(EnvironmentConfig(name="a", kind="workplace"),), prompts=1, samples=2, max_tokens=4,
         template="plain", kl=0.1,

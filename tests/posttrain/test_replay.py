@@ -20,7 +20,7 @@ from orogen.model.lm import initial_state
 from orogen.posttrain.likelihood import Likelihoods
 from orogen.posttrain.samples import Sample, Track, batch_of
 
-MODEL = hybrid(pattern="MEME*E", mtp_depths=0)
+MODEL = hybrid(pattern="ME*E", mtp_depths=0)
 RL = RLConfig(
     environments=(EnvironmentConfig(name="a", kind="workplace"),), prompts=1, samples=2, max_tokens=9, template="plain",
     router_replay=True, importance="none", sequence_error=None,
@@ -42,7 +42,7 @@ LENGTHS = (20, 7), (5, 9), (33, 1)  # tokens of prompts and answers
 
 @pytest.fixture(scope="module")
 def written():
-    """A run's config and weights, and samples that an engine wrote, with their experts."""
+    """A trainer's scorer and weights, and samples that an engine wrote, with their experts."""
     config = dataclasses.replace(run_config(MODEL, batch_size=2, sequence_length=48), rl=RL)
     plan, built = assemble(MODEL, config.plan)
     params, buffers = map(built.laid, jax.jit(lambda: initial_state(MODEL, 1))())
@@ -56,7 +56,7 @@ def written():
         prompt = tuple(map(int, rng.integers(0, MODEL.vocab_size, count)))
         requests.append(Request(prompt=prompt, max_tokens=most, sampling=Sampling(seed=count), logprobs=0))
     found = Engine(Opened(MODEL, plan, built, params, buffers, None), settings).run(requests)
-    return config, built, params, buffers, [sample_of(*one) for one in zip(requests, found, strict=True)]
+    return Likelihoods(config, built), params, buffers, [sample_of(*one) for one in zip(requests, found, strict=True)]
 
 
 def sample_of(request, outputs):
@@ -88,7 +88,7 @@ def with_other_biases(buffers):
 def test_an_engine_tells_the_experts_of_every_token_that_it_reads(written):
     *_, samples = written
     shapes = [sample.tracks[0].experts.shape for sample in samples]
-    assert shapes == [(prompt + answer - 1, 3, MODEL.num_experts_per_tok) for prompt, answer in LENGTHS]
+    assert shapes == [(prompt + answer - 1, 2, MODEL.num_experts_per_tok) for prompt, answer in LENGTHS]
     for sample in samples:
         chosen = np.sort(sample.tracks[0].experts, -1)
         assert chosen.min() >= 0 and chosen.max() < MODEL.n_routed_experts and (np.diff(chosen) > 0).all()
@@ -97,8 +97,8 @@ def test_an_engine_tells_the_experts_of_every_token_that_it_reads(written):
 def test_with_replay_routing_that_would_have_flipped_does_not_change_log_probabilities(written):
     """Between rollout and update, correction biases may change. They decide nothing but the choice of experts: routed
     as in the rollout, each token has the rollout's log-probability up to rounding; routed anew, another."""
-    config, built, params, buffers, samples = written
-    scorer, moved = Likelihoods(config, built), with_other_biases(buffers)
+    scorer, params, buffers, samples = written
+    moved = with_other_biases(buffers)
     _, _, replayed = packed(samples, lambda batch: scorer.of(params, moved, batch))
     _, _, anew = packed(samples, lambda batch: scorer.of(params, moved, batch._replace(extras={})))
     assert replayed.tokens == sum(answer for _, answer in LENGTHS)
@@ -106,8 +106,8 @@ def test_with_replay_routing_that_would_have_flipped_does_not_change_log_probabi
 
 
 def test_tokens_without_a_record_choose_for_themselves(written):
-    config, built, params, buffers, samples = written
-    scorer, moved = Likelihoods(config, built), with_other_biases(buffers)
+    scorer, params, buffers, samples = written
+    moved = with_other_biases(buffers)
     blank = lambda batch: batch._replace(extras={n: np.full_like(x, -1) for n, x in batch.extras.items()})  # noqa: E731
     _, one, _ = packed(samples, lambda batch: scorer.of(params, moved, blank(batch)))
     _, other, _ = packed(samples, lambda batch: scorer.of(params, moved, batch._replace(extras={})))
