@@ -66,6 +66,8 @@ LONG = 65_536
 GATHERED = {"context": 2, "context_attention": "allgather"}
 # XLA hides a step's kernels from the profiler if it puts them into CUDA graphs.
 KERNELS = ("--xla_gpu_enable_command_buffer=",)
+# Kernels of libraries read slices of larger arrays in place.
+SLICED = ("--xla_gpu_enable_dynamic_slice_fusion=true",)
 CASES = {
     "one GPU": Case(2, against=None),
     "one GPU, 2 microbatches": Case(4, 2, against=None),
@@ -90,6 +92,7 @@ CASES = {
     "one GPU, by kernels": Case(2, against=None, flags=KERNELS),
     "tensor 2, by kernels": Case(4, plan=TENSOR, flags=KERNELS, against="one GPU, by kernels"),
     "stage 2, 1F1B, by kernels": Case(2, 8, plan={"stage": 2}, flags=KERNELS, against="one GPU, by kernels"),
+    "stage 2, 1F1B, sliced operands": Case(2, 8, plan={"stage": 2}, flags=SLICED),
     "context 2, ring, 8k": Case(4, plan={"context": 2}),
     "context 2, allgather, 8k": Case(4, plan=GATHERED),
     # Last, when no other state is left: these need the most memory.
