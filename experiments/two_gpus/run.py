@@ -57,6 +57,7 @@ EXPERT = {**ZERO_1, "expert": 2}
 ALLTOALL = {**EXPERT, "dispatch": "alltoall"}
 RAGGED = {**EXPERT, "dispatch": "ragged"}
 TENSOR = {"tensor": 2}
+TENSOR_ZERO = {**TENSOR, "fsdp": "optimizer"}
 FOLDED = {"tensor": 2, "expert": 2}
 EAGER = {"stage": 2, "schedule": "eager_1f1b"}
 INTERLEAVED = {"stage": 2, "schedule": "interleaved"}
@@ -77,21 +78,30 @@ CASES = {
     "expert 2, allgather": Case(4, plan=EXPERT),
     "expert 2, allgather, balanced": Case(4, plan=EXPERT, routing="balanced"),
     "expert 2, alltoall, capacity 1.25": Case(4, plan={**ALLTOALL, "capacity_factor": 1.25}),
+    "expert 2, alltoall, interleaved": Case(4, plan={**ALLTOALL, "capacity_factor": 1.25, "interleave": 2}),
     "expert 2, alltoall, capacity 1, balanced": Case(4, plan={**ALLTOALL, "capacity_factor": 1.0}, routing="balanced"),
     "expert 2, ragged, buffer 1.5": Case(4, plan={**RAGGED, "buffer_factor": 1.5}),
     "expert 2, ragged, buffer 1, balanced": Case(4, plan={**RAGGED, "buffer_factor": 1.0}, routing="balanced"),
     "tensor 2": Case(4, plan=TENSOR),
-    "tensor 2, ZeRO-1": Case(4, plan={**TENSOR, "fsdp": "optimizer"}),
+    "tensor 2, ZeRO-1": Case(4, plan=TENSOR_ZERO),
+    "tensor 2, ZeRO-1, interleaved": Case(4, plan={**TENSOR_ZERO, "interleave": 2}),
     "tensor 2, expert 2, allgather": Case(4, plan=FOLDED),
+    "tensor 2, expert 2, interleaved": Case(4, plan={**FOLDED, "interleave": 2}),
     "stage 2, 1F1B, 8 microbatches": Case(2, 8, plan={"stage": 2}),
     "stage 2, 1F1B, 16 microbatches": Case(2, 16, plan={"stage": 2}),
+    "stage 2, 1F1B, 8 microbatches, in place": Case(2, 8, plan={"stage": 2, "stash": "in_place"}),
+    "stage 2, 1F1B, 16 microbatches, in place": Case(2, 16, plan={"stage": 2, "stash": "in_place"}),
     "stage 2, eager 1F1B, 8 microbatches": Case(2, 8, plan=EAGER),
     "stage 2, eager 1F1B, 16 microbatches": Case(2, 16, plan=EAGER),
+    "stage 2, eager 1F1B, 8 microbatches, in place": Case(2, 8, plan={**EAGER, "stash": "in_place"}),
+    "stage 2, eager 1F1B, 16 microbatches, in place": Case(2, 16, plan={**EAGER, "stash": "in_place"}),
     "stage 2, interleaved, 8 microbatches": Case(2, 8, plan=INTERLEAVED, pattern=SEGMENTS),
     "stage 2, interleaved, 16 microbatches": Case(2, 16, plan=INTERLEAVED, pattern=SEGMENTS),
     "one GPU, by kernels": Case(2, against=None, flags=KERNELS),
     "tensor 2, by kernels": Case(4, plan=TENSOR, flags=KERNELS, against="one GPU, by kernels"),
-    "stage 2, 1F1B, by kernels": Case(2, 8, plan={"stage": 2}, flags=KERNELS, against="one GPU, by kernels"),
+    "stage 2, 1F1B, in place, by kernels": Case(
+        2, 8, plan={"stage": 2, "stash": "in_place"}, flags=KERNELS, against="one GPU, by kernels"
+    ),
     "stage 2, 1F1B, sliced operands": Case(2, 8, plan={"stage": 2}, flags=SLICED),
     "context 2, ring, 8k": Case(4, plan={"context": 2}),
     "context 2, allgather, 8k": Case(4, plan=GATHERED),
