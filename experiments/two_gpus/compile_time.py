@@ -51,7 +51,7 @@ def main() -> None:
     if one:
         print(json.dumps(compiled(keep=one == "kept")))
         return
-    for kind in ("usual", "kept"):
+    for kind in ("kept", "usual"):
         with tempfile.TemporaryDirectory() as cache:
             for name in ("from nothing", "from the cache"):
                 command = [sys.executable, __file__, "--one", kind]
