@@ -232,7 +232,7 @@ def measured(names: Sequence[str], options: argparse.Namespace, scratch: Path) -
             if (left := ends - time.monotonic()) <= 0:
                 print(f"not measured, for lack of time: {', '.join(together)}", file=sys.stderr)
                 continue
-            found, failures = in_turn(together, command, limit_s=left)
+            found, failures = in_turn(together, command, limit_s=left, ready_s=options.ready)
             for name, why in failures.items():
                 print(f"{name} failed: {why}", file=sys.stderr)
             rows += pool.map(profiled, found)
@@ -246,6 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
     parser.add_argument("--together", type=int, default=16, help="cases that are compiled at once")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which the rest is not measured")
+    parser.add_argument("--ready", type=float, help="seconds within which a case has to be compiled")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
