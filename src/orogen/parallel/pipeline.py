@@ -88,6 +88,15 @@ class _Traced(NamedTuple):
     gradient: Any
 
 
+class _Branch(NamedTuple):
+    """What the branches of a place are made of."""
+
+    program: Program
+    traced: _Traced
+    stash: Copied | InPlace
+    place: Place
+
+
 def run(
     schedule: Schedule,
     programs: Sequence[Program],
@@ -124,11 +133,10 @@ def run(
         reports=reports,
     )
     branches = [lambda now, state: (x, state)]
-    pairs = [(programs[place.program], traced[place.program]) for place in found]
-    held = [(stash, place) for place in found]
-    branches += [functools.partial(_forward, *pair, at, params) for pair, at in zip(pairs, held, strict=True)]
+    compiled = [_Branch(programs[place.program], traced[place.program], stash, place) for place in found]
+    branches += [functools.partial(_forward, branch, params) for branch in compiled]
     if grads is not None:
-        branches += [functools.partial(_backward, *pair, at, (params, x)) for pair, at in zip(pairs, held, strict=True)]
+        branches += [functools.partial(_backward, branch, (params, x)) for branch in compiled]
 
     def tick(state: _State, now: _Now) -> tuple[_State, None]:
         sent, state = lax.switch(now.branch, branches, now, state)
@@ -152,25 +160,21 @@ def _stage_rows(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
     return _Now(**{name: jnp.take(jnp.asarray(table, jnp.int32), index, axis=1) for name, table in fields.items()})
 
 
-def _forward(
-    program: Program, traced: _Traced, at: tuple[Copied | InPlace, Place], params: Any, now: _Now, state: _State
-) -> tuple[Array, _State]:
+def _forward(branch: _Branch, params: Any, now: _Now, state: _State) -> tuple[Array, _State]:
+    program, traced, stash, place = branch
     x = _get(state.forward_inbox, now.forward_inbox)
     values = jex.jaxpr_as_fun(traced.forward)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     y, loss, *rest = values
     count = traced.report.num_leaves
     report = jax.tree.unflatten(traced.report, rest[:count])
-    stash, place = at
     held = stash.put(state.stash, place, now.stash, rest[count:])
     reports = program.note(state.reports, report, now.chunk, now.microbatch)
     return y, state._replace(stash=held, loss=state.loss + loss, reports=reports)
 
 
-def _backward(
-    program: Program, traced: _Traced, at: tuple[Copied | InPlace, Place], operands: tuple[Any, Array], now: _Now,
-    state: _State,
-) -> tuple[Array, _State]:  # fmt: skip
-    (params, x), (stash, place) = operands, at
+def _backward(branch: _Branch, operands: tuple[Any, Array], now: _Now, state: _State) -> tuple[Array, _State]:
+    program, traced, stash, place = branch
+    params, x = operands
     residuals = stash.get(state.stash, place, now.stash)
     residuals += jex.jaxpr_as_fun(traced.recompute)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     gradient = jax.tree.unflatten(traced.gradient, [residuals[i] for i in traced.order])
