@@ -54,7 +54,8 @@ def arm() -> None:
 def environment(folder: Path, trial: Facts | None) -> dict[str, str]:
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(SITE)
-    path = os.pathsep.join(map(str, (folder / "site", ROOT, ROOT / "src")))
+    given = filter(None, [os.environ.get("PYTHONPATH")])
+    path = os.pathsep.join(map(str, (folder / "site", ROOT, ROOT / "src", *given)))
     # What `orogen` sets before it imports jax, which `arm` does earlier.
     return {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3", "TRIAL": json.dumps(trial)}
 

@@ -1,7 +1,9 @@
 """Whole training steps on two GPUs of one host, beside one GPU: `python experiments/two_gpus/run.py`.
 
-Each plan is compiled by a process of its own, all at once; then they are timed one after another, alone on the GPUs.
-The model has R1's widths and the pattern MEMEM*E. Results go to `results.jsonl` beside this file.
+Each plan has a process of its own. As many as `--together` are compiled at once, then timed one after another, alone on
+the GPUs; only the one that is timed has a state. They share XLA's choices of kernels, so that equal products take
+equally long under all plans. The model has R1's widths and the pattern MEMEM*E. Results go to `results.jsonl` beside
+this file.
 """
 
 import argparse
@@ -9,7 +11,10 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +22,15 @@ from orogen.bench.turns import Turn, in_turn
 
 HERE = Path(__file__).parent
 PATTERN = "MEMEM*E"
+TRACED = 2  # steps
+PARSERS = 4  # processes that read traces
 LINK_BYTES = 402_653_184  # of each rank's operand: 98,304 rows of 2048 numbers of 16 bits
 
 
 class Case(NamedTuple):
     """A plan and its batch. rows: sequences per microbatch of all GPUs; microbatches; length: tokens per sequence;
     plan: bindings of PlanConfig; against: the case on one GPU with which it is compared, None for such a case itself.
-    pattern: the layers, perhaps split into segments.
+    pattern: the layers, perhaps split into segments. routing: as in `Workload`. flags: XLA's, beside the usual ones.
     """
 
     rows: int
@@ -32,6 +39,8 @@ class Case(NamedTuple):
     plan: dict[str, Any] = {}
     against: str | None = "one GPU"
     pattern: str = PATTERN
+    routing: str = "real"
+    flags: tuple[str, ...] = ()
 
     def bindings(self) -> tuple[str, ...]:
         """Gin bindings of the benchmark."""
@@ -44,54 +53,96 @@ class Case(NamedTuple):
 
 ZERO_1 = {"data": 2, "fsdp": "optimizer"}
 ZERO_3 = {"data": 2, "fsdp": "parameters"}
-LONG = 65_536
-STAGES = {"stage": 2, "schedule": "interleaved"}
+EXPERT = {**ZERO_1, "expert": 2}
+ALLTOALL = {**EXPERT, "dispatch": "alltoall"}
+RAGGED = {**EXPERT, "dispatch": "ragged"}
+TENSOR = {"tensor": 2}
+# With half of the vocabulary, twice as many tokens' logits fit.
+TENSOR_ZERO = {**TENSOR, "fsdp": "optimizer", "logit_rows": 8192}
+FOLDED = {"tensor": 2, "expert": 2}
+EAGER = {"stage": 2, "schedule": "eager_1f1b"}
+INTERLEAVED = {"stage": 2, "schedule": "interleaved"}
 # Segments 0 and 1 work at the same ticks, and so do 2 and 3: each pair has to take equally long.
 SEGMENTS = "ME|ME|M*|E"
+LONG = 65_536
+GATHERED = {"context": 2, "context_attention": "allgather"}
+# XLA hides a step's kernels from the profiler if it puts them into CUDA graphs.
+KERNELS = ("--xla_gpu_enable_command_buffer=",)
+# Kernels of libraries read slices of larger arrays in place.
+SLICED = ("--xla_gpu_enable_dynamic_slice_fusion=true",)
 CASES = {
     "one GPU": Case(2, against=None),
     "one GPU, 2 microbatches": Case(4, 2, against=None),
     "data 2, ZeRO-1": Case(4, plan=ZERO_1),
     "data 2, ZeRO-3": Case(4, plan=ZERO_3),
     "data 2, ZeRO-3, 2 microbatches": Case(8, 2, plan=ZERO_3, against="one GPU, 2 microbatches"),
-    "expert 2, allgather": Case(4, plan={**ZERO_1, "expert": 2}),
-    "expert 2, alltoall, capacity 1.25": Case(
-        4, plan={**ZERO_1, "expert": 2, "dispatch": "alltoall", "capacity_factor": 1.25}
-    ),
-    "expert 2, ragged, buffer 1.5": Case(
-        4, plan={**ZERO_1, "expert": 2, "dispatch": "ragged", "buffer_factor": 1.5}
-    ),
-    "tensor 2": Case(4, plan={"tensor": 2}),
-    "tensor 2, expert 2, allgather": Case(4, plan={"tensor": 2, "expert": 2}),
+    "expert 2, allgather": Case(4, plan=EXPERT),
+    "expert 2, allgather, balanced": Case(4, plan=EXPERT, routing="balanced"),
+    "expert 2, alltoall, capacity 1.25": Case(4, plan={**ALLTOALL, "capacity_factor": 1.25}),
+    "expert 2, alltoall, interleaved": Case(4, plan={**ALLTOALL, "capacity_factor": 1.25, "interleave": 2}),
+    "expert 2, alltoall, capacity 1, balanced": Case(4, plan={**ALLTOALL, "capacity_factor": 1.0}, routing="balanced"),
+    "expert 2, ragged, buffer 1.5": Case(4, plan={**RAGGED, "buffer_factor": 1.5}),
+    "expert 2, ragged, buffer 1, balanced": Case(4, plan={**RAGGED, "buffer_factor": 1.0}, routing="balanced"),
+    "tensor 2": Case(4, plan=TENSOR),
+    "tensor 2, ZeRO-1": Case(4, plan=TENSOR_ZERO),
+    "tensor 2, ZeRO-1, interleaved": Case(4, plan={**TENSOR_ZERO, "interleave": 2}),
+    "tensor 2, expert 2, allgather": Case(4, plan=FOLDED),
+    "tensor 2, expert 2, interleaved": Case(4, plan={**FOLDED, "interleave": 2, "logit_rows": 8192}),
     "stage 2, 1F1B, 8 microbatches": Case(2, 8, plan={"stage": 2}),
-    "stage 2, eager 1F1B, 8 microbatches": Case(2, 8, plan={"stage": 2, "schedule": "eager_1f1b"}),
-    "stage 2, interleaved, 8 microbatches": Case(2, 8, plan=STAGES, pattern=SEGMENTS),
-    "stage 2, interleaved, 16 microbatches": Case(2, 16, plan=STAGES, pattern=SEGMENTS),
+    "stage 2, 1F1B, 16 microbatches": Case(2, 16, plan={"stage": 2}),
+    "stage 2, 1F1B, 8 microbatches, in place": Case(2, 8, plan={"stage": 2, "stash": "in_place"}),
+    "stage 2, 1F1B, 16 microbatches, in place": Case(2, 16, plan={"stage": 2, "stash": "in_place"}),
+    "stage 2, eager 1F1B, 8 microbatches": Case(2, 8, plan=EAGER),
+    "stage 2, eager 1F1B, 16 microbatches": Case(2, 16, plan=EAGER),
+    "stage 2, eager 1F1B, 8 microbatches, in place": Case(2, 8, plan={**EAGER, "stash": "in_place"}),
+    "stage 2, eager 1F1B, 16 microbatches, in place": Case(2, 16, plan={**EAGER, "stash": "in_place"}),
+    "stage 2, interleaved, 8 microbatches": Case(2, 8, plan=INTERLEAVED, pattern=SEGMENTS),
+    "stage 2, interleaved, 16 microbatches": Case(2, 16, plan=INTERLEAVED, pattern=SEGMENTS),
+    "one GPU, by kernels": Case(2, against=None, flags=KERNELS),
+    "tensor 2, by kernels": Case(4, plan=TENSOR, flags=KERNELS, against="one GPU, by kernels"),
+    "stage 2, 1F1B, in place, by kernels": Case(
+        2, 8, plan={"stage": 2, "stash": "in_place"}, flags=KERNELS, against="one GPU, by kernels"
+    ),
+    "stage 2, 1F1B, sliced operands": Case(2, 8, plan={"stage": 2}, flags=SLICED),
+    "context 2, ring, 8k": Case(4, plan={"context": 2}),
+    "context 2, allgather, 8k": Case(4, plan=GATHERED),
     # Last, when no other state is left: these need the most memory.
     "one GPU, 64k": Case(1, 2, LONG, against=None),
     "context 2, ring, 64k": Case(2, 2, LONG, {"context": 2}, "one GPU, 64k"),
-    "context 2, allgather, 64k": Case(2, 2, LONG, {"context": 2, "context_attention": "allgather"}, "one GPU, 64k"),
+    "context 2, allgather, 64k": Case(2, 2, LONG, GATHERED, "one GPU, 64k"),
+    "one GPU, 128k": Case(1, 1, 2 * LONG, against=None),
+    "context 2, ring, 128k": Case(2, 1, 2 * LONG, {"context": 2}, "one GPU, 128k"),
+    "context 2, allgather, 128k": Case(2, 1, 2 * LONG, GATHERED, "one GPU, 128k"),
 }  # fmt: skip
+LINKS = "links"
 
 
-def one(turn: Turn, *, steps: int) -> dict[str, Any]:
-    """Compiles a case, waits for its turn, and times it."""
-    name = turn.name
-    case = CASES[name]
-    if case.against is None:
+def prepare_process(case: Case | None, scratch: Path) -> None:
+    """Shows this process its GPUs, and the choices of kernels that others have made. Call it before jax is imported."""
+    if case is not None and case.against is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all cases are compiled at once
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several cases are compiled at once
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
+    flags = f"--xla_gpu_per_fusion_autotune_cache_dir={scratch / 'kernels'}", *(case.flags if case else ())
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
+
+
+def one(turn: Turn, scratch: Path, *, steps: int) -> dict[str, Any]:
+    """Compiles a case, waits for its turn, and times it. `trace`: the folder of the trace of two more steps."""
+    case = CASES[turn.name]
+    prepare_process(case, scratch)
     import jax
 
     from orogen.bench.train import describe, prepare, summarise, timed
     from orogen.bench.workload import Workload
     from orogen.parallel.runtime import configure
-    from orogen.report.profile import step_table
 
     configure()
     jax.config.update("jax_enable_compilation_cache", False)  # what compiling takes is reported
-    work = Workload(rows=case.rows, sequence_length=case.length, part="whole_step", bindings=case.bindings())
-    config, trace = work.config(), turn.folder / "trace" / name.replace(" ", "_")
+    work = Workload(
+        rows=case.rows, sequence_length=case.length, part="whole_step", bindings=case.bindings(), routing=case.routing
+    )
+    config, trace = work.config(), scratch / "trace" / turn.name.replace(" ", "_")
     began = time.perf_counter()
     compiled_s = 0.0
 
@@ -103,18 +154,26 @@ def one(turn: Turn, *, steps: int) -> dict[str, Any]:
     prepared = prepare(work, config, ready=ready)
     facts = summarise(prepared, timed(prepared.start, steps), config)
     with jax.profiler.trace(str(trace)):
-        for _ in range(2):
+        for _ in range(TRACED):
             jax.block_until_ready(prepared.start())
-    table = step_table(trace, steps=2)
     return {
-        "case": name, "against": case.against, "microbatches": case.microbatches, "pattern": case.pattern,
-        "compiled_s": round(compiled_s, 1), **describe(work, config), **facts, "profile": table,
+        "case": turn.name, "against": case.against, "microbatches": case.microbatches, "pattern": case.pattern,
+        "routing": case.routing, "flags": case.flags, "compiled_s": round(compiled_s, 1), **describe(work, config),
+        **facts, "trace": str(trace),
     }  # fmt: skip
 
 
-def links(turn: Turn) -> list[dict[str, Any]]:
+def profiled(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the table of its trace in place of the trace's folder."""
+    from orogen.report.profile import step_table
+
+    found = {key: value for key, value in row.items() if key != "trace"}
+    return found | ({"profile": step_table(Path(row["trace"]), steps=TRACED)} if "trace" in row else {})
+
+
+def links(turn: Turn, scratch: Path) -> list[dict[str, Any]]:
     """What NCCL's collectives take for LINK_BYTES per rank: the floor of what a step exchanges."""
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    prepare_process(None, scratch)
     import jax
     import jax.numpy as jnp
     from jax import lax
@@ -163,21 +222,43 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured(names: Sequence[str], options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """The rows of the cases, whose failures are printed. Rows are written as soon as those compiled together ended."""
+    rows, ends = [], time.monotonic() + options.limit
+    command = [sys.executable, __file__, "--steps", str(options.steps), "--scratch", str(scratch)]
+    with ProcessPoolExecutor(PARSERS) as pool:
+        for first in range(0, len(names), options.together):
+            together = names[first : first + options.together]
+            if (left := ends - time.monotonic()) <= 0:
+                print(f"not measured, for lack of time: {', '.join(together)}", file=sys.stderr)
+                continue
+            found, failures = in_turn(together, command, limit_s=left, ready_s=options.ready)
+            for name, why in failures.items():
+                print(f"{name} failed: {why}", file=sys.stderr)
+            rows += pool.map(profiled, found)
+            options.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="*", choices=[*CASES, "links"], default=[*CASES, "links"])
+    parser.add_argument("--cases", nargs="*", choices=[*CASES, LINKS], default=[*CASES, LINKS])
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
+    parser.add_argument("--together", type=int, default=16, help="cases that are compiled at once")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which the rest is not measured")
+    parser.add_argument("--ready", type=float, help="seconds within which a case has to be compiled")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "SCRATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         turn = Turn(options.one[0], Path(options.one[1]))
-        turn.answer(links(turn) if turn.name == "links" else [one(turn, steps=options.steps)])
+        links_asked = turn.name == LINKS
+        turn.answer(links(turn, options.scratch) if links_asked else [one(turn, options.scratch, steps=options.steps)])
         return
-    rows, failures = in_turn(options.cases, [sys.executable, __file__, "--steps", str(options.steps)])
-    for name, why in failures.items():
-        print(f"{name} failed: {why}", file=sys.stderr)
-    options.out.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "kernels").mkdir()
+        rows = measured(options.cases, options, Path(scratch))
     print(table(rows))
     for row in rows:
         if row["case"].startswith("link"):

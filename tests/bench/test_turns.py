@@ -20,7 +20,7 @@ CASE = textwrap.dedent(
         sys.exit("out of memory")
     if turn.name == "is killed":
         os.kill(os.getpid(), 9)
-    time.sleep({"slow": 0.6}.get(turn.name, 0))
+    time.sleep({"slow": 0.6, "never ready": 60}.get(turn.name, 0))
     say("compiled")
     turn.wait()
     say("begins")
@@ -36,8 +36,8 @@ def run(tmp_path):
     script, log = tmp_path / "case.py", tmp_path / "log"
     script.write_text(CASE)
 
-    def run(*order: str, limit_s: float | None = None):
-        outcome = in_turn(order, [sys.executable, str(script), str(log)], limit_s=limit_s)
+    def run(*order: str, **limits: float):
+        outcome = in_turn(order, [sys.executable, str(script), str(log)], **limits)
         return outcome, log.read_text().splitlines() if log.exists() else []
 
     return run
@@ -68,6 +68,12 @@ def test_a_limit_ends_what_still_runs_and_keeps_the_rest(run):
     assert "begins hangs" in log and "ends hangs" not in log
     assert outcome.failures == {"hangs": "ended after the limit of 3 s"}
     assert {row["case"] for row in outcome.results} == {"first"}
+
+
+def test_a_case_that_is_not_ready_in_time_is_not_waited_for(run):
+    outcome, log = run("never ready", "first", "last", ready_s=2.5)
+    assert log[2:] == [f"{what} {name}" for name in ("first", "last") for what in ("begins", "ends")]
+    assert outcome.failures == {"never ready": "ended after the limit of 2.5 s"}
 
 
 def test_names_are_those_of_files(run):

@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 
 from orogen.parallel.dependence import BATCH, BOTH, PARAMETERS, dependence
-from orogen.parallel.pipeline import branches_ts
 from orogen.parallel.schedule import BACKWARD, FORWARD, IDLE, make_schedule
+from orogen.parallel.stash import COPIED, branches_ts, places
 
 FLAGS = [PARAMETERS, BATCH, BOTH]
 W, TOKENS, X = jnp.ones((3, 3)), jnp.ones((4, 3)), jnp.ones((4, 3))
@@ -58,7 +58,7 @@ def test_branches_are_those_of_the_chunks_programs(stages, microbatches, virtual
     kind = "1f1b" if virtual == 1 else "interleaved"
     schedule = make_schedule(kind, stages=stages, microbatches=microbatches, virtual=virtual)
     program_vp = np.arange(stages * virtual).reshape(virtual, stages) % 3
-    branch_ts = branches_ts(schedule.tables, program_vp, 3)
+    branch_ts = branches_ts(schedule.tables, program_vp, places(schedule.tables, program_vp, 3, kind=COPIED))
     for t, s in np.ndindex(branch_ts.shape):
         operation, chunk = schedule.tables.operation[t, s], schedule.tables.chunk[t, s]
         expected = {IDLE: 0, FORWARD: 1 + program_vp[chunk, s], BACKWARD: 4 + program_vp[chunk, s]}

@@ -38,7 +38,7 @@ from orogen.train import carry
 from orogen.train.formats import in_formats
 from orogen.train.next_token import LOSS, NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
-from orogen.train.state import abstract_state, create_state, state_shardings
+from orogen.train.state import abstract_state, state_creator, state_shardings
 from orogen.train.step import batch_to_devices, gradients, make_step
 
 WARM_UP = 2
@@ -129,14 +129,8 @@ def prepare(
     params, buffers = _working_state(config.model, built, plan, config.train.compute_dtype)
     if export is not None:
         export_weights(config.model, params, buffers, export)
-    dtype, replaying = config.train.compute_dtype, replay is not None
-    gradient = gradients(built, NEXT_TOKENS, config.model, plan, dtype, replaying=replaying)
-
-    def function(params: Any, *arguments: Any) -> Any:
-        return gradient(placement.working(params, plan), *arguments)
-
     given = params, buffers, batch, replay
-    program = _compiled(jax.jit(function, compiler_options=plan.compiler_options).lower(*given), plan)
+    program = _compiled(_pass(built, config, plan, replaying=replay is not None).lower(*given), plan)
     ready()
     first = program(*given)
     loss, lost = _mean_nats(first[3].metrics[LOSS], first[2].metrics[LOSS]), _lost(first[3].load, first[3])
@@ -149,6 +143,25 @@ def prepare(
     return Prepared(start, loss, _tokens(config), _memory(program), same, lost)
 
 
+def _pass(built: Built, config: RunConfig, plan: Plan, *, replaying: bool = False) -> Any:
+    """The jitted forward and backward pass, of (params, buffers, batch, replay)."""
+    gradient = gradients(built, NEXT_TOKENS, config.model, plan, config.train.compute_dtype, replaying=replaying)
+
+    def function(params: Any, *arguments: Any) -> Any:
+        return gradient(placement.working(params, plan), *arguments)
+
+    return jax.jit(function, compiler_options=plan.compiler_options)
+
+
+def pass_to_compile(work: Workload, config: RunConfig) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted pass of a workload on one device, and the shapes of its arguments; nothing is allocated."""
+    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
+    plan = in_formats(plan, config.precision, config.model)
+    state = jax.eval_shape(lambda: _create(config.model, built, config.train.compute_dtype))
+    given = (*state, jax.eval_shape(lambda: batch_to_devices(_batch(config), plan)), None)
+    return _pass(built, config, plan), given
+
+
 def _whole_step(
     built: Built, config: RunConfig, plan: Plan, given: tuple[Any, Any], *, ready: Callable[[], None]
 ) -> Prepared:  # fmt: skip
@@ -158,8 +171,10 @@ def _whole_step(
     abstract = with_shardings(abstract, state_shardings(abstract, plan))
     step = make_step(built, NEXT_TOKENS, config, plan, optimizer, replaying=replay is not None)
     program = _compiled(step.lower(abstract, batch, None, replay), plan)
+    seed = config.train.seed
+    create = state_creator(config.model, built, optimizer, plan, carried=carried).lower(seed).compile()
     ready()
-    state = create_state(config.model, built, optimizer, plan, config.train.seed, carried=carried)
+    state = create(seed)
     state, metrics = program(state, batch, None, replay)
     loss, lost = _mean_nats(*metrics.metrics[LOSS]), _lost(metrics.load_le, metrics)
 
@@ -212,11 +227,13 @@ def _batch(config: RunConfig) -> Any:
 def _working_state(model: ModelConfig, built: Built, plan: Plan, dtype: str) -> tuple[Any, Any]:
     """Random parameters in the compute dtype, and buffers, as the plan stores them."""
 
-    def create() -> tuple[Any, Any]:
-        params, buffers = initial_state(model, 0)
-        return working_copy(built.laid(params), dtype), built.laid(buffers)
-
+    create = functools.partial(_create, model, built, dtype)
     return jax.jit(create, out_shardings=placement.shardings((built.params, built.buffers), plan))()
+
+
+def _create(model: ModelConfig, built: Built, dtype: str) -> tuple[Any, Any]:
+    params, buffers = initial_state(model, 0)
+    return working_copy(built.laid(params), dtype), built.laid(buffers)
 
 
 def _mean_nats(nats: Any, targets: Any) -> float:

@@ -55,10 +55,13 @@ class Outcome(NamedTuple):
     failures: dict[str, str]
 
 
-def in_turn(order: Sequence[str], command: Sequence[str], *, limit_s: float | None = None) -> Outcome:
+def in_turn(
+    order: Sequence[str], command: Sequence[str], *, limit_s: float | None = None, ready_s: float | None = None
+) -> Outcome:
     """Runs `command --one CASE FOLDER` for each case of `order`. A case that fails does not hold up the others.
 
     limit_s: cases that still run after so many seconds are ended, so that the results of the others are not lost.
+    ready_s: so are those that do not wait for their turn by then, so that the others need not wait for them.
     Raises ValueError if a name cannot be that of a file.
     """
     unfit = [name for name in order if "/" in name or not name.strip(".")]
@@ -69,14 +72,16 @@ def in_turn(order: Sequence[str], command: Sequence[str], *, limit_s: float | No
         for part in (READY, ENDED, RESULTS, LOGS):
             (folder / part).mkdir()
         (folder / ORDER).write_text(json.dumps(list(order)))
-        failures = _run({name: [*command, "--one", name, made] for name in order}, folder, limit_s)
+        failures = _run({name: [*command, "--one", name, made] for name in order}, folder, limit_s, ready_s)
         found = {name: folder / RESULTS / name for name in order}
         results = [row for file in found.values() if file.is_file() for row in json.loads(file.read_text())]
         silent = {name: _last_line(folder, name) for name, file in found.items() if not file.is_file()}
         return Outcome(results, {**silent, **failures})
 
 
-def _run(commands: Mapping[str, Sequence[str]], folder: Path, limit_s: float | None) -> dict[str, str]:
+def _run(
+    commands: Mapping[str, Sequence[str]], folder: Path, limit_s: float | None, ready_s: float | None
+) -> dict[str, str]:
     """Starts the processes and marks those that end. Returns by case why it failed."""
     began, running, failures = time.monotonic(), {}, {}
     try:
@@ -84,12 +89,13 @@ def _run(commands: Mapping[str, Sequence[str]], folder: Path, limit_s: float | N
             with (folder / LOGS / name).open("w") as log:
                 running[name] = subprocess.Popen(command, stdout=log, stderr=log)
         while running:
-            late = limit_s is not None and time.monotonic() - began > limit_s
+            passed, ready = time.monotonic() - began, _names(folder / READY)
             for name, process in list(running.items()):
-                if late:
+                limit = limit_s if ready_s is None or name in ready else min(ready_s, limit_s or ready_s)
+                if limit is not None and passed > limit:
                     process.kill()
                     process.wait()
-                    failures[name] = f"ended after the limit of {limit_s:g} s"
+                    failures[name] = f"ended after the limit of {limit:g} s"
                 elif process.poll() is None:
                     continue
                 elif process.returncode:

@@ -60,6 +60,11 @@ class PlanConfig:
     the names, Megatron's modules among them, and the layers that have them.
     offload, offload_optimizer: refused if the backend has no separate host memory; offload is refused with stages,
     too. A layer with an offloaded activation recomputes all arrays that have no name.
+    interleave: one iteration of the loop over microbatches has the passes of so many. They do not depend on each other,
+    so XLA can put the exchanges of one beside the computation of another. The model is compiled as often, and the
+    activations of as many are held.
+    stash: in place, nothing is copied, but each slot that a stage uses takes a program of its own, so that compiling
+    takes longer (for 2 stages half as many programs again).
     linear: fp8 is not used in the first layer, the last layer and the MTP block, nor where the output is too narrow to
     gain. It is the only choice that changes results by more than rounding in the compute dtype.
     unroll: unrolled layers take longer to compile and run faster: a loop copies residuals and gradients into stacks.
@@ -109,7 +114,11 @@ class PlanConfig:
     virtual: Annotated[
         int | None, "chunks of the model per stage; None: by the pattern's `|`, else two if interleaved, else one"
     ] = None
+    stash: Annotated[
+        str, "how a stage keeps what its backward passes need: copied (all slots share a program) or in_place"
+    ] = "copied"
     microbatches: Annotated[int, "parts of a batch that are processed one after another"] = 1
+    interleave: Annotated[int, "up to this many microbatches overlap: one computes while another communicates"] = 1
     # memory and compilation
     unroll: Annotated[int, "up to this many repetitions of layers are unrolled, not looped over"] = 2
     logit_rows: Annotated[int, "tokens whose logits the chunked loss computes at once on one device"] = 1024
@@ -142,10 +151,11 @@ class PlanConfig:
     def __post_init__(self) -> None:
         check_types(self)
         require_positive(self, "data", "context", "tensor", "stage", "expert", "expert_tensor", "microbatches")
-        require_positive(self, "unroll", "logit_rows")
+        require_positive(self, "unroll", "logit_rows", "interleave")
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
         require_choice(self, "stream", ("time", "whole"))
         require_choice(self, "schedule", ("gpipe", "1f1b", "eager_1f1b", "interleaved"))
+        require_choice(self, "stash", ("copied", "in_place"))
         require_positive(self, "virtual")
         several = self.virtual is None or self.virtual == 1 or self.schedule == "interleaved"
         require(several, self, "virtual", f"1 or None where schedule is {self.schedule}")
@@ -205,8 +215,15 @@ class PlanConfig:
     def plainest(self) -> "PlanConfig":
         """The plan with the plainest implementation of each operation, one microbatch, and nothing recomputed, unrolled
         or offloaded. Its capacity stays."""
-        plain = {"linear": "plain", "quantize": "plain", "microbatches": 1, "unroll": 1, "remat": "none", "offload": ()}
-        return dataclasses.replace(self, **PLAINEST, **plain, offload_optimizer=False, buffer_factor=None)
+        plain = {
+            "linear": "plain",
+            "quantize": "plain",
+            "microbatches": 1,
+            "unroll": 1,
+            "interleave": 1,
+            "remat": "none",
+        }
+        return dataclasses.replace(self, **PLAINEST, **plain, offload=(), offload_optimizer=False, buffer_factor=None)
 
     @property
     def devices(self) -> int:

@@ -66,7 +66,7 @@ ALWAYS = {
     "data": "corpus sources tokenizer vocab_size heldout_fraction tuning_fraction shuffle",
     "train": "steps batch_size sequence_length batch_ramp phases seed compute_dtype checkpoint_every "
     "checkpoint_minutes keep_checkpoints max_skipped_steps spike_deviations roll_back_after hang_minutes "
-    "sample_prompts sample_tokens loggers",
+    "keep_program sample_prompts sample_tokens loggers",
     # With Muon, AdamW's beta1, beta2 and epsilon are those of the parameters that Muon leaves to it.
     "optimizer": "name learning_rate schedule warmup_steps beta1 beta2 epsilon weight_decay clip_norm moment_dtype "
     "trained frozen",
@@ -131,7 +131,8 @@ READERS: dict[str, tuple[Reader, ...]] = {
         _of_plan("fsdp_size", lambda plan: plan.fsdp != "none", "PlanConfig.fsdp is 'none'"),
         _of_plan("context_attention context_ssm shift", lambda plan: plan.context > 1, "PlanConfig.context is 1"),
         _of_plan("stream", lambda plan: plan.tensor > 1, "PlanConfig.tensor is 1"),
-        _of_plan("schedule virtual", lambda plan: plan.stage > 1, "PlanConfig.stage is 1"),
+        _of_plan("interleave", lambda plan: plan.stage == 1, "PlanConfig.stage is above 1"),
+        _of_plan("schedule virtual stash", lambda plan: plan.stage > 1, "PlanConfig.stage is 1"),
         _of_plan(
             "logit_rows", lambda plan: plan.cross_entropy == "chunked", "PlanConfig.cross_entropy is not 'chunked'"
         ),

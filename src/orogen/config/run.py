@@ -84,6 +84,9 @@ class TrainConfig:
     )
     max_roll_backs: Annotated[int, "roll-backs to one checkpoint after which the run stops"] = 3
     hang_minutes: Annotated[float, "minutes without a step after which the process ends as hung; 0: never"] = 10.0
+    keep_program: Annotated[
+        bool, "whether the traced step is kept in a file, by which an equal run on one process starts sooner"
+    ] = False
     sample_prompts: Annotated[tuple[str, ...], "texts that the final samples continue"] = ("",)
     sample_tokens: Annotated[int, "tokens per sample"] = 128
     loggers: Annotated[tuple[str, ...], "where people look at metrics: some of tensorboard, wandb and trackio"] = (

@@ -30,8 +30,10 @@ class Embedding(nnx.Module):
         rows_vd = plan.weight(self.weight)
         local_bt = tokens_bt - plan.index("vocab") * rows_vd.shape[0]
         held_bt = (local_bt >= 0) & (local_bt < rows_vd.shape[0]) & (tokens_bt < self.vocab_size)
-        x_btd = jnp.where(held_bt[..., None], rows_vd[jnp.where(held_bt, local_bt, 0)], 0)
-        x_btd = plan.leave(x_btd)
+        # The gradient drops what is past the end. If it added zeros to some row instead, all tokens of the other ranks
+        # would wait for each other there.
+        index_bt = jnp.where(held_bt, local_bt, rows_vd.shape[0])
+        x_btd = plan.leave(jnp.take(rows_vd, index_bt, axis=0, mode="fill", fill_value=0))
         if self.positions is None:
             return x_btd
         positions_bt = plan.own(jnp.where(docs.segments_bt == 0, 0, docs.positions_bt))

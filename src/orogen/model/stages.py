@@ -209,7 +209,8 @@ def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
     keeps of `chunk`."""
     parts, stacks = _unpaired(plain(state), 0), [{}, {}]
     for letter, tree in parts.get(LAYERS, {}).items():
-        of_chunk = lambda a: lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)  # noqa: E731
+        # Of a single chunk no copy is made.
+        of_chunk = lambda a: a[0, 0] if a.shape[1] == 1 else lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)  # noqa: E731
         rows_r, start = jax.tree.map(of_chunk, _marked(tree, staged=False)), 0
         for stack, pattern in zip(stacks, (segment.pattern, segment.mtp), strict=True):
             if count := pattern.count(letter):

@@ -9,7 +9,6 @@ Letters: b batch, t time, d model, k slots, n elements.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +21,9 @@ from jax.interpreters import partial_eval
 
 from orogen.parallel.dependence import BATCH, BOTH, PARAMETERS, dependence
 from orogen.parallel.plan import Plan
-from orogen.parallel.schedule import BACKWARD, FORWARD, Schedule, Tables
-from orogen.parallel.varying import vary, vary_like, varying_axes
-
-# Bound on the elements of one slot of a buffer: offsets are int32.
-MOST_ELEMENTS = 2**31
+from orogen.parallel.schedule import Schedule, Tables
+from orogen.parallel.stash import COPIED, STASHES, Copied, InPlace, Place, branches_ts, places
+from orogen.parallel.varying import vary, vary_like
 
 
 class Program(NamedTuple):
@@ -66,37 +63,38 @@ class _Now(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What a stage carries from tick to tick: its buffers (k, …) and its sums so far."""
+    """What a stage carries from tick to tick: its buffers (k, …), its stash and its sums so far."""
 
     forward_inbox: Array
     backward_inbox: Array
-    stash: tuple[Array, ...]
+    stash: Any
     loss: Array
     grads: Any
     reports: Any
 
 
-class _Kept(NamedTuple):
-    """Where a residual lies in the stash: its buffer, its first element and its shape."""
-
-    buffer: int
-    start: int
-    shape: tuple[int, ...]
-
-
 class _Traced(NamedTuple):
     """A program's forward pass and its gradient, as jaxprs of (params, x, chunk, microbatch).
 
-    forward returns y, loss, the report and the residuals to be stashed, which lie as `kept` says; recompute returns the
-    other residuals; `order` picks residual i of the gradient from the stashed ones followed by the recomputed ones.
+    forward returns y, loss, the report and the residuals to be stashed, of types `kept`; recompute returns the other
+    residuals; `order` picks residual i of the gradient from the stashed ones followed by the recomputed ones.
     """
 
     forward: jex.ClosedJaxpr
     report: Any
     recompute: jex.ClosedJaxpr
-    kept: tuple[_Kept, ...]
+    kept: tuple[Any, ...]
     order: tuple[int, ...]
     gradient: Any
+
+
+class _Branch(NamedTuple):
+    """What the branches of a place are made of."""
+
+    program: Program
+    traced: _Traced
+    stash: Copied | InPlace
+    place: Place
 
 
 def run(
@@ -119,22 +117,26 @@ def run(
     stage = plan.rules["stage"]
     nothing = vary(jnp.zeros((), jnp.int32), stage)
     x = plan.vary(x)
-    layout = _Layout()
-    traced = [_trace(p, params, x, plan, nothing=nothing, layout=layout, gradient=grads is not None) for p in programs]
+    kind = COPIED if grads is None else plan.config.stash  # without gradients nothing is stashed
+    found, stash = places(schedule.tables, program_vp, len(programs), kind=kind), STASHES[kind]()
+    traced = [_trace(p, params, x, plan, nothing=nothing, gradient=grads is not None) for p in programs]
+    for passed in traced:
+        stash.add(passed.kept)
     for program, passed in zip(programs, traced, strict=True):
         reports = _as_noted(program, passed, reports, nothing)
     state = _State(
         forward_inbox=_slots(x, max(schedule.forward_slots)),
         backward_inbox=_slots(x, max(schedule.backward_slots)),
-        stash=layout.buffers(max(schedule.stash_slots)),
+        stash=stash.empty(schedule, found),
         loss=vary(jnp.zeros(()), stage),
         grads=grads,
         reports=reports,
     )
     branches = [lambda now, state: (x, state)]
-    branches += [functools.partial(_forward, *pair, params) for pair in zip(programs, traced, strict=True)]
+    compiled = [_Branch(programs[place.program], traced[place.program], stash, place) for place in found]
+    branches += [functools.partial(_forward, branch, params) for branch in compiled]
     if grads is not None:
-        branches += [functools.partial(_backward, *pair, (params, x)) for pair in zip(programs, traced, strict=True)]
+        branches += [functools.partial(_backward, branch, (params, x)) for branch in compiled]
 
     def tick(state: _State, now: _Now) -> tuple[_State, None]:
         sent, state = lax.switch(now.branch, branches, now, state)
@@ -146,50 +148,34 @@ def run(
             inboxes[name] = _put(getattr(state, name), plan.pass_on(sent, "stage", toward), lands)
         return state._replace(**inboxes), None
 
-    rows = _stage_rows(schedule.tables, program_vp, len(programs), plan)
+    rows = _stage_rows(schedule.tables, branches_ts(schedule.tables, program_vp, found), plan)
     state, _ = lax.scan(tick, state, rows)
     return Result(lax.psum(state.loss, stage), state.grads, state.reports)
 
 
-def branches_ts(tables: Tables, program_vp: np.ndarray, count: int) -> np.ndarray:
-    """(ticks, stages) int: the branch of the loop that a stage takes. 0 idles, 1 to `count` are the forward passes of
-    the programs, the next `count` their backward passes."""
-    program_ts = program_vp[tables.chunk, np.arange(tables.chunk.shape[1])]
-    first = {FORWARD: 1, BACKWARD: 1 + count}
-    return np.select([tables.operation == o for o in first], [program_ts + start for start in first.values()], 0)
-
-
-def _stage_rows(tables: Tables, program_vp: np.ndarray, count: int, plan: Plan) -> _Now:
+def _stage_rows(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
     """(ticks,) arrays: this stage's columns of the tables."""
-    fields = {name: getattr(tables, name) for name in _Now._fields if name != "branch"}
-    fields["branch"] = branches_ts(tables, program_vp, count)
+    fields = {name: getattr(tables, name) for name in _Now._fields if name != "branch"} | {"branch": branch_ts}
     index = plan.index("stage")
     return _Now(**{name: jnp.take(jnp.asarray(table, jnp.int32), index, axis=1) for name, table in fields.items()})
 
 
-def _forward(program: Program, traced: _Traced, params: Any, now: _Now, state: _State) -> tuple[Array, _State]:
+def _forward(branch: _Branch, params: Any, now: _Now, state: _State) -> tuple[Array, _State]:
+    program, traced, stash, place = branch
     x = _get(state.forward_inbox, now.forward_inbox)
     values = jex.jaxpr_as_fun(traced.forward)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     y, loss, *rest = values
     count = traced.report.num_leaves
     report = jax.tree.unflatten(traced.report, rest[:count])
-    stash = list(state.stash)
-    for kept, value in zip(traced.kept, rest[count:], strict=True):
-        place = now.stash, jnp.full_like(now.stash, kept.start)
-        stash[kept.buffer] = lax.dynamic_update_slice(stash[kept.buffer], _flat(value, stash[kept.buffer]), place)
+    held = stash.put(state.stash, place, now.stash, rest[count:])
     reports = program.note(state.reports, report, now.chunk, now.microbatch)
-    return y, state._replace(stash=tuple(stash), loss=state.loss + loss, reports=reports)
+    return y, state._replace(stash=held, loss=state.loss + loss, reports=reports)
 
 
-def _backward(
-    program: Program, traced: _Traced, operands: tuple[Any, Array], now: _Now, state: _State
-) -> tuple[Array, _State]:
+def _backward(branch: _Branch, operands: tuple[Any, Array], now: _Now, state: _State) -> tuple[Array, _State]:
+    program, traced, stash, place = branch
     params, x = operands
-    residuals = []
-    for kept in traced.kept:
-        place = now.stash, jnp.full_like(now.stash, kept.start)
-        size = math.prod(kept.shape)
-        residuals.append(lax.dynamic_slice(state.stash[kept.buffer], place, (1, size)).reshape(kept.shape))
+    residuals = stash.get(state.stash, place, now.stash)
     residuals += jex.jaxpr_as_fun(traced.recompute)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     gradient = jax.tree.unflatten(traced.gradient, [residuals[i] for i in traced.order])
     dy = _get(state.backward_inbox, now.backward_inbox)
@@ -197,41 +183,7 @@ def _backward(
     return dx, state._replace(grads=program.give(state.grads, grads, now.chunk))
 
 
-class _Layout:
-    """Where residuals lie in the stash: in flat buffers, one for each dtype and set of mesh axes that residuals vary
-    over, as long as the program that stores the most there needs. If an int32 could no longer count a buffer's
-    elements, another one begins."""
-
-    def __init__(self) -> None:
-        self._kinds: list[tuple[Any, tuple[str, ...]]] = []
-        self._lengths: list[int] = []
-
-    def place(self, avals: Sequence[Any]) -> tuple[_Kept, ...]:
-        """Assigns a place to each residual of one program."""
-        used: dict[int, int] = {}
-        kept = []
-        for aval in avals:
-            kind, size = (aval.dtype, tuple(sorted(aval.mat.varying))), math.prod(aval.shape)
-            fits = lambda b, size=size: used.get(b, 0) + size < MOST_ELEMENTS  # noqa: E731
-            buffer = next((b for b, k in enumerate(self._kinds) if k == kind and fits(b)), len(self._kinds))
-            if buffer == len(self._kinds):
-                self._kinds.append(kind)
-                self._lengths.append(0)
-            kept.append(_Kept(buffer, used.get(buffer, 0), aval.shape))
-            used[buffer] = used.get(buffer, 0) + size
-        for buffer, length in used.items():
-            self._lengths[buffer] = max(self._lengths[buffer], length)
-        return tuple(kept)
-
-    def buffers(self, slots: int) -> tuple[Array, ...]:
-        """The stash, empty."""
-        pairs = zip(self._kinds, self._lengths, strict=True)
-        return tuple(vary(jnp.zeros((slots, length), dtype), axes) for (dtype, axes), length in pairs)
-
-
-def _trace(
-    program: Program, params: Any, x: Array, plan: Plan, *, nothing: Array, layout: _Layout, gradient: bool
-) -> _Traced:
+def _trace(program: Program, params: Any, x: Array, plan: Plan, *, nothing: Array, gradient: bool) -> _Traced:
     seen: dict[str, Any] = {}
 
     def forward(params: Any, x: Array, chunk: Array, microbatch: Array) -> Any:
@@ -264,7 +216,7 @@ def _trace(
         forward=_with_outputs(closed, [*results, *stashed]),
         report=report,
         recompute=_with_outputs(closed, recomputed),
-        kept=layout.place([variable.aval for variable in stashed]),
+        kept=tuple(variable.aval for variable in stashed),
         order=tuple(place[v] if f == BOTH else next(recomputed_at) for v, f in zip(residuals, flags, strict=True)),
         gradient=seen.get("gradient"),
     )
@@ -300,7 +252,3 @@ def _put(buffer: Array, value: Array, slot: Array) -> Array:
     place = jnp.minimum(slot, len(buffer) - 1)
     kept = jnp.where(slot < len(buffer), value, _get(buffer, slot))
     return lax.dynamic_update_index_in_dim(buffer, kept, place, 0)
-
-
-def _flat(value: Array, buffer: Array) -> Array:
-    return vary(value.reshape(1, -1), varying_axes(buffer))

@@ -61,7 +61,7 @@ def stage_memory(
         held_here = [(n, held.of(found.layers[letter])) for letter, n in rows.items()]
         held_here += [(1, held.of(part)) for part in shared]
         parts = {part: float(sum(n * each.get(part, 0) for n, each in held_here)) for part in MEMORY_PARTS}
-        parts["activations"], host = _activations(kept, stage, plan.stage, flight, alike=alike)
+        parts["activations"], host = _activations(kept, stage, plan, flight, alike=alike)
         parts["temporary"] = _temporary(found, "".join(chunks[stage :: plan.stage]), stage, here, held)
         if plan.offload_optimizer:
             host, parts["optimizer"] = host + parts["optimizer"], 0.0
@@ -127,15 +127,16 @@ def _layer_bytes(letter: str, here: Local) -> tuple[float, float]:
 
 
 def _activations(
-    kept: Sequence[tuple[float, ...]], stage: int, stages: int, flight: Flight, *, alike: bool
+    kept: Sequence[tuple[float, ...]], stage: int, plan: PlanConfig, flight: Flight, *, alike: bool
 ) -> tuple[float, float]:
     """Bytes of the activations of all passes in flight on a stage's device, and on its host. kept: of each chunk."""
-    if stages == 1:
-        return kept[0][0], kept[0][1]
+    if plan.stage == 1:
+        overlapping = min(plan.interleave, plan.microbatches)
+        return overlapping * kept[0][0], overlapping * kept[0][1]
     if alike:
         return max(device for device, _ in kept) * max(flight.slots), 0.0
     # Each pair in flight holds one of the stage's chunks.
-    mine = kept[stage::stages]
+    mine = kept[stage :: plan.stage]
     device, host = (flight.in_flight[stage] * sum(chunk[i] for chunk in mine) / len(mine) for i in (0, 1))
     return device, host
 

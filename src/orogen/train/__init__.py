@@ -28,6 +28,9 @@ them the run goes back and continues with later data (`back.py`). A run without 
 stack traces and ends with status 1 (`watch.py`). `stragglers.py` names slow processes; `goodput.py` times what is not a
 step, and `report.html` shows where the time went.
 
+**An equal run starts sooner** with `TrainConfig.keep_program`: the traced and lowered step is kept in a file
+(`parallel/kept.py`) beside jax's compile cache, which alone saves only XLA's part.
+
 **An offloaded optimizer frees memory between steps, hardly within one**: XLA:GPU fetches all of it at the start of the
 step, in whatever order the program asks for it (experiments/activation_memory).
 """

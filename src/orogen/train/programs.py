@@ -5,13 +5,16 @@ from typing import Any
 
 import optax
 
+from orogen.config.checks import require
 from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import Built
 from orogen.parallel import distributed
 from orogen.parallel.plan import Plan
 from orogen.train.formats import in_formats, is_switched
+from orogen.train.kept_step import KeptStep
 from orogen.train.lost_numbers import make_measure
+from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.state import TrainState
 from orogen.train.step import StepMetrics, make_step
 from orogen.train.task import Objective, Submodels
@@ -34,6 +37,9 @@ class StepPrograms:
     ):
         self.frozen, self.submodels = frozen, submodels
         self.built, self.objective, self.config, self.plain, self.optimizer = built, objective, config, plan, optimizer
+        alone = objective is NEXT_TOKENS and frozen is None and submodels is None and distributed.count() == 1
+        fits = alone or not config.train.keep_program
+        require(fits, config.train, "keep_program", "False where a run has another task than next tokens, or processes")
         self._steps: dict[bool, Callable[..., Any]] = {}
         self._compiled: set[tuple[bool, tuple[int, ...]]] = set()
         self._measures: dict[bool, Callable[..., Any] | None] = {}
@@ -51,10 +57,12 @@ class StepPrograms:
         """What computes step `number` on this batch."""
         switched, _ = key = self._key(number, batch)
         if switched not in self._steps:
-            parts = self.built, self.objective, self.config, self._plan(switched), self.optimizer
-            self._steps[switched] = distributed.compiled_together(
-                make_step(*parts, frozen=self.frozen, submodels=self.submodels)
-            )
+            plan = self._plan(switched)
+            parts = self.built, self.objective, self.config, plan, self.optimizer
+            made = make_step(*parts, frozen=self.frozen, submodels=self.submodels)
+            if self.config.train.keep_program:
+                made = KeptStep(made, plan, f"{switched} {self.config}")
+            self._steps[switched] = distributed.compiled_together(made)
         self._compiled.add(key)
         step = self._steps[switched]
         return lambda state, batch: step(state, batch, self.frozen)

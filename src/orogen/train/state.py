@@ -72,15 +72,22 @@ def create_state(
     *,
     carried: Any = None,
 ) -> TrainState:
-    """The initial state, each array created where it will live; without shardings, jit would put the optimizer's state
-    on one device. carried: as `carry.abstract` gives it."""
+    """The initial state, each array created where it will live. carried: as `carry.abstract` gives it."""
+    return state_creator(config, built, optimizer, plan, carried=carried)(seed)
+
+
+def state_creator(
+    config: ModelConfig, built: Built, optimizer: optax.GradientTransformation, plan: Plan, *, carried: Any = None
+) -> Any:
+    """The jitted function of a seed that `create_state` calls. Without shardings, jit would put the optimizer's state
+    on one device."""
     shardings = state_shardings(abstract_state(built, optimizer, carried), plan)
 
     def create(seed: Array) -> TrainState:
         params, buffers = initial_state(config, seed)
         return fresh_state(_as_held(built.laid(params), built), built.laid(buffers), optimizer, carried)
 
-    return jax.jit(create, out_shardings=shardings)(seed)
+    return jax.jit(create, out_shardings=shardings)
 
 
 def start_state(

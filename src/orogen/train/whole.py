@@ -54,7 +54,8 @@ class WholePass:
         if self.parts == 1:
             (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], self.inputs))
             return loss, grads, sums._replace(**jax.tree.map(lambda x: x[None], _of_each(sums)))
-        (loss, sums, grads), of_each = _accumulated(gradient, varied, self.inputs)
+        interleave = self.plan.config.interleave
+        (loss, sums, grads), of_each = _accumulated(gradient, varied, self.inputs, interleave=interleave)
         return loss, grads, sums._replace(**of_each)
 
     def metrics(self, params: Any) -> Any:
@@ -98,8 +99,9 @@ def _of_each(sums: Sums) -> dict[str, Any]:
     return {"choices": sums.choices, "carried": sums.carried}
 
 
-def _accumulated(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
-    """Loss, Sums and gradients, in float32, summed over microbatches, and what is kept of each."""
+def _accumulated(gradient: Callable, varied: Any, inputs: Any, *, interleave: int) -> tuple[Any, dict[str, Any]]:
+    """Loss, Sums and gradients, in float32, summed over microbatches, and what is kept of each. interleave: how many
+    each iteration has."""
     gradient = jax.jit(gradient)  # so that finding the shapes of its results takes no second trace
 
     def split(*arguments):
@@ -115,4 +117,4 @@ def _accumulated(gradient: Callable, varied: Any, inputs: Any) -> tuple[Any, dic
     made, _ = jax.eval_shape(split, varied, *first)
     # The loop starts from zeros, not from the first microbatch's sums, so the model is compiled only once.
     zeros = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), x), made)
-    return lax.scan(body, zeros, inputs)
+    return lax.scan(body, zeros, inputs, unroll=interleave)
