@@ -145,11 +145,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/minitron"), help="a new folder")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="which seeds run")
     parser.add_argument("--draw", action="store_true", help="only draws results.jsonl")
     options = parser.parse_args()
     recorded = HERE / "results.jsonl"
     if not options.draw:
-        seeds, size = ((0,), QUICK) if options.quick else (SEEDS, WHOLE)
+        seeds, size = ((0,), QUICK) if options.quick else (options.seeds, WHOLE)
         for seed in seeds:
             began = time.monotonic()
             found = Trial(options.out, seed, size).results()

@@ -105,8 +105,8 @@ def right(captions: list[dict[str, Any]], pairs: Path) -> dict[str, dict[str, fl
 class Trial:
     """One seed: its choice of symbols, their pictures, databases and runs, in a folder."""
 
-    def __init__(self, folder: Path, seed: int, size: Size):
-        self.folder, self.seed, self.size = folder / f"seed{seed}", seed, size
+    def __init__(self, folder: Path, seed: int, size: Size, binds: list[str]):
+        self.folder, self.seed, self.size, self.binds = folder / f"seed{seed}", seed, size, binds
         chosen = symbols()
         random.Random(seed).shuffle(chosen)
         seen, heldout = chosen[: size.seen], chosen[size.seen : size.seen + size.heldout]
@@ -129,6 +129,10 @@ class Trial:
         files = "--gin_file", HERE / "model.gin", "--gin_file", HERE / "train.gin"
         orogen("train", *files, "--run", self.folder / name, *bound(common | binds), *words)
 
+    def more(self, start: str) -> list[str]:
+        """The bindings tried, of those that start so, as arguments."""
+        return [word for one in self.binds if one.startswith(start) for word in ("--gin_bindings", one)]
+
     def language_model(self, sizes: dict[str, Any]) -> Path:
         """The run of a language model of these sizes, made if it is not there."""
         folder = self.folder / ("text_large" if sizes else "text")
@@ -146,7 +150,7 @@ class Trial:
         text = self.language_model(LARGE if arm == "large" else {})
         grafted = self.folder / f"{arm}_grafted"
         orogen("graft", "--checkpoint", text, "--gin_file", HERE / "model.gin", *bound(model), "--out", grafted,
-               "--seed", self.seed)  # fmt: skip
+               "--seed", self.seed, *self.more("ModelConfig"))  # fmt: skip
         binds = model | differs | {
             "TrainConfig.steps": self.size.steps, "TrainConfig.sequence_length": length,
             "OptimizerConfig.trained": TRAINED, "VisionConfig.encoder": ENCODER, "VisionConfig.images_per_row": images,
@@ -155,7 +159,7 @@ class Trial:
         }  # fmt: skip
         if "VisionConfig.retrieved" in differs:
             binds["VisionConfig.database"] = str(self.folder / "before")
-        self.run(arm, binds, "--checkpoint", grafted)
+        self.run(arm, binds, "--checkpoint", grafted, *self.more(""))
         total = orogen("params", "--gin_file", self.folder / arm / "config.gin")["total"]
         return {"parameters": total, "core_seconds": round(time.process_time() - began)}
 
@@ -209,18 +213,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/revilm"), help="a new folder")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")
     parser.add_argument("--arms", default=",".join(ARMS), help="those to run, separated by commas")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="which seeds run")
+    parser.add_argument("--steps", type=int, default=WHOLE.steps, help="on pictures")
+    parser.add_argument("--bind", action="append", default=[], metavar="X.y=1", help="for tuning; nothing is recorded")
     parser.add_argument("--table", action="store_true", help="only prints a table of results.jsonl")
     options = parser.parse_args()
     recorded = HERE / "results.jsonl"
     if options.table:
         print(table([json.loads(line) for line in recorded.read_text().splitlines()]))
         return
-    for seed in SEEDS[:1] if options.quick else SEEDS:
-        trial = Trial(options.out, seed, QUICK if options.quick else WHOLE)
+    unrecorded = options.quick or options.bind
+    for seed in SEEDS[:1] if options.quick else options.seeds:
+        size = QUICK if options.quick else WHOLE._replace(steps=options.steps)
+        trial = Trial(options.out, seed, size, options.bind)
         for arm in options.arms.split(","):
             line = json.dumps(trial.results(arm))
             print(line, flush=True)
-            if not options.quick:
+            if not unrecorded:
                 with recorded.open("a") as file:
                     file.write(line + "\n")
 
