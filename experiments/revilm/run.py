@@ -8,6 +8,7 @@ It needs the wheels of the extra `pictures`: pip install 'orogen[vision,pictures
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -105,8 +106,8 @@ def right(captions: list[dict[str, Any]], pairs: Path) -> dict[str, dict[str, fl
 class Trial:
     """One seed: its choice of symbols, their pictures, databases and runs, in a folder."""
 
-    def __init__(self, folder: Path, seed: int, size: Size, binds: list[str]):
-        self.folder, self.seed, self.size, self.binds = folder / f"seed{seed}", seed, size, binds
+    def __init__(self, folder: Path, seed: int, size: Size, tried: dict[str, Any]):
+        self.folder, self.seed, self.size, self.tried = folder / f"seed{seed}", seed, size, tried
         chosen = symbols()
         random.Random(seed).shuffle(chosen)
         seen, heldout = chosen[: size.seen], chosen[size.seen : size.seen + size.heldout]
@@ -129,10 +130,6 @@ class Trial:
         files = "--gin_file", HERE / "model.gin", "--gin_file", HERE / "train.gin"
         orogen("train", *files, "--run", self.folder / name, *bound(common | binds), *words)
 
-    def more(self, start: str) -> list[str]:
-        """The bindings tried, of those that start so, as arguments."""
-        return [word for one in self.binds if one.startswith(start) for word in ("--gin_bindings", one)]
-
     def language_model(self, sizes: dict[str, Any]) -> Path:
         """The run of a language model of these sizes, made if it is not there."""
         folder = self.folder / ("text_large" if sizes else "text")
@@ -145,21 +142,22 @@ class Trial:
     def train(self, arm: str) -> dict[str, Any]:
         """Parameters and seconds of an arm's run."""
         differs, length, images = ARMS[arm]
-        model = SIGHT | {name: value for name, value in differs.items() if name.startswith("ModelConfig")}
+        mine = differs | self.tried
+        model = SIGHT | {name: value for name, value in mine.items() if name.startswith("ModelConfig")}
         began = time.process_time()
         text = self.language_model(LARGE if arm == "large" else {})
         grafted = self.folder / f"{arm}_grafted"
         orogen("graft", "--checkpoint", text, "--gin_file", HERE / "model.gin", *bound(model), "--out", grafted,
-               "--seed", self.seed, *self.more("ModelConfig"))  # fmt: skip
+               "--seed", self.seed)  # fmt: skip
         binds = model | differs | {
             "TrainConfig.steps": self.size.steps, "TrainConfig.sequence_length": length,
             "OptimizerConfig.trained": TRAINED, "VisionConfig.encoder": ENCODER, "VisionConfig.images_per_row": images,
             "VisionConfig.features": str(self.folder / "features"),
-            "DataConfig.corpus": str(self.folder / "train" / "pairs.jsonl"),
+            "DataConfig.corpus": str(self.folder / "train" / "pairs.jsonl"), **self.tried,
         }  # fmt: skip
         if "VisionConfig.retrieved" in differs:
             binds["VisionConfig.database"] = str(self.folder / "before")
-        self.run(arm, binds, "--checkpoint", grafted, *self.more(""))
+        self.run(arm, binds, "--checkpoint", grafted)
         total = orogen("params", "--gin_file", self.folder / arm / "config.gin")["total"]
         return {"parameters": total, "core_seconds": round(time.process_time() - began)}
 
@@ -208,6 +206,12 @@ def interval(values: list[float]) -> str:
     return f"{mean} ± {T_95 * statistics.stdev(values) / 3**0.5:.1f}" if len(values) == 3 else mean
 
 
+def binding(text: str) -> tuple[str, Any]:
+    """A name and its value, a Python literal."""
+    name, _, value = text.partition("=")
+    return name, ast.literal_eval(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/revilm"), help="a new folder")
@@ -215,7 +219,8 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="those to run, separated by commas")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="which seeds run")
     parser.add_argument("--steps", type=int, default=WHOLE.steps, help="on pictures")
-    parser.add_argument("--bind", action="append", default=[], metavar="X.y=1", help="for tuning; nothing is recorded")
+    parser.add_argument("--bind", action="append", default=[], type=binding, metavar="X.y=1",
+                        help="tried in the arms; nothing is recorded")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="only prints a table of results.jsonl")
     options = parser.parse_args()
     recorded = HERE / "results.jsonl"
@@ -225,7 +230,7 @@ def main() -> None:
     unrecorded = options.quick or options.bind
     for seed in SEEDS[:1] if options.quick else options.seeds:
         size = QUICK if options.quick else WHOLE._replace(steps=options.steps)
-        trial = Trial(options.out, seed, size, options.bind)
+        trial = Trial(options.out, seed, size, dict(options.bind))
         for arm in options.arms.split(","):
             line = json.dumps(trial.results(arm))
             print(line, flush=True)
