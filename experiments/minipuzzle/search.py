@@ -1,4 +1,4 @@
-"""`orogen search` in one go: the program's best candidates pruned, distilled a little, ranked, and the first distilled on.
+"""`orogen search` in one go: the best candidates pruned, distilled a little and ranked, and the first distilled on.
 
 PYTHONPATH=src python experiments/minipuzzle/search.py --teachers runs/minitron --out runs/minipuzzle   # after run.py
 """
