@@ -1,6 +1,8 @@
 """`orogen search` in one go: the best candidates pruned, distilled a little and ranked, and the first distilled on.
 
 PYTHONPATH=src python experiments/minipuzzle/search.py --teachers runs/minitron --out runs/minipuzzle   # after run.py
+
+If run.py has trained its own teachers, they are in the folder of --out.
 """
 
 import argparse
@@ -9,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from run import HERE, LEAST, MODEL, SHARE, minitron
+from run import HERE, LEAST, MODEL, SHARE, minitron, teacher_of
 
 from orogen.model.count import count
 
@@ -61,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     for seed in options.seeds:
         began = time.monotonic()
-        found = searched(options.out / f"seed{seed}", options.teachers / f"seed{seed}" / "teacher", seed)
+        found = searched(options.out / f"seed{seed}", teacher_of(options.teachers, seed), seed)
         line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
         print(line, flush=True)
         minitron.replace_seed(line, HERE / "search.jsonl")
