@@ -9,13 +9,24 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import run
 from run import HERE, LEAST, MODEL, SHARE, minitron, teacher_of
 
 from orogen.model.count import count
 
-BEST, LIGHT, LONG = 3, 40, 160  # candidates; steps of each, and of the winner
+
+class Size(NamedTuple):
+    """Candidates; steps of each, and of the winner."""
+
+    best: int
+    light: int
+    long: int
+
+
+WHOLE, QUICK = Size(3, 40, 160), Size(2, 20, 0)
+QUICK_TEACHER, QUICK_ROWS = 200, 8
 
 
 def training(folder: Path, name: str, corpus: Path, seed: int, steps: int) -> list[Path]:
@@ -27,12 +38,12 @@ def training(folder: Path, name: str, corpus: Path, seed: int, steps: int) -> li
     return [HERE / "search.gin", file]
 
 
-def searched(folder: Path, teacher: Path, seed: int) -> dict[str, Any]:
-    """What the search finds in a folder of `run.py`, with held-out bits per byte of the winner."""
-    trial = minitron.Trial(folder.parent, seed, minitron.WHOLE)
+def searched(trial: Any, teacher: Path, size: Size) -> dict[str, Any]:
+    """What the search finds in a folder of `run.py`, with held-out bits per byte of what it makes."""
+    folder = trial.folder
     scored, most = folder / "scored", int(SHARE * count(MODEL)["total"])
     layers = tuple(f"{letter}:{least}-{MODEL.pattern.count(letter)}" for letter, least in LEAST.items())
-    binds = minitron.bound(SearchConfig__scores=str(scored / "removal.jsonl"), SearchConfig__best=BEST,
+    binds = minitron.bound(SearchConfig__scores=str(scored / "removal.jsonl"), SearchConfig__best=size.best,
                            SearchConfig__most_parameters=float(most), SearchConfig__layers=layers)  # fmt: skip
     words: list[object] = [
         "search",
@@ -44,29 +55,38 @@ def searched(folder: Path, teacher: Path, seed: int) -> dict[str, Any]:
         "--scores",
         scored,
     ]
-    for option, name, steps in (("--training", "light", LIGHT), ("--winner", "long", LONG)):
-        for file in training(folder, name, trial.train, seed, steps):
+    for option, name, steps in (("--training", "light", size.light), ("--winner", "long", size.long)):
+        for file in training(folder, name, trial.train, trial.seed, steps) if steps else ():
             words += [option, file]
-    run = folder / "search"
-    told = minitron.orogen(*words, "--run", run, "--out", folder / "best.gin")
-    place = told["retrained"][0]["place"]
-    bits = {f"candidate_{n}": trial.bits(run / f"candidate_{n}" / "pruned") for n in range(1, BEST + 1)}
-    return {"seed": seed, "most": most, "retrained": told["retrained"], "best": place, "pruned_bits": bits,
-            "winner_bits": trial.bits(run / "winner")}  # fmt: skip
+    made = folder / "search"
+    told = minitron.orogen(*words, "--run", made, "--out", folder / "best.gin")
+    names = [f"candidate_{number}/{state}" for number in range(1, size.best + 1) for state in ("pruned", "distilled")]
+    names += ["winner"] if size.long else []
+    bits = {"teacher": trial.bits(teacher), **{name: trial.bits(made / name) for name in names}}
+    return {"seed": trial.seed, "most": most, "retrained": told["retrained"], "bits": bits}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teachers", type=Path, required=True, help="the folder of experiments/minitron's runs")
+    parser.add_argument("--teachers", type=Path, help="the folder of experiments/minitron's runs")
     parser.add_argument("--out", type=Path, required=True, help="the folder of run.py's runs")
+    parser.add_argument("--quick", action="store_true", help="trains and scores its own, short; nothing is recorded")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(minitron.SEEDS))
     options = parser.parse_args()
     for seed in options.seeds:
         began = time.monotonic()
-        found = searched(options.out / f"seed{seed}", teacher_of(options.teachers, seed), seed)
-        line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
+        if options.quick:
+            trial = minitron.Trial(options.out, seed, minitron.WHOLE._replace(teacher=QUICK_TEACHER))
+            teacher, size = trial.teacher(), QUICK
+            choice = {"num_layers": len(MODEL.pattern) - 1, "scored_sizes": run.SIZES, "rows": QUICK_ROWS}
+            run.pruned(trial, teacher, "scored", choice | {"depth_rows": QUICK_ROWS})
+        else:
+            trial = minitron.Trial(options.out, seed, minitron.WHOLE)
+            teacher, size = teacher_of(options.teachers, seed), WHOLE
+        line = json.dumps(searched(trial, teacher, size) | {"seconds": round(time.monotonic() - began)})
         print(line, flush=True)
-        minitron.replace_seed(line, HERE / "search.jsonl")
+        if not options.quick:
+            minitron.replace_seed(line, HERE / "search.jsonl")
 
 
 if __name__ == "__main__":
