@@ -65,8 +65,8 @@ async def chats(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.CHAT)
     parts.check_body(body)
-    if pictures.has_images(body):
-        return await pictures.answer(request, body, unknown)
+    if parts.sees is not None and pictures.has_images(body):
+        return await pictures.answer(request, parts.sees, body, unknown)
     with parts.preparing.place(body.get("n", 1)) as place:
         asked, requests = await parts.preparing.run_chat(prepared, body, parts, place=place)
         form, stream = _Form(parts, body, asked), forms.streams(body)

@@ -42,15 +42,13 @@ def has_images(body: dict[str, Any]) -> bool:
     return any(part["type"] == IMAGE for content in contents for part in content)
 
 
-async def answer(request: HttpRequest, body: dict[str, Any], unknown: list[str]) -> Response:
+async def answer(request: HttpRequest, sees: Sees, body: dict[str, Any], unknown: list[str]) -> Response:
     """The response to a chat with images. Raises HttpError."""
     parts: Parts = request.app.state.parts
-    if parts.sees is None:
-        raise bad(f"messages have an {IMAGE}; expected text alone: the model sees no images")
     said, most = said_of(body), forms.most_new(body, TOKENS)
     streams = forms.streams(body)
     with parts.preparing.place() as place:
-        seen = await parts.preparing.run_seen(_answered, parts.sees, said, most, place=place)
+        seen = await parts.preparing.run_seen(_answered, sees, said, most, place=place)
     form = _Form(parts, body, seen)
     if not streams:
         return JSONResponse(form.whole(), headers=ignored(unknown))
