@@ -37,7 +37,7 @@ FORM = Record({"format": Whole(1, 1), "version": Whole(0), "encoder": str, "enco
 LOCK = "database.lock"
 BLOCK = 65536  # embeddings that an exact search multiplies at a time
 QUERIES = 256  # that are searched for at a time: their scores of a block take 64 MiB
-NEIGHBOURS, EF_BUILD, EF_SEARCH = 16, 64, 128  # of HNSW (arXiv:1603.09320)
+NEIGHBOURS, EF_BUILD, EF_SEARCH = 32, 200, 128  # of HNSW (arXiv:1603.09320)
 PROBED = 16  # IVF lists that a query visits at least; of more than 256 lists, 1 in 16
 EXACT_ENTRIES = 50_000  # that a core compares with a query in less than 5 ms (experiments/revilm/search.jsonl)
 
