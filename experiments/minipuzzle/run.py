@@ -91,18 +91,24 @@ def results(trial: Any, teacher: Path) -> dict[str, Any]:
     return found
 
 
+def teacher_of(folder: Path, seed: int) -> Path:
+    """The run of a seed's teacher."""
+    return folder / f"seed{seed}" / "teacher"
+
+
 MODEL: Any = load([MINITRON / "model.gin"])[0].model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teachers", type=Path, required=True, help="the folder of experiments/minitron's runs")
+    parser.add_argument("--teachers", type=Path, help="the folder of experiments/minitron's runs; None: trains its own")
     parser.add_argument("--out", type=Path, default=Path("runs/minipuzzle"), help="a new folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(minitron.SEEDS))
     options = parser.parse_args()
     for seed in options.seeds:
         began = time.monotonic()
-        found = results(minitron.Trial(options.out, seed, minitron.WHOLE), options.teachers / f"seed{seed}" / "teacher")
+        trial = minitron.Trial(options.out, seed, minitron.WHOLE)
+        found = results(trial, trial.teacher() if options.teachers is None else teacher_of(options.teachers, seed))
         line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
         print(line, flush=True)
         minitron.replace_seed(line, HERE / "results.jsonl")

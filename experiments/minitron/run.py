@@ -13,6 +13,7 @@ import json
 import shutil
 import sysconfig
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,9 +79,11 @@ def copy_corpus(folder: Path, heldout: int) -> tuple[Path, Path]:
 class Trial:
     """One seed's runs in a folder."""
 
-    def __init__(self, folder: Path, seed: int, size: Size):
+    def __init__(self, folder: Path, seed: int, size: Size, text: Path | None = None):
+        """text: the folder of an earlier trial's texts; None: they are copied from the standard library."""
         self.folder, self.seed, self.size = folder / f"seed{seed}", seed, size
-        self.train, self.heldout = copy_corpus(self.folder, size.heldout)
+        copied = None if text is None else (text / "train", text / "heldout")
+        self.train, self.heldout = copied or copy_corpus(self.folder, size.heldout)
 
     def bits(self, checkpoint: Path) -> float:
         """Bits per byte of the held-out files."""
@@ -97,28 +100,43 @@ class Trial:
         orogen(task, "--gin_file", HERE / "train.gin", "--run", self.folder / name, *binds, *words)
         return self.folder / name
 
-    def results(self) -> dict[str, Any]:
-        """Bits per byte of every arm: after pruning, and after recovery on equal tokens."""
-        first, later = self.size.teacher, self.size.recovery
-        teacher = self.run("train", "teacher", first, RATE, "--gin_file", HERE / "model.gin")
-        found: dict[str, Any] = {"seed": self.seed, "steps": [first, later], "teacher": self.bits(teacher)}
-        for arm, sizes in PRUNED.items():
-            student = self.folder / f"{arm}_pruned"
-            binds = bound(**{f"PruneConfig__{field}": value for field, value in sizes.items()},
-                          PruneConfig__rows=self.size.rows, PruneConfig__depth_rows=self.size.depth_rows,
-                          PruneConfig__seed=self.seed, DataConfig__corpus=str(self.train))  # fmt: skip
-            asked = "prune", "--checkpoint", teacher, "--gin_file", HERE / "prune.gin", "--out", student
-            told = orogen(*asked, *binds)
-            words = "--checkpoint", teacher, "--student", student, *bound(DistillConfig__divergence=1.0)
-            recovered = self.run("distill", arm, later, RECOVERY_RATE, *words)
-            found[arm] = {"parameters": told["parameters"][1], "pruned": self.bits(student)}
-            found[arm]["recovered"] = self.bits(recovered)
-            if arm == "width":  # the same start and tokens without a teacher
-                trained = self.run("train", "width_trained", later, RECOVERY_RATE, "--checkpoint", student)
-                found[arm]["trained"] = self.bits(trained)
+    def results(self, arms: Sequence[str] = ARMS) -> Iterator[dict[str, Any]]:
+        """Bits per byte of the arms, one after another: after pruning, and after recovery on equal tokens."""
+        yield {"seed": self.seed, "steps": [self.size.teacher, self.size.recovery]}
+        if "scratch" in arms:
+            yield {"scratch": self.scratch()}
+        pruned = [arm for arm in PRUNED if arm in arms]
+        if not pruned:
+            return
+        teacher = self.teacher()
+        yield {"teacher": self.bits(teacher)}
+        for arm in pruned:
+            yield {arm: self.pruned(arm, teacher)}
+
+    def teacher(self) -> Path:
+        """The run of the model that is pruned."""
+        return self.run("train", "teacher", self.size.teacher, RATE, "--gin_file", HERE / "model.gin")
+
+    def scratch(self) -> dict[str, float]:
+        """The model of the pruned sizes, trained from scratch."""
         sizes = bound(**{f"ModelConfig__{field}": value for field, value in WIDTH.items()})
-        scratch = self.run("train", "scratch", later, RATE, "--gin_file", HERE / "model.gin", *sizes)
-        return found | {"scratch": {"recovered": self.bits(scratch)}}
+        run = self.run("train", "scratch", self.size.recovery, RATE, "--gin_file", HERE / "model.gin", *sizes)
+        return {"recovered": self.bits(run)}
+
+    def pruned(self, arm: str, teacher: Path) -> dict[str, Any]:
+        """The teacher pruned as the arm says, and distilled from it; of width, also trained without a teacher."""
+        student = self.folder / f"{arm}_pruned"
+        binds = bound(**{f"PruneConfig__{field}": value for field, value in PRUNED[arm].items()},
+                      PruneConfig__rows=self.size.rows, PruneConfig__depth_rows=self.size.depth_rows,
+                      PruneConfig__seed=self.seed, DataConfig__corpus=str(self.train))  # fmt: skip
+        told = orogen("prune", "--checkpoint", teacher, "--gin_file", HERE / "prune.gin", "--out", student, *binds)
+        words = "--checkpoint", teacher, "--student", student, *bound(DistillConfig__divergence=1.0)
+        recovered = self.run("distill", arm, self.size.recovery, RECOVERY_RATE, *words)
+        found = {"parameters": told["parameters"][1], "pruned": self.bits(student), "recovered": self.bits(recovered)}
+        if arm == "width":  # the same start and tokens without a teacher
+            words = "--checkpoint", student
+            found["trained"] = self.bits(self.run("train", "width_trained", self.size.recovery, RECOVERY_RATE, *words))
+        return found
 
 
 def replace_seed(line: str, file: Path) -> None:
@@ -145,17 +163,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/minitron"), help="a new folder")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="which seeds run")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="some alone are only printed")
+    parser.add_argument("--text", type=Path, help="the folder of an earlier trial, whose texts are used")
     parser.add_argument("--draw", action="store_true", help="only draws results.jsonl")
     options = parser.parse_args()
     recorded = HERE / "results.jsonl"
     if not options.draw:
-        seeds, size = ((0,), QUICK) if options.quick else (SEEDS, WHOLE)
+        seeds, size = ((0,), QUICK) if options.quick else (options.seeds, WHOLE)
         for seed in seeds:
-            began = time.monotonic()
-            found = Trial(options.out, seed, size).results()
-            line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
-            print(line, flush=True)
-            if not options.quick:
+            began, found = time.monotonic(), {}
+            for part in Trial(options.out, seed, size, options.text).results(options.arms):
+                found |= part
+                line = json.dumps(found | {"seconds": round(time.monotonic() - began)})
+                print(line, flush=True)
+            if not options.quick and set(options.arms) == set(ARMS):
                 replace_seed(line, recorded)
     if not options.quick:
         draw([json.loads(line) for line in recorded.read_text().splitlines()], HERE / "figure.png")

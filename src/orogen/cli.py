@@ -18,7 +18,7 @@ from orogen.config.checks import ConfigError
 from orogen.convert.command import AVERAGE, CONVERT, PARAMS
 from orogen.data.command import CURATE, TOKENIZE
 from orogen.evaluate.command import EVALUATE
-from orogen.infer.command import GENERATE, SCORE, SERVE
+from orogen.infer.command import SCORE
 from orogen.launch.command import LAUNCH
 from orogen.launch.verdict import tell
 from orogen.parallel import distributed
@@ -30,7 +30,7 @@ from orogen.simulate.command import PLAN, SIMULATE
 from orogen.sweep.command import SWEEP
 from orogen.train.command import TRAIN, VERIFY
 from orogen.train.stop import INTERRUPTED
-from orogen.vision.command import CAPTION, DATABASE, GRAFT
+from orogen.vision.command import CAPTION, DATABASE, GENERATE, GRAFT, SERVE
 
 COMMANDS = (
     TRAIN, SFT, DPO, RL, ENVIRONMENTS, DISTILL, REWARD, BEST_OF, SWEEP, LAUNCH, GENERATE, SERVE, SCORE, EVALUATE,

@@ -22,6 +22,7 @@ from orogen.config.text import model_text
 from orogen.data.vocabulary import byte_tokenizer
 from orogen.vision import features
 from orogen.vision import run as vision_run
+from orogen.vision.answers import Sight
 from orogen.vision.database import unit
 from orogen.vision.encoder import open_encoder
 from orogen.vision.examples import FIRST
@@ -164,6 +165,47 @@ def test_a_corpus_is_scored_and_shown_on_a_page(folder, run, tmp_path, capsys):
 def test_what_cannot_be_captioned_is_refused(folder, run, capsys, options, expected):
     words = [word.format(folder=folder, other=ENCODER.parent / "siglip") for word in options]
     assert main(["caption", "--checkpoint", str(run), *words]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_an_image_alone_asks_for_its_caption(folder, run, database, tmp_path, capsys):
+    picture("blue", 99).save(tmp_path / "blue.png")
+    words = ["generate", "--checkpoint", str(run), "--image", str(tmp_path / "blue.png"), "--json"]
+    assert main(words) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["text"], facts["finish"], facts["retrieved"]) == ("a blue square", "stop", [])
+    assert main([*words, "--tokens", "6", "--database", str(database), "--retrieved", "2"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["finish"] == "length" and [hit["caption"] for hit in facts["retrieved"]] == ["a blue square"] * 2
+
+
+def test_what_is_said_stands_as_in_training(folder, run, database, monkeypatch):
+    prompts = []
+    monkeypatch.setattr("orogen.vision.describe.Captioner.continued", lambda _, asked: prompts.extend(asked) or [[97]])
+    images = [(folder / f"{number}.png").read_bytes() for number in (0, 2)]
+    seen = Sight(run, database, 1)(["see", images[0], images[1], "a"], 64)
+    words = byte_tokenizer()
+    told = [words.encode_inside(text).tolist() for text in ("see\n", "a red square\n", "a blue square\n", "a")]
+    assert prompts[0].ids == [words.bos_id, *told[0], FIRST, *told[1], FIRST + 1, *told[2], *told[3]]
+    (alone,) = open_encoder(ENCODER).encode([Image.open(folder / "2.png").convert("RGB")]).features_bpd
+    np.testing.assert_allclose(prompts[0].features[1], alone, atol=1e-4)
+    assert (seen.text, seen.prompt, seen.tokens, seen.ended) == ("a", len(prompts[0].ids), 2, True)
+    assert [(hit["image"], hit["caption"]) for hit in seen.retrieved] == [(0, "a red square"), (1, "a blue square")]
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--image", "{folder}/broken.png"], "image 0: it cannot be decoded"),
+        (["--image", "{folder}/0.png", "--tokens", "1025"], "max_tokens is 1025; expected 1 to 1024 beside images"),
+        (["--image", "{folder}/0.png", "--retrieved", "1"], "expected --database, or --retrieved 0"),
+        (["--image", "{folder}/0.png", "--chat"], "expected --image with --prompt alone"),
+        (["--prompt", "a", "--retrieved", "1"], "expected them with --image alone"),
+    ],
+)
+def test_what_cannot_be_seen_is_refused(folder, run, capsys, options, expected):
+    assert main(["generate", "--checkpoint", str(run), *(word.format(folder=folder) for word in options)]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from orogen.infer.request import ERROR, held_back
 if TYPE_CHECKING:
     from orogen.data.tokenizer import Tokenizer
     from orogen.infer.chat import Chat
+    from orogen.infer.sight import Sees
 
 TOKENS = 128  # most new tokens, unless a request says otherwise
 API_KEY = "OROGEN_API_KEY"
@@ -254,8 +255,8 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
-def serve(options: argparse.Namespace) -> int:
-    """`orogen serve`."""
+def serve(options: argparse.Namespace, sight: "Callable[[], Sees] | None" = None) -> int:
+    """`orogen serve`. sight: opens what answers chats with images, for a model that sees them."""
     _require_installed(SERVE_NEEDS)
     from orogen.config.load import load_engine
     from orogen.infer.constrain import Constraints
@@ -286,6 +287,7 @@ def serve(options: argparse.Namespace) -> int:
             weights = Weights(engine, options.weights, model, plan, config)
         del opened  # what it still had of the weights
         warm_aloud(engine)
+        sees = None if sight is None else sight()
         service = Service(engine, limit=config.slots + config.queue)
         name = options.name or options.checkpoint.resolve().name
         chosen = {"key": key, "timeout": options.timeout, "priorities": options.priorities}
@@ -295,7 +297,7 @@ def serve(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps({"host": host, "port": port, "model": name}), flush=True)
 
-        beside = {"constraints": constraints, "scheduler": lambda: engine.scheduler, "weights": weights}
+        beside = {"constraints": constraints, "scheduler": lambda: engine.scheduler, "weights": weights, "sees": sees}
         app = make_app(service, settings, tokenizer=words, chat=chat, **beside)
         with contextlib.closing(engine):
             return run(make_server(app, service, drain_seconds=options.drain_seconds, ready=ready), bound)

@@ -7,10 +7,11 @@ from orogen.config.json_file import ListOf, Record, read_object
 
 _TEXT = (str, None)
 _CALL = Record({"function": Record({"name": str, "arguments": str})}, {"id": _TEXT})
+_IMAGE = (Record({"url": str}, {"detail": _TEXT}), None)
 MESSAGE = Record(
     {"role": str},
     {
-        "content": (str, ListOf(Record({"type": str}, {"text": str})), None),
+        "content": (str, ListOf(Record({"type": str}, {"text": str, "image_url": _IMAGE})), None),
         "reasoning_content": _TEXT,
         "reasoning": _TEXT,
         "tool_calls": (ListOf(_CALL), None),

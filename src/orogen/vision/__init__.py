@@ -32,6 +32,11 @@ change writes the whole database anew; an index is rebuilt with it. One process 
 most similar last. For captions they come from a corpus, `orogen caption --examples CORPUS`: a database has embeddings,
 but not the features of images that examples need.
 
+**Answers** (`answers.py`): `orogen generate --image FILE` and, of a captioner, chats of `orogen serve` whose messages
+have images as data: URLs. What was said stands one after another as in training, without a chat template; an image
+alone asks for its caption. A captioner answers beside the engine, one chat after another, by the likeliest tokens; what
+asks for others (a temperature, tools, several choices) is refused. The weights are in memory twice.
+
 **Batches** (`corpus.py`, `data/images.py`): in a token stream an image is one token; packing therefore knows nothing of
 images. Packed batches get extras (`config/vision.py`) whose numbers lie along the time axis, so that every plan splits
 them as it splits tokens. A document is padded until no row can have more than `images_per_row` images. The resampler

@@ -1,4 +1,5 @@
-"""`orogen caption`, `orogen database` and `orogen graft`. Importing this does not import jax."""
+"""`orogen caption`, `orogen database` and `orogen graft`; and what `orogen generate` and `orogen serve` do with images.
+Importing this does not import jax."""
 
 import argparse
 import math
@@ -7,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory, positive
 from orogen.config.checks import ConfigError
+from orogen.infer import command as infer
 
 if TYPE_CHECKING:
+    from orogen.vision.answers import Sight
     from orogen.vision.encoder import Encoder
 
 PAIRS = "images with captions: .jsonl, .parquet or WebDataset .tar, a file or a folder (orogen.data.interleaved)"
@@ -98,6 +101,64 @@ def caption(options: argparse.Namespace) -> int:
     facts = found.facts()
     answer(options, facts, found.lines())
     return 0
+
+
+def _add_sight_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("of a model that sees images (`orogen.vision`)").add_argument
+    add("--database", type=Path, metavar="DIR", help="of captions, which `orogen database` has built")
+    add("--retrieved", type=_count, metavar="K", help="captions to retrieve for an image; by default as in the run")
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    infer.GENERATE.add_arguments(parser)
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE",
+                        help="comes before --prompt; repeatable. The answer is the likeliest tokens")  # fmt: skip
+    _add_sight_arguments(parser)
+
+
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    infer.SERVE.add_arguments(parser)
+    _add_sight_arguments(parser)
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`orogen generate`, with images or without."""
+    if not options.image:
+        _refuse_sight(options, "--image")
+        return infer.generate(options)
+    if options.chat or options.input is not None or options.out is not None or options.gin_bindings:
+        raise ConfigError("--image with --chat, --input or --gin_bindings; expected --image with --prompt alone")
+    from orogen.infer.sight import TOKENS
+
+    said: list[str | bytes] = [file.read_bytes() for file in options.image]
+    said += [options.prompt] if options.prompt else []
+    seen = _sight(options)(said, options.tokens or TOKENS)
+    facts = {"images": [str(file) for file in options.image], "prompt": options.prompt or "", "text": seen.text,
+             "finish": "stop" if seen.ended else "length", "retrieved": seen.retrieved}  # fmt: skip
+    hits = [f"    {hit['score']:.3f}  {hit['caption']}  ({hit['source']})" for hit in seen.retrieved]
+    answer(options, facts, [seen.text, *hits])
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    """`orogen serve`, which also answers chats with images if the model is a captioner."""
+    from orogen.vision.captioning import SEEN
+
+    if (options.checkpoint / SEEN).is_file():
+        return infer.serve(options, lambda: _sight(options))
+    _refuse_sight(options, "a captioner's --checkpoint")
+    return infer.serve(options)
+
+
+def _sight(options: argparse.Namespace) -> "Sight":
+    from orogen.vision.answers import Sight
+
+    return Sight(options.checkpoint, options.database, options.retrieved)
+
+
+def _refuse_sight(options: argparse.Namespace, expected: str) -> None:
+    if options.database is not None or options.retrieved is not None:
+        raise ConfigError(f"--database or --retrieved; expected them with {expected} alone")
 
 
 def database(options: argparse.Namespace) -> int:
@@ -193,4 +254,17 @@ GRAFT = Command(
     ),
     add_arguments=_add_graft_arguments,
     run=graft,
+)
+GENERATE = infer.GENERATE._replace(
+    examples=(
+        *infer.GENERATE.examples,
+        "orogen generate --checkpoint runs/captioner --database captions --image a.jpg",
+    ),
+    add_arguments=_add_generate_arguments,
+    run=generate,
+)
+SERVE = infer.SERVE._replace(
+    examples=(*infer.SERVE.examples, "orogen serve --checkpoint runs/captioner --database captions"),
+    add_arguments=_add_serve_arguments,
+    run=serve,
 )

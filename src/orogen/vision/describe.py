@@ -51,6 +51,10 @@ class Captioner:
         self.tokenizer: Tokenizer = opened.tokenizer
 
     def captions(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The texts of `continued`."""
+        return [self.text(ids) for ids in self.continued(prompts)]
+
+    def continued(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The greedy continuation of each prompt up to the end of the text, or `tokens` tokens.
 
         Raises ConfigError if one may become longer than the model's learned positions.
@@ -62,18 +66,22 @@ class Captioner:
                 f"a prompt and its caption may have {longest} tokens; expected at most ModelConfig.learned_positions = "
                 f"{most}"
             )
-        found: list[str] = []
+        found: list[list[int]] = []
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]
             filled = [*part, *[part[0]] * (self.batch - len(part))] if len(prompts) > self.batch else part
             batch = self._batch(filled)
             tokens_bt = np.asarray(self._program(self.opened.params, self.opened.buffers, batch))
-            found += [self._text(tokens_t) for tokens_t in tokens_bt[: len(part)]]
+            found += [self._until_end(tokens_t) for tokens_t in tokens_bt[: len(part)]]
         return found
 
-    def _text(self, tokens_t: np.ndarray) -> str:
+    def text(self, ids: Sequence[int]) -> str:
+        """Their text, without spaces around it."""
+        return self.tokenizer.decode(list(ids)).strip()
+
+    def _until_end(self, tokens_t: np.ndarray) -> list[int]:
         ends = np.flatnonzero(tokens_t == self.tokenizer.eos_id)
-        return self.tokenizer.decode(tokens_t[: ends[0] if len(ends) else None].tolist()).strip()
+        return tokens_t[: ends[0] if len(ends) else None].tolist()
 
     def _batch(self, prompts: Sequence[Prompt]) -> Batch:
         """The prompts as rows that end together: what is in front of a row is padding."""

@@ -13,7 +13,7 @@ from orogen.vision.transforms import decode
 SIDE = 256  # pixels of a picture's longer side
 STYLE = """
 .captioned { display: flex; gap: 1em; margin: 1em 0; }
-.captioned img { max-width: 256px; max-height: 256px; object-fit: contain; }
+.captioned img { max-width: 256px; max-height: 256px; object-fit: contain; border: 1px solid lightgray; }
 .captioned ol { color: gray; }
 """
 

@@ -106,6 +106,15 @@ def read_seen(folder: Path) -> Seen:
     return Seen(**{name: facts[name] for name in Seen._fields})
 
 
+def check_encoder(encoder: Encoder, seen: Seen) -> None:
+    """Raises ConfigError unless it is the encoder that the model was trained with."""
+    if encoder.fingerprint != seen.fingerprint:
+        raise ConfigError(
+            f"encoder {encoder.source!r} is {encoder.fingerprint[:12]}; expected {seen.fingerprint[:12]}, with which "
+            "the model was trained"
+        )
+
+
 def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpus: Path | None) -> Outcome:
     """Captions the images of files, or the pairs of a corpus, whose captions are then scored against.
 
@@ -113,11 +122,7 @@ def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpu
     itself is refused. Raises ConfigError.
     """
     encoder = open_encoder(settings.encoder)
-    if encoder.fingerprint != seen.fingerprint:
-        raise ConfigError(
-            f"encoder {settings.encoder!r} is {encoder.fingerprint[:12]}; expected {seen.fingerprint[:12]}, with "
-            "which the model was trained"
-        )
+    check_encoder(encoder, seen)
     database = None if settings.database is None else Database(settings.database, encoder)
     examples = _examples(settings, encoder)
     model = Captioner(open_model(settings.checkpoint), seen.image_token, tokens=settings.tokens)

@@ -153,9 +153,9 @@ def with_client(
     async def run() -> Any:
         service = Service(engine, limit=limit)
         chat = Chat(tokenizer(), own_template(template), RENDERER) if words and template else None
-        constraints = settings.pop("constraints", None)
+        beside = {name: settings.pop(name, None) for name in ("constraints", "sees")}
         given = Settings(**{"name": "tiny", "most": engine.most, **settings})
-        app = make_app(service, given, tokenizer=tokenizer() if words else None, chat=chat, constraints=constraints)
+        app = make_app(service, given, tokenizer=tokenizer() if words else None, chat=chat, **beside)
         async with lifespan(app):
             result = await use(Client(app))
             assert service.open == 0, "a request was left behind"

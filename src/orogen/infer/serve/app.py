@@ -30,6 +30,7 @@ from orogen.infer.serve.measures import Measures
 from orogen.infer.serve.responses import responses
 from orogen.infer.serve.weights import Weights, load_weights
 from orogen.infer.service import Service
+from orogen.infer.sight import Sees
 
 OPEN = ("/", "/health", "/metrics")  # without the key
 # Those that are counted by name; what others there are is the client's choice.
@@ -44,13 +45,13 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 def make_app(
     service: Service, settings: Settings, *, tokenizer: Tokenizer | None = None, chat: Chat | None = None,
     constraints: Constraints | None = None, scheduler: Callable[[], Scheduler] | None = None,
-    weights: Weights | None = None,
+    weights: Weights | None = None, sees: Sees | None = None,
 ) -> Starlette:  # fmt: skip
     """The application around a service, which is started and closed with it.
 
     constraints: those that compile grammars, of the engine's tokenizer; None: the engine does, while its other requests
     wait. scheduler: gives the engine's, of which /metrics tells what is held; None: it does not. weights: what loads
-    others; None: nothing does.
+    others; None: nothing does. sees: what answers chats with images (`infer/sight.py`), if anything does.
     """
     measures = Measures()
     if scheduler is not None:
@@ -75,7 +76,7 @@ def make_app(
         lifespan=life,
         exception_handlers={HttpError: answer_error, HTTPException: answer_http, Exception: answer_fault},
     )
-    app.state.parts = Parts(service, settings, tokenizer, chat, measures, grammars, weights)
+    app.state.parts = Parts(service, settings, tokenizer, chat, measures, grammars, weights, sees)
     app.add_middleware(_Gate, parts=app.state.parts)
     return app
 

@@ -18,7 +18,7 @@ from orogen.infer.chat import THOUGHT, Chat, Prompt
 from orogen.infer.forced_call import beginning
 from orogen.infer.messages import check_messages
 from orogen.infer.request import STOP, Chosen, Grammar, Output, Request
-from orogen.infer.serve import forms, structured
+from orogen.infer.serve import forms, pictures, structured
 from orogen.infer.serve.body import ignored, read_body
 from orogen.infer.serve.errors import bad
 from orogen.infer.serve.exchange import (
@@ -65,6 +65,8 @@ async def chats(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.CHAT)
     parts.check_body(body)
+    if parts.sees is not None and pictures.has_images(body):
+        return await pictures.answer(request, parts.sees, body, unknown)
     with parts.preparing.place(body.get("n", 1)) as place:
         asked, requests = await parts.preparing.run_chat(prepared, body, parts, place=place)
         form, stream = _Form(parts, body, asked), forms.streams(body)

@@ -21,6 +21,7 @@ from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
 from orogen.infer.serve.preparing import Place, Preparing
 from orogen.infer.service import ClosedError, Service, Stream
+from orogen.infer.sight import Sees
 
 T = TypeVar("T")
 _THOUGHT = THOUGHT.encode()
@@ -45,7 +46,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the routes share."""
+    """What the routes share. sees: what answers chats with images (`infer/sight.py`), None where nothing does."""
 
     service: Service
     settings: Settings
@@ -54,6 +55,7 @@ class Parts:
     measures: Measures
     grammars: Grammars | None = None
     weights: Any = None  # `weights.Weights`, which loads other ones
+    sees: Sees | None = None
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @functools.cached_property

@@ -27,7 +27,9 @@ class Preparing:
         self._bodies = ThreadPoolExecutor(WORKERS, "bodies")
         # A thread of their own: a template that takes its time holds up no other route.
         self._chats = ThreadPoolExecutor(1, "prompts")
-        self._lock, self._under_way = threading.Lock(), {self._bodies: 0, self._chats: 0}
+        self._pictures = ThreadPoolExecutor(1, "pictures")
+        self._lock = threading.Lock()
+        self._under_way = dict.fromkeys((self._bodies, self._chats, self._pictures), 0)
         self._places: set[Place] = set()
 
     def place(self, requests: int = 1) -> "Place":
@@ -42,6 +44,10 @@ class Preparing:
     async def run_chat(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
         """As `run`, for work with a chat template."""
         return await self._run(self._chats, _with(place, work), *arguments)
+
+    async def run_seen(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
+        """As `run`, for answers to images, which come one after another."""
+        return await self._run(self._pictures, _with(place, work), *arguments)
 
     def take(self, place: "Place") -> None:
         """Counts a place. Raises HttpError with status 429 if there is none."""
@@ -82,7 +88,7 @@ class Preparing:
 
     def close(self) -> None:
         """Ends the threads after what they are at."""
-        for pool in (self._bodies, self._chats):
+        for pool in self._under_way:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
