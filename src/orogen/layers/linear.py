@@ -73,10 +73,8 @@ def _is_plain(plan: Plan, kind: str | None) -> bool:
 
 def _products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...]:
     """x w in the compute dtype, for weights some of which may be in 8 bits."""
-    thin = thin_products(flat(x_btd), weights, plan)
-    if thin is None:
-        return tuple(multiply(x_btd, weight_for(x_btd, weight)) for weight in weights)
-    return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in thin)
+    thin = thin_products(x_btd, weights, plan)
+    return tuple(multiply(x_btd, weight_for(x_btd, weight)) for weight in weights) if thin is None else thin
 
 
 def _adapted(

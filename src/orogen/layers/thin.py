@@ -3,6 +3,7 @@
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,14 +21,17 @@ THIN = {"triton_small": "triton"}
 ROWS_IN_8_BITS, ROWS = 256, 0
 
 
-def thin_products(x_nd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...] | None:
-    """x w (n, f) for each weight, by one kernel; None where the plan has none for these."""
-    name = THIN.get(plan.config.grouped_matmul)
-    matrices = [Matrix(w.values, w.scale) if isinstance(w, Scaled) else Matrix(w) for w in weights]
+def thin_products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...] | None:
+    """x w (b, t, f) for each weight, by one kernel; None where the plan has none for these."""
+    name, rows = THIN.get(plan.config.grouped_matmul), math.prod(x_btd.shape[:-1])
     most = ROWS_IN_8_BITS if any(isinstance(w, Scaled) for w in weights) else ROWS
-    if name is None or len(x_nd) > most or not all(map(takes, matrices)):
+    if name is None or rows > most:
         return None
-    return thin_matmul(x_nd, matrices, implementation=name)
+    matrices = [Matrix(w.values, w.scale) if isinstance(w, Scaled) else Matrix(w) for w in weights]
+    if not all(map(takes, matrices)):
+        return None
+    found = thin_matmul(x_btd.reshape(rows, -1), matrices, implementation=name)
+    return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in found)
 
 
 def thin_grouped(x_rd: Array, weight: Any, group_sizes: Array | RowGroups | int, plan: Plan) -> Array | None:
