@@ -6,6 +6,9 @@ its `max_tokens` alone. `static` submits as many as there are slots, and the nex
 length. `offered` is what the engine does: with all requests waiting from the start, then with Poisson arrivals, whose
 rate is given as a share of the requests per second so measured. `host_share` is the time of rounds in which the host
 did not wait, most of it while the devices computed; `host_cpu` is the processor's time that the engine's thread took.
+A run ends with a tail in which no request comes any more: `while_arriving` has the tokens per second made, and those
+that were asked for, from a fifth of the arrivals to the last one. `pieces` are the milliseconds in which one prompt of
+so many tokens is read, alone, or so many at once.
 
     python experiments/decode_throughput/arrivals.py --model bench_dense --slots 8                     # CPU
     python experiments/decode_throughput/arrivals.py --model r1 --slots 64 --kernels triton \\
@@ -68,6 +71,17 @@ class Run:
         for output in self.engine.step():
             self.told.setdefault(output.number, []).append((time.perf_counter() - self.began, len(output.tokens)))
 
+    def while_arriving(self) -> dict[str, float]:
+        """Tokens per second that were made, and asked for, from the first fifth of the arrivals to the last one."""
+        times = sorted(self.arrived.values())
+        first, last = times[len(times) // 5], times[-1]
+        if last <= first:
+            return {}
+        inside = lambda at: first < at <= last  # noqa: E731
+        made = sum(count for each in self.told.values() for at, count in each if inside(at))
+        asked = sum(count for number, at in self.arrived.items() for _, count in self.told[number] if inside(at))
+        return {"made_per_s": round(made / (last - first), 1), "asked_per_s": round(asked / (last - first), 1)}
+
     def finish(self) -> dict[str, Any]:
         """Until all have ended: tokens per second, and percentiles of waiting for the first token and, of what streams
         tell at a time, for each further one."""
@@ -95,7 +109,7 @@ class Run:
             "host_cpu_ms_per_round": round(1e3 * cpu / rounds, 3),
             "host_cpu_us_per_token": round(1e6 * cpu / tokens, 1),
             "device_share": round((stats.device_seconds - before.device_seconds) / seconds, 4), "rounds": rounds,
-            "occupied": occupied(before, self.engine),
+            "occupied": occupied(before, self.engine), "while_arriving": self.while_arriving(),
         }  # fmt: skip
 
 
@@ -115,6 +129,24 @@ def static(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     return {"tokens_per_s": round(tokens / seconds, 1), "occupied": occupied(before, engine)}
 
 
+def pieces(engine: Engine, turns: int = 5) -> dict[str, float]:
+    """Milliseconds, medians, in which prompts are read that have the length of a call: one, and as many as it takes."""
+    found = {}
+    for length in engine.buckets.lengths:
+        for count in engine.buckets.rows(length):
+            if length >= engine.length or count > engine.config.slots:
+                continue
+            draw, times = np.random.default_rng(2), []
+            for _ in range(turns):
+                ids = draw.integers(0, engine.opened.config.vocab_size, (count, length)).tolist()
+                asked = [Request(prompt=tuple(each), max_tokens=1, ignore_eos=True) for each in ids]
+                began = time.perf_counter()
+                engine.run(asked)
+                times.append(1e3 * (time.perf_counter() - began))
+            found[f"{count} x {length}"] = round(float(np.median(times)), 2)
+    return found
+
+
 def measured(engine: Engine, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per way to serve the requests."""
     size, lengths = engine.opened.config.vocab_size, {"prompt": options.prompt, "tokens": options.tokens}
@@ -125,7 +157,7 @@ def measured(engine: Engine, options: argparse.Namespace) -> Iterator[dict[str, 
     ]
     steady = static(engine, even)
     share = lambda record: {**record, "of_steady": round(record["tokens_per_s"] / steady["tokens_per_s"], 3)}  # noqa: E731
-    yield {"work": "steady", **steady}
+    yield {"work": "steady", **steady, "pieces": pieces(engine)}
     yield share({"work": "static", **static(engine, requests)})
     most = Run(engine, requests, [0.0] * len(requests)).finish()
     yield share({"work": "offered", "load": "all", **most})

@@ -9,7 +9,9 @@ what is timed are whole calls of the engine in which every request decodes, or t
 """
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -24,13 +26,15 @@ import models
 import numpy as np
 
 from orogen.bench.weights import export_weights
+from orogen.checkpoint.open import Opened
 from orogen.config.engine import EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.infer.engine import Engine
 from orogen.infer.request import Request, Sampling
+from orogen.layers import thin
 
 HERE = Path(__file__).parent
-CALLS = 6  # of the decoding program by itself
+CALLS, TURNS = 6, 3  # of the decoding program by itself
 
 
 class Sizes(NamedTuple):
@@ -103,64 +107,114 @@ def main() -> None:
     parser.add_argument("--kernels", choices=models.PLANS, default="reference")
     parser.add_argument("--dtype", default=None, help="bfloat16 with triton, else float32, unless given")
     parser.add_argument("--replay", type=int, default=0)
+    parser.add_argument(
+        "--weights", default=models.DRAWN, help=f"some of {', '.join(models.WEIGHTS)}, one after another"
+    )
+    parser.add_argument("--together", default=str(thin.ROWS), help="rows that one kernel multiplies by all of a layer")
+    parser.add_argument("--alone", action="store_true", help="only the decoding program, without prompts and an engine")
     parser.add_argument("--peer", action="store_true", help="transformers, in turn")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
-    model, dtype = models.named(options.model), options.dtype or models.DTYPES[options.kernels]
-    model_opened = models.opened(model, models.PLANS[options.kernels], dtype)
-    for batch in map(int, options.batches.split(",")):
-        config = EngineConfig(
-            # One row is slower than four on a GPU: XLA makes sums of its products, at a third of the bandwidth.
-            slots=max(batch, 4) if options.kernels == "triton" else batch,
-            max_length=options.prompt + options.tokens, page=64, chunk=256, prefill_tokens=max(options.prompt, 4096),
-            steps=options.steps, snapshots=0, prefix_cache=False, compute_dtype=dtype, kernels=options.kernels,
-            replay=options.replay,
-        )  # fmt: skip
-        engine, told = Engine(model_opened, config), {}
-        turns = lambda tokens: decode(engine, batch, options.prompt, tokens, told)  # noqa: E731, B023
-        list(turns(options.steps + 1))  # compiles
-        told.clear()
-        record: dict[str, Any] = {
-            "model": options.model, "batch": batch, "prompt": options.prompt, "dtype": dtype,
-            "kernels": options.kernels, "replay": options.replay, "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-        }  # fmt: skip
-        if options.peer:
-            sizes, theirs = Sizes(batch, options.prompt, options.tokens, options.steps), {}
-            with tempfile.TemporaryDirectory() as folder:
-                weights = Path(folder) / "weights"
-                export_weights(model, model_opened.params, model_opened.buffers, weights)
-                # In turn, call by call, so that both meet the same neighbours.
-                pairs = list(zip(turns(options.tokens), peer_decode(weights, model, sizes, theirs), strict=False))
-            if len(pairs) < 2:
-                raise SystemExit(f"--tokens {options.tokens}: {len(pairs)} pairs of calls; expected at least 2")
-            seconds, peer_seconds = ([pair[side] for pair in pairs] for side in (0, 1))
-            low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
-            same = [a[:16] == b[:16] for a, b in zip(told["ids"], theirs["ids"], strict=True)]
-            record |= {
-                "peer_tokens_per_s": batch / statistics.median(peer_seconds), "peer_same_16": sum(same),
-                "pairs": len(pairs), "ratio": middle, "ratio_quartiles": [low, high],
-            }  # fmt: skip
-        else:
-            seconds = list(turns(options.tokens))
-        if not seconds:
-            raise SystemExit(
-                f"--tokens {options.tokens}: no call in which all {batch} requests decode; expected more, since the "
-                "first ones end before the last ones have read their prompts"
-            )
-        step_s = statistics.median(seconds)
-        alone_s = contexts.Point(engine.programs, config.slots, config.max_length, running=batch).alone(calls=CALLS)
-        record |= {
-            "step_ms": 1e3 * step_s,
-            # The same program without an engine around it; the rest of a step is time in which the device waits.
-            "alone_ms": 1e3 * alone_s,
-            "between_steps": max(0.0, 1 - alone_s / step_s),
-            "tokens_per_s": batch / step_s,
-            "first_token_ms": 1e3 * told["first_s"],
-        }
-        print(json.dumps(record), flush=True)
-        with options.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    options.dtype = options.dtype or models.DTYPES[options.kernels]
+    config, first = models.named(options.model), {}
+    for weights in options.weights.split(","):
+        opened = models.opened(config, models.PLANS[options.kernels], options.dtype, weights)
+        for together, batch in itertools.product(numbers(options.together), numbers(options.batches)):
+            thin.ROWS = together
+            record, ids = (alone if options.alone else measured)(opened, batch, options)
+            record |= {"weights": weights, "together": together}
+            same = [a[:16] == b[:16] for a, b in zip(ids, first.setdefault(batch, ids), strict=True)]
+            record["same_16"] = sum(same)  # as with the first kind of weights
+            print(json.dumps(record), flush=True)
+            with options.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        del opened
+
+
+def numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def config_of(batch: int, options: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        # One row is slower than four on a GPU: XLA makes sums of its products, at a third of the bandwidth.
+        slots=max(batch, 4) if options.kernels == "triton" else batch,
+        max_length=options.prompt + options.tokens, page=64, chunk=256, prefill_tokens=max(options.prompt, 4096),
+        steps=options.steps, snapshots=0, prefix_cache=False, compute_dtype=options.dtype, kernels=options.kernels,
+        replay=options.replay,
+    )  # fmt: skip
+
+
+def facts(batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Of every record."""
+    return {
+        "model": options.model, "batch": batch, "prompt": options.prompt, "dtype": options.dtype,
+        "kernels": options.kernels, "replay": options.replay, "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__, "flags": os.environ.get("XLA_FLAGS", ""),
+    }  # fmt: skip
+
+
+def alone(opened: Opened, batch: int, options: argparse.Namespace) -> tuple[dict[str, Any], list[list[int]]]:
+    """One record of the decoding program, whose caches hold arbitrary numbers, and no tokens."""
+    config = config_of(batch, options)
+    engine = Engine(opened, config)
+    point = contexts.Point(engine.programs, config.slots, config.max_length, running=batch)
+    seconds = [point.alone(calls=CALLS) for _ in range(TURNS)]
+    step_s = statistics.median(seconds)
+    return facts(batch, options) | {
+        "alone_ms": 1e3 * step_s, "turns_ms": [1e3 * each for each in seconds], "tokens_per_s": batch / step_s,
+        "weight_bytes": contexts.bytes_of((engine.opened.params, engine.opened.buffers)),
+    }, []  # fmt: skip
+
+
+def measured(opened: Opened, batch: int, options: argparse.Namespace) -> tuple[dict[str, Any], list[list[int]]]:
+    """One record, and the requests' tokens."""
+    config, told = config_of(batch, options), {}
+    engine = Engine(opened, config)
+    turns = lambda tokens: decode(engine, batch, options.prompt, tokens, told)  # noqa: E731
+    list(turns(options.steps + 1))  # compiles
+    told.clear()
+    record = facts(batch, options)
+    if options.peer:
+        seconds, beside = beside_peer(opened, turns(options.tokens), batch, told, options)
+        record |= beside
+    else:
+        seconds = list(turns(options.tokens))
+    if not seconds:
+        raise SystemExit(
+            f"--tokens {options.tokens}: no call in which all {batch} requests decode; expected more, since the "
+            "first ones end before the last ones have read their prompts"
+        )
+    step_s = statistics.median(seconds)
+    alone_s = contexts.Point(engine.programs, config.slots, config.max_length, running=batch).alone(calls=CALLS)
+    return record | {
+        "step_ms": 1e3 * step_s,
+        # The same program without an engine around it; the rest of a step is time in which the device waits.
+        "alone_ms": 1e3 * alone_s,
+        "between_steps": max(0.0, 1 - alone_s / step_s),
+        "tokens_per_s": batch / step_s,
+        "first_token_ms": 1e3 * told["first_s"],
+    }, told["ids"]
+
+
+def beside_peer(
+    opened: Opened, turns: Iterator[float], batch: int, told: dict[str, Any], options: argparse.Namespace
+) -> tuple[list[float], dict[str, Any]]:
+    """Seconds per token of our calls, each in turn with one of transformers', so that both meet the same neighbours."""
+    sizes, theirs = Sizes(batch, options.prompt, options.tokens, options.steps), {}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights"
+        export_weights(opened.config, opened.params, opened.buffers, weights)
+        pairs = list(zip(turns, peer_decode(weights, opened.config, sizes, theirs), strict=False))
+    if len(pairs) < 2:
+        raise SystemExit(f"--tokens {options.tokens}: {len(pairs)} pairs of calls; expected at least 2")
+    seconds, peer_seconds = ([pair[side] for pair in pairs] for side in (0, 1))
+    low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
+    same = [a[:16] == b[:16] for a, b in zip(told["ids"], theirs["ids"], strict=True)]
+    return seconds, {
+        "peer_tokens_per_s": batch / statistics.median(peer_seconds), "peer_same_16": sum(same),
+        "pairs": len(pairs), "ratio": middle, "ratio_quartiles": [low, high],
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

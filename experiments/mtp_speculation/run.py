@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="of decoding in one call")
     parser.add_argument("--kernels", choices=("reference", "triton"), default="reference")
     parser.add_argument("--dtype", default=None, help="bfloat16 with triton, else float32, unless given")
-    parser.add_argument("--turns", type=int, default=3, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=3, help="of each measurement; 0: only compiles, into jax's cache")
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     dtype = options.dtype or ("bfloat16" if options.kernels == "triton" else "float32")
@@ -84,6 +84,8 @@ def main() -> None:
             )  # fmt: skip
             engine = Engine(opened, config)
             decode(engine, asked[:batch], options.tokens)  # compiles
+            if not options.turns:
+                continue
             before = engine.stats.steps, list(engine.stats.accepted)
             rates, answers = [], []
             for _ in range(options.turns):

@@ -37,6 +37,8 @@ def test_the_default_engine_has_few_programs():
     assert [one.rows(length) for length in one.lengths] == [(1, 4), (1, 4), (1, 4), (1,)]
     assert len(list(one.reads())) == 17
     assert buckets(by_kernel=True).decode_reaches == (64,)
+    on_gpu = buckets(kernels="triton")
+    assert on_gpu.lengths == (128, 512, 1024, 2048) and len(list(on_gpu.reads())) == 15
     exact = buckets(exact=True)
     assert list(exact.reads()) == [(8, 2048, 64)] and exact.decode_reaches == (64,)
 
@@ -48,10 +50,12 @@ def test_the_default_engine_has_few_programs():
         {"slots": 6, "max_length": 100, "page": 3, "chunk": 9, "prefill_tokens": 45, "ranks": 2},
         {"slots": 24, "prefill_tokens": 700, "page": 4, "chunk": 8, "ranks": 2, "tensor": 3},
         {"slots": 5, "max_length": 70},
+        {"kernels": "triton", "slots": 64, "max_length": 1922, "page": 32, "chunk": 128},
+        {"kernels": "triton", "max_length": 600},
     ],
 )
 def test_calls_read_each_piece_once_and_in_order(config):
-    """In shapes that are known before, of which at least half is used."""
+    """In shapes that are known before, of which more is used than the next shorter one has."""
     one, draw = buckets(**config), np.random.default_rng(0)
     known, slots = set(one.reads()), config.get("slots", 8)
     settings = EngineConfig(**{k: v for k, v in config.items() if k not in ("ranks", "tensor")})
@@ -69,7 +73,8 @@ def test_calls_read_each_piece_once_and_in_order(config):
             ranks = np.bincount([p.slot // (slots // config.get("ranks", 1)) for p in call.pieces])
             assert call.rows < 2 * max(ranks) * config.get("tensor", 1) and max(ranks) <= call.rows
             for part in call.pieces:
-                assert call.length == one.lengths[0] or 2 * part.count > call.length
+                shorter = max((n for n in one.lengths if n < call.length), default=0)
+                assert part.count > shorter
                 parts[part.slot].append(part)
         for piece in pieces:
             found = parts[piece.slot]
@@ -77,6 +82,18 @@ def test_calls_read_each_piece_once_and_in_order(config):
             assert (found[0].start, sum(p.count for p in found)) == (piece.start, piece.count)
             assert [(p.last, p.row) for p in found[:-1]] == [(False, None)] * (len(found) - 1)
             assert (found[-1].last, found[-1].row) == (piece.last, piece.row)
+
+
+def test_a_piece_is_split_where_that_is_cheaper():
+    """By tokens, and what a call takes besides: as much as 32 tokens on a CPU, 256 on a GPU."""
+    lengths = lambda one, count: [call.length for call in one.calls([Piece(0, 0, count, True, None)])]  # noqa: E731
+    cpu, gpu = buckets(), buckets(kernels="triton")
+    assert lengths(cpu, 40) == [32, 32] and lengths(gpu, 40) == [128]
+    assert lengths(cpu, 300) == [128, 128, 32, 32] and lengths(gpu, 300) == [512]
+    assert lengths(gpu, 1024) == [1024] and lengths(gpu, 1100) == [1024, 128] and lengths(gpu, 1900) == [2048]
+    for one in (cpu, gpu):
+        costs = [sum(n + one._call_tokens for n in lengths(one, count)) for count in range(1, 2049)]
+        assert costs == sorted(costs)
 
 
 def mixed(draw, tokenizer, *, grammars: bool):

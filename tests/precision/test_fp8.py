@@ -14,7 +14,8 @@ from tests.model.small import config, model_parts, one_device, relative_error
 
 from orogen.config.recipe import FP8, PLAIN, RECIPES, Formats
 from orogen.layers.documents import Documents
-from orogen.layers.linear import linear, multiply
+from orogen.layers.linear import linear
+from orogen.layers.multiply import multiply
 from orogen.layers.parameter import parameter
 from orogen.model.lm import build
 from orogen.model.stages import Stages

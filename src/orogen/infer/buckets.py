@@ -1,10 +1,13 @@
 """The shapes of an engine's programs: so few that all of them can be compiled before the first request.
 
 Pieces of prompts are padded to one of a few lengths, calls to one of a few numbers of rows, and page tables to one of a
-few widths, each about FACTOR times the next smaller one. Where padding would more than double a piece or a call, it
-is split instead.
+few widths, each about FACTOR times the next smaller one; on a GPU half of the most tokens is a length too. Where
+padding would more than double a call, it is split instead. A piece is split where that is cheaper: a call costs what
+its padded tokens cost, and as much as CALL_TOKENS more.
 """
 
+import bisect
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +16,8 @@ from orogen.infer.schedule import Piece
 from orogen.infer.sizes import Sizes
 
 FACTOR = 4
-SMALLEST_PIECE, SMALLEST_TABLE = 32, 256  # tokens
+SMALLEST_PIECE, SMALLEST_PIECE_GPU, SMALLEST_TABLE = 32, 128, 256  # tokens
+CALL_TOKENS, CALL_TOKENS_GPU = 32, 256  # tokens that could be read in the time that a call takes besides its tokens
 
 
 class Call(NamedTuple):
@@ -49,11 +53,18 @@ class Buckets:
         """tensor: ranks that share the tokens and the rows of a call. tables_cost_nothing: decoding reads no more of a
         wide page table than of a narrow one."""
         self._sizes, self._tensor, self._exact = sizes, tensor, config.exact
+        on_gpu = config.kernels == "triton" and not config.exact
+        self._call_tokens = CALL_TOKENS_GPU if on_gpu else CALL_TOKENS
         self._tokens = config.prefill_tokens
         self._most, self._page = min(config.prefill_tokens, sizes.length), config.page
         # What is read row by row takes any number of tokens, and no time for rows without any.
-        smallest = self._most if config.exact else SMALLEST_PIECE
-        padded = (max(n, parts.count * parts.tokens) for n in _fractions(self._most, smallest))
+        smallest = self._most if config.exact else SMALLEST_PIECE_GPU if on_gpu else SMALLEST_PIECE
+        # Fractions of what a call may read, not of a text: more of them are multiples of what layers compute at once.
+        fractions = {*_fractions(self._most if config.exact else config.prefill_tokens, smallest)}
+        if on_gpu and (half := -(-config.prefill_tokens // 2)) >= 2 * CALL_TOKENS_GPU:
+            fractions.add(half)
+        fractions = sorted({min(n, self._most) for n in fractions})
+        padded = (max(n, parts.count * parts.tokens) for n in fractions)
         self.lengths = tuple(dict.fromkeys(_multiple(n, parts.count * tensor) for n in padded))
         narrow = -(-SMALLEST_TABLE // config.page)
         self.reaches = _fractions(sizes.reach, sizes.reach if config.exact else narrow)
@@ -70,7 +81,7 @@ class Buckets:
     def reads(self) -> Iterator[tuple[int, int, int]]:
         """Rows, length and reach of every call that reads prompts."""
         for place, length in enumerate(self.lengths):
-            shortest = 1 if place == 0 else length // 2 + 1  # see `_parts`
+            shortest = self._shortest(place)
             for reach in self.reaches:
                 if reach * self._page >= min(shortest, self._sizes.reach * self._page):
                     yield from ((rows, length, reach) for rows in self.rows(length))
@@ -100,13 +111,10 @@ class Buckets:
             ranks = [rank[rows:] for rank in ranks]
 
     def _parts(self, piece: Piece) -> Iterator[tuple[Piece, int]]:
-        """Parts of a piece with the lengths that they are padded to, each but the shortest at least half used."""
+        """Parts of a piece with the lengths that they are padded to, as cheap as can be."""
         start, left = piece.start, piece.count
         while left:
-            length = next(n for n in self.lengths if n >= left)
-            shorter = max((n for n in self.lengths if n < length), default=length)
-            if left <= 2 * shorter:
-                length = shorter
+            length = self._cheapest(left)[1]
             count = min(left, length)
             complete = count == left
             yield (
@@ -116,6 +124,27 @@ class Buckets:
                 length,
             )
             start, left = start + count, left - count
+
+    @functools.lru_cache(None)  # noqa: B019 - an engine has one of these
+    def _cheapest(self, tokens: int) -> tuple[int, int]:
+        """What it costs to read so many tokens, in tokens, and the length of the first call: the least that holds them
+        all, or the next shorter one."""
+        if not tokens:
+            return 0, 0
+        place = min(bisect.bisect_left(self.lengths, tokens), len(self.lengths) - 1)
+        costs = (
+            (length + self._call_tokens + self._cheapest(max(0, tokens - length))[0], -length)
+            for length in self.lengths[max(0, place - 1) : place + 1]
+        )
+        cost, length = min(costs)
+        return cost, -length
+
+    def _shortest(self, place: int) -> int:
+        """The fewest tokens that are padded to the length at this place: the more there are, the dearer is to split
+        them."""
+        length, below = self.lengths[place], self.lengths[place - 1] if place else 0
+        whole = lambda tokens: self._cheapest(tokens)[1] == length  # noqa: E731
+        return below + 1 + bisect.bisect_left(range(below + 1, length), True, key=whole)
 
 
 def _fractions(most: int, least: int) -> tuple[int, ...]:

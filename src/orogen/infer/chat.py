@@ -61,6 +61,11 @@ class Chat:
         self._firsts = sorted({name[0] for name in self._specials})
 
     @property
+    def template(self) -> str:
+        """The text of the one for chats without tools."""
+        return self._templates["default"]
+
+    @property
     def calls(self) -> str:
         """The text of the template that is for tools, which tells how the model writes calls."""
         return self._templates.get("tool_use", self._templates["default"])

@@ -10,7 +10,7 @@ The gradients of attention, products, norms, gates, convolution and SSD are writ
 without a remat policy, a layer saves only what the formulas of arXiv:2205.05198 count: a quarter of what plain autodiff
 of the same formulas saves.
 
-Decoding (a few tokens per sequence) has its own operations, `state_update`, `replay` and `paged_attention`, which have
-no gradients, and its own implementation of the grouped matmul, `triton_small`. All of them are memory-bound: their
-kernels read each byte once, and `orogen bench decode` compares their times with that bound.
+Decoding (a few tokens per sequence) has its own operations, `state_update`, `replay`, `paged_attention` and
+`thin_matmul`, which have no gradients, and its own implementation of the grouped matmul, `triton_small`. All of them
+are memory-bound: their kernels read each byte once, and `orogen bench decode` compares their times with that bound.
 """

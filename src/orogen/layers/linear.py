@@ -13,10 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from orogen.config.precision import GROUPS, KINDS
 from orogen.config.quantize import Measured
@@ -25,10 +24,11 @@ from orogen.config.rounded import Products
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.layers.adapter import Adapted, Weight, base_of
+from orogen.layers.multiply import flat, multiply, multiply_float32
+from orogen.layers.thin import thin_grouped, thin_products
 from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import Rounding
-from orogen.parallel.varying import vary_like
 from orogen.precision.calibration import Place, measured_products
 from orogen.precision.emulated import How, Places, rounded_products
 from orogen.precision.expert_rows import GroupedHow, RowPlaces, Rows, expert_rows, rounded_grouped
@@ -53,6 +53,30 @@ def linears(
     return tuple(_adapted(y, x_btd, weight, plan) for y, weight in zip(products, weights, strict=True))
 
 
+def linears_and_plain(
+    x_btd: Array, weights: Sequence[Weight], narrow: Weight, plan: Plan, kind: str | None = None, *, call: int
+) -> tuple[Array, ...]:
+    """`linears` of weights, and `linear_plain` of a narrow one, whose call is given: one product if all are plain."""
+    if not _is_plain(plan, kind):
+        return *linears(x_btd, weights, plan, kind), linear_plain(x_btd, narrow, plan, kind, call=call)
+    every = (*weights, narrow)
+    products = _products(x_btd, [plan.weight(base_of(weight)) for weight in every], plan)
+    return tuple(_adapted(y, x_btd, weight, plan) for y, weight in zip(products, every, strict=True))
+
+
+def _is_plain(plan: Plan, kind: str | None) -> bool:
+    """Whether the recipe neither measures nor changes products of this kind."""
+    recipe = plan.recipe
+    changed = kind is not None and recipe.products(kind) is not None
+    return recipe.linear == IN_PLAIN and recipe.measures(kind) is None and not changed
+
+
+def _products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...]:
+    """x w in the compute dtype, for weights some of which may be in 8 bits."""
+    thin = thin_products(x_btd, weights, plan)
+    return tuple(multiply(x_btd, weight_for(x_btd, weight)) for weight in weights) if thin is None else thin
+
+
 def _adapted(
     y_btf: Array, x_btd: Array, weight: Weight, plan: Plan, product: Callable[..., Array] | None = None
 ) -> Array:
@@ -66,17 +90,18 @@ def _adapted(
 
 
 def _linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, kind: str | None, call: int) -> tuple[Array, ...]:
-    formats, weights_df = plan.recipe.linear, [weight_for(x_btd, plan.weight(w)) for w in weights]
+    formats, given = plan.recipe.linear, [plan.weight(w) for w in weights]
+    if _is_plain(plan, kind):
+        return _products(x_btd, given, plan)
+    weights_df = [weight_for(x_btd, w) for w in given]
     if (measured := plan.recipe.measures(kind)) is not None:
         return _measured(x_btd, weights_df, _place(weights[0], measured, plan, (kind, call)))
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
         return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
-    if formats == IN_PLAIN:
-        return tuple(multiply(x_btd, w_df) for w_df in weights_df)
     if unknown := formats.names() - {PLAIN, FP8}:
         raise ValueError(f"a recipe names the format {sorted(unknown)[0]!r}; expected {PLAIN} or {FP8}")
-    parts_nf = fp8_matmul(_flat(x_btd), weights_df, formats=formats, quantize=plan.config.quantize)
+    parts_nf = fp8_matmul(flat(x_btd), weights_df, formats=formats, quantize=plan.config.quantize)
     return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in parts_nf)
 
 
@@ -84,10 +109,10 @@ def linear_plain(x_btd: Array, weight: Weight, plan: Plan, kind: str | None = No
     """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
     that are exponentiated into decays. kind: of a weight that quantised models store with those of this kind."""
     base = base_of(weight)
-    weight_df = weight_for(x_btd, plan.weight(base))
+    given = plan.weight(base)
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, (weight_df,), _place(base, measured, plan, (kind, call)))[0]
-    return _adapted(multiply(x_btd, weight_df), x_btd, weight, plan)
+        return _measured(x_btd, (weight_for(x_btd, given),), _place(base, measured, plan, (kind, call)))[0]
+    return _adapted(_products(x_btd, (given,), plan)[0], x_btd, weight, plan)
 
 
 def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
@@ -128,7 +153,12 @@ def _grouped(
     product: tuple[str | None, int], rows: tuple[Rows, int] | None,
 ) -> Array:  # fmt: skip
     kind, call = product
-    weight_edf, implementation = weight_for(x_rd, plan.weight(weight)), plan.config.grouped_matmul
+    given, implementation = plan.weight(weight), plan.config.grouped_matmul
+    plain = kind is None or plan.recipe.products(kind) is None
+    if plan.recipe.measures(kind) is None and plain and plan.recipe.grouped == IN_PLAIN:
+        if (y_rf := thin_grouped(x_rd, given, group_sizes, plan)) is not None:
+            return y_rf
+    weight_edf = weight_for(x_rd, given)
     if (measured := plan.recipe.measures(kind)) is not None:
         return _measured_rows(x_rd, weight_edf, group_sizes, _place(weight, measured, plan, (kind, call)))
     products = None if kind is None else plan.recipe.products(kind)
@@ -236,93 +266,6 @@ def head_matrix(embedding: nnx.Param, head: nnx.Param | None, plan: Plan) -> Arr
     """The head (d, v of this rank) for the product in the cross-entropy; without a head, the transposed embedding. In
     the compute dtype, the only format that recipes have for it."""
     return plan.weight(embedding).T if head is None else plan.weight(head)
-
-
-def multiply(x_btd: Array, w_df: Array) -> Array:
-    """x w in the compute dtype, with all axes of x but the last flattened into one.
-
-    Otherwise the weight's gradient sums over two axes, for which XLA:CPU first transposes the whole cotangent, one
-    element at a time: a layer's backward pass then takes three times as long (jax 0.10.1).
-    """
-    # One varying type inside shard_map: the transpose of this line sums gradients over the axes that only one varies
-    # over.
-    return _multiply(*vary_like((x_btd, w_df), (x_btd, w_df)))
-
-
-# The gradient is written by hand, so that several products with one x save x itself instead of a flat copy each.
-
-
-@jax.custom_vjp
-def _multiply(x_btd: Array, w_df: Array) -> Array:
-    return _forward(x_btd, w_df)[0]
-
-
-def _forward(x_btd, w_df):
-    return (_flat(x_btd) @ w_df).reshape(*x_btd.shape[:-1], -1), (x_btd, w_df)
-
-
-def _backward(kept, dy_btf):
-    x_btd, w_df = kept
-    dy_nf = _flat(dy_btf)
-    return (dy_nf @ w_df.T).reshape(x_btd.shape).astype(x_btd.dtype), (_flat(x_btd).T @ dy_nf).astype(w_df.dtype)
-
-
-_multiply.defvjp(_forward, _backward)
-
-
-def multiply_float32(x_btd: Array, w_df: Array) -> Array:
-    """x w (b, t, f) in float32, for weights in float32. A float32 x is multiplied as usual, on a GPU in TF32.
-
-    A bfloat16 x stays as it is, and each weight becomes the sum of three bfloat16 numbers, whose products tensor cores
-    compute and sum in float32; non-finite values become NaN. Float32 operands would be rounded to TF32's 10 bits,
-    after a copy of x in float32.
-    """
-    if x_btd.dtype != jnp.bfloat16:
-        return multiply(x_btd, w_df)
-    return _multiply_parts(*vary_like((x_btd, w_df), (x_btd, w_df)))
-
-
-@jax.custom_vjp
-def _multiply_parts(x_btd: Array, w_df: Array) -> Array:
-    return _parts_forward(x_btd, w_df)[0]
-
-
-def _parts_forward(x_btd, w_df):
-    y_nf = _sum_of_parts(_flat(x_btd), jnp.concatenate(_parts(w_df), axis=1))
-    return y_nf.reshape(*x_btd.shape[:-1], -1), (x_btd, w_df)
-
-
-def _parts_backward(kept, dy_btf):
-    x_btd, w_df = kept
-    w, dy = _parts(w_df), _parts(_flat(dy_btf))
-    # The omitted terms are below 2^-16 of the terms' magnitudes; rounding the gradient costs 2^-9 of them.
-    dx_nd = jnp.concatenate((dy[0], dy[0], dy[1]), axis=1) @ jnp.concatenate((w[0], w[1], w[0]), axis=1).T
-    dw_df = _sum_of_parts(_flat(x_btd).T, jnp.concatenate(dy, axis=1))
-    return dx_nd.reshape(x_btd.shape), dw_df
-
-
-_multiply_parts.defvjp(_parts_forward, _parts_backward)
-
-
-def _parts(x: Array) -> list[Array]:
-    """Three bfloat16 arrays whose sum is `x`, float32, the largest first."""
-    parts = []
-    for _ in range(3):
-        # Not by converting to bfloat16 and back, which XLA may elide.
-        part = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return parts
-
-
-def _sum_of_parts(left: Array, right: Array) -> Array:
-    """The product with three matrices side by side, summed over them, float32."""
-    y = jnp.matmul(left, right, preferred_element_type=jnp.float32)
-    return jnp.sum(y.reshape(len(y), 3, -1), axis=1)
-
-
-def _flat(x_btd: Array) -> Array:
-    return x_btd.reshape(-1, x_btd.shape[-1])
 
 
 def add_bias(x_btf: Array, bias: nnx.Param | None) -> Array:

@@ -17,7 +17,7 @@ from orogen.kernels.causal_conv1d import causal_conv1d
 from orogen.kernels.recompute import from_inputs
 from orogen.kernels.ssd import ssd
 from orogen.layers.documents import Documents
-from orogen.layers.linear import add_bias, linear, linear_plain, linears
+from orogen.layers.linear import add_bias, linear, linears_and_plain
 from orogen.layers.norm import GroupRMSNorm
 from orogen.layers.parameter import normal, parameter, uniform
 from orogen.layers.probe import measuring, probe_of, row_squares
@@ -98,10 +98,8 @@ class Mamba2(nnx.Module):
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
             # dt has one column per head, too few for FP8 to gain anything, and decays are exponentials of it.
-            projected = (
-                *linears(h_btd, (self.z, self.x, self.B, self.C), plan, "mamba_in"),
-                linear_plain(h_btd, self.dt, plan, "mamba_in", call=1),
-            )
+            wide = (self.z, self.x, self.B, self.C)
+            projected = linears_and_plain(h_btd, wide, self.dt, plan, "mamba_in", call=1)
             biases = (self.z_bias, self.x_bias, self.B_bias, self.C_bias, self.dt_proj_bias)
             z_bti, x_bti, B_btc, C_btc, dt_bth = (
                 checkpoint_name(add_bias(y, bias), "in_proj") for y, bias in zip(projected, biases, strict=True)

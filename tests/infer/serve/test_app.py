@@ -96,6 +96,15 @@ def test_tokenize_and_detokenize():
     named = ask("POST", "/tokenize", {"prompt": "the", "return_token_strs": True}, words=True).json
     assert named["token_strs"] == ["<s>", *(backend().decode([i]) for i in named["tokens"][1:])]
     assert ask("POST", "/detokenize", {"tokens": ids}, words=True).json == {"prompt": "the é"}
+    info = ask("GET", "/tokenizer_info", words=True).json  # lm-eval looks up the ids of what it names
+    assert info["chat_template"] and {info[name] for name in ("bos_token", "eos_token")} <= set(
+        tokenizer().special_names.values()
+    )
+    for name, found in (("eos_token", tokenizer().eos_id), ("bos_token", tokenizer().bos_id)):
+        named = {"prompt": info[name], "add_special_tokens": False}
+        assert ask("POST", "/tokenize", named, words=True).json["tokens"] == [found]
+        assert found not in ask("POST", "/tokenize", {"prompt": f"{info[name]} a"}, words=True).json["tokens"][1:]
+    assert "no tokenizer" in ask("GET", "/tokenizer_info").error
     chat = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": False}}
     tokens = ask("POST", "/tokenize", chat, words=True).json["tokens"]
     assert backend().decode(tokens, skip_special_tokens=False).endswith("<|im_start|>assistant\n<think></think>")

@@ -77,14 +77,21 @@ def test_prompt_logprobs_as_vllm_tells_them():
     assert "prompt_logprobs" not in plain
 
 
+class Backwards(FakeEngine):
+    """Tells the last choice first."""
+
+    def step(self):
+        return super().step()[::-1]
+
+
 def test_choices_share_the_scores_of_their_prompt():
-    """Which are computed once where all choices are told together, and have tokens."""
+    """Which are computed once where choices have tokens, with the first choice."""
     body = {"prompt": [[5, 6, 7], [8, 9]], "echo": True, "logprobs": 0, "prompt_logprobs": 1, "max_tokens": 1}
     for more, scored in (
         ({"n": 2}, [1, None]), ({"best_of": 3}, [1, None, None]), ({"n": 2, "max_tokens": 0}, [1, 1]),
-        ({"n": 2, "stream": True}, [1, 1]),
+        ({"n": 2, "stream": True}, [1, None]), ({"n": 3, "stream": True, "max_tokens": 2}, [1, None, None]),
     ):  # fmt: skip
-        engine = FakeEngine(logprob=logprob)
+        engine = Backwards(logprob=logprob)
         reply = complete(engine, **body | more)
         assert [request.prompt_logprobs for request in engine.seen] == scored * 2
         told = reply.events if "stream" in more else [reply.json]

@@ -36,7 +36,7 @@ OPEN = ("/", "/health", "/metrics")  # without the key
 # Those that are counted by name; what others there are is the client's choice.
 KNOWN = (
     "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/models", "/v1/weights", "/tokenize",
-    "/detokenize", *OPEN,
+    "/detokenize", "/tokenizer_info", *OPEN,
 )  # fmt: skip
 # The page needs nothing from elsewhere, and nothing may be put into it from elsewhere.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -94,6 +94,7 @@ def _routes() -> list[Route]:
         Route("/v1/weights", load_weights, methods=["POST"]),
         Route("/tokenize", _tokenize, methods=["POST"]),
         Route("/detokenize", _detokenize, methods=["POST"]),
+        Route("/tokenizer_info", _tokenizer_info),
     ]
 
 
@@ -200,8 +201,18 @@ def _ids_of(body: dict[str, Any], parts: Parts) -> list[int]:
             check_messages(body["messages"]), tools=body.get("tools"), options=options, generate=generate
         ).ids
     tokenizer = parts.need_tokenizer("prompt is a string")
-    around = body.get("add_special_tokens", True)
-    return tokenizer.prompt_ids(body["prompt"]) if around else tokenizer.encode(body["prompt"]).tolist()
+    if body.get("add_special_tokens", True):
+        return tokenizer.prompt_ids(body["prompt"])
+    # Text never becomes a special token, but clients find the ids of those that /tokenizer_info names in this way.
+    named = body["prompt"] in tokenizer.special_names.values()
+    return tokenizer.marker_ids(body["prompt"]) if named else tokenizer.encode(body["prompt"]).tolist()
+
+
+async def _tokenizer_info(request: HttpRequest) -> Response:
+    """As vLLM has it, and as lm-eval asks for it to send token ids: the names of special tokens, and the template."""
+    parts: Parts = request.app.state.parts
+    names = parts.need_tokenizer("tokenizer_info").special_names
+    return JSONResponse({**names, "chat_template": None if parts.chat is None else parts.chat.template})
 
 
 async def _detokenize(request: HttpRequest) -> Response:

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,9 @@ class _Form:
         # A model without a tokenizer has nothing else to answer with.
         self._shows_ids = body.get("return_token_ids", False) or parts.tokenizer is None
         self._n, self._of = _counts(body)
+        # Of a stream: whether prompts are scored, the first choices that have begun, and what waits for one of them.
+        self._scores, self._begun = bool(_scores(body)), set[int]()
+        self._held: dict[int, list[tuple[int, Output]]] = {}
         # One prompt of several choices is counted once.
         self._prompt_tokens = sum(len(choice.prompt) for choice in choices) // self._of
 
@@ -110,9 +113,22 @@ class _Form:
         counts = forms.Counts(self._body, self._usage)
         async for number, output in answers:
             check_end(output)
-            yield {**self._same, "choices": [self._taken(number, output)], **counts.of_chunk()}
+            for one, told in self._ready(number, output):
+                yield {**self._same, "choices": [self._taken(one, told)], **counts.of_chunk()}
         if counts.wanted:
             yield {**self._same, "choices": [], "usage": self._usage()}
+
+    def _ready(self, number: int, output: Output) -> Iterator[tuple[int, Output]]:
+        """What a stream can tell now: a prompt is scored with its first choice, for whose first output others wait."""
+        first = number - number % self._of
+        if number == first:
+            self._begun.add(first)
+        if self._scores and first not in self._begun:
+            self._held.setdefault(first, []).append((number, output))
+            return
+        yield number, output
+        if number == first:
+            yield from self._held.pop(first, ())
 
     def _taken(self, number: int, output: Output) -> dict[str, Any]:
         """What an output adds to a choice, as a stream tells it."""
@@ -121,6 +137,9 @@ class _Form:
         shown = choice.text + text if first else text
         choice.experts.clear()
         choice.add(output, text)
+        leader = number - number % self._of
+        if first and number != leader:
+            choice.scored += self._choices[leader].scored
         return self._choice(number, choice, shown, output.tokens, first=first)
 
     def _usage(self) -> dict[str, int]:
@@ -196,11 +215,16 @@ def _echoed(ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
         raise bad(f"prompt: {error}") from None
 
 
+def _scores(body: dict[str, Any]) -> list[int]:
+    """How many of the likeliest tokens are to be told of a prompt's own, by each field that asks for that."""
+    echoed = [body["logprobs"]] if body.get("echo") and "logprobs" in body else []
+    return [*([body["prompt_logprobs"]] if "prompt_logprobs" in body else []), *echoed]
+
+
 def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Request]]:
     """The choices of a body, and what the engine is asked for each."""
     (n, of), tokens = _counts(body), forms.most_new(body, DEFAULT_TOKENS)
-    asked = [body[name] for name in ("prompt_logprobs",) if name in body]
-    asked += [body["logprobs"]] if body.get("echo") and "logprobs" in body else []
+    asked = _scores(body)
     if not tokens and not asked:
         raise bad("max_tokens is 0; expected 1 or more, or prompt_logprobs, or logprobs beside echo")
     if stops := forms.stops(body):
@@ -212,9 +236,8 @@ def _asked(body: dict[str, Any], parts: Parts) -> tuple[list[Choice], list[Reque
     logprobs = body.get("logprobs", None if of == n else 0)
     scores = {"logprobs": logprobs, "prompt_logprobs": max(asked, default=None)}
     fields = {"max_tokens": tokens, **scores, "grammar": structured.grammar(body)}
-    # A prompt is scored once for all of its choices. A stream's first chunks may come in any order, and what has no
-    # tokens to answer with is there for its scores.
-    others = fields | ({"prompt_logprobs": None} if tokens and not forms.streams(body) else {})
+    # A prompt is scored once for all of its choices, but what has no tokens to answer with is there for its scores.
+    others = fields | ({"prompt_logprobs": None} if tokens else {})
     choices, requests = [], []
     for prompt, text in prompts:
         parts.check_length(len(prompt), tokens)

@@ -10,11 +10,12 @@ from jax import numpy as jnp
 
 from orogen.kernels.checks import chosen
 from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks, grouped_matmul_small_blocks
-from orogen.kernels.grouped_matmul.few_rows import grouped_matmul_few_rows
+from orogen.kernels.grouped_matmul.few_rows import grouped_matmul_few_rows, scaled_few_rows
 from orogen.kernels.grouped_matmul.mosaic import grouped_matmul_mosaic
 from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.kernels.grouped_matmul.ragged_dot import grouped_matmul_ragged_dot
 from orogen.kernels.grouped_matmul.reference import grouped_matmul_reference
+from orogen.kernels.thin_matmul.operands import Matrix
 from orogen.parallel.varying import vary_like
 
 IMPLEMENTATIONS = {
@@ -25,6 +26,11 @@ IMPLEMENTATIONS = {
     "mosaic": grouped_matmul_mosaic,
     "triton_small": grouped_matmul_few_rows,
     "triton_small_interpreted": functools.partial(grouped_matmul_few_rows, interpret=True),
+}
+# Implementations that read weights in E4M3.
+SCALED = {
+    "triton_small": scaled_few_rows,
+    "triton_small_interpreted": functools.partial(scaled_few_rows, interpret=True),
 }
 # Implementations whose rows may name their groups, and up to how many results that costs less than sorting rows: a
 # weight is read for each of its results.
@@ -68,6 +74,22 @@ def grouped_matmul(
         return jnp.zeros((0, weights_edf.shape[2]), rows_nd.dtype)
     operands = (rows_nd, weights_edf, group_sizes)
     # One varying type inside shard_map: its transpose then sums the weights' gradient over the shards of the rows.
+    return run(*vary_like(operands, operands))
+
+
+def grouped_matmul_scaled(
+    rows_nd: Array, weights: Matrix, group_sizes: Array | RowGroups, *, implementation: str
+) -> Array:
+    """`grouped_matmul` with weights (e, d, f) in E4M3, by the implementations in SCALED: products with the numbers as
+    they are, summed in float32, times their scales. No gradients. Raises ValueError as it does."""
+    run = chosen(SCALED, implementation)
+    shape, scale = weights.values.shape, weights.scale
+    if scale is None or len(shape) != 3 or rows_nd.shape[1:] != shape[1:2] or shape[1] % scale.shape[1]:
+        beside = f"rows {rows_nd.shape}, weights {shape}, scales {None if scale is None else scale.shape}"
+        raise ValueError(f"{beside}: expected (n, d), (e, d, f) and (e, g, f), g dividing d")
+    if not len(rows_nd):
+        return jnp.zeros((0, shape[2]), rows_nd.dtype)
+    operands = (rows_nd, weights, group_sizes)
     return run(*vary_like(operands, operands))
 
 

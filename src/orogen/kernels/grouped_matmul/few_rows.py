@@ -11,10 +11,12 @@ Tiling: the grid is (blocks, blocks of columns, splits of d). A program of sorte
 sizes by itself, since a kernel that prepared that would take as long as the product; it holds r rows of its columns in
 registers and walks over its split of d. With few blocks, d is split until the programs keep every multiprocessor
 loading; what reads the product adds the splits up, always in the same order. Rows of no group are blocks of one more
-group, whose walk has no step.
+group, whose walk has no step. Weights in E4M3 are multiplied as they are, exactly: a tile of d has one scale per
+column, which multiplies the tile's sums.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from orogen.kernels.grouped_matmul.blocks import grouped_matmul_blocks
 from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.kernels.grouped_matmul.reference import grouped_matmul_reference
 from orogen.kernels.pallas_triton import SMALLEST_TILE, both, call, dot, inside, load, require_gpu, store, tile
+from orogen.kernels.thin_matmul.operands import Matrix
 
 PROGRAMS = 264  # wanted: two on each multiprocessor of an H100
 FILLED = 8  # one row in so many is expected to have a group: the others belong to slots without a request
@@ -41,7 +44,7 @@ class Launch(NamedTuple):
     divided. blocks: as many as there may be. results_per_row: 0, or how many results in turn, each of a group that it
     names, have one row.
 
-    sizes: of d, f, e and the results.
+    sizes: of d, f, e and the results. scale_rows: how much of d has the same scales; 0: there are none.
     """
 
     rows: int
@@ -51,6 +54,7 @@ class Launch(NamedTuple):
     blocks: int
     results_per_row: int
     sizes: tuple[int, int, int, int]
+    scale_rows: int = 0
 
 
 def grouped_matmul_few_rows(
@@ -65,41 +69,50 @@ def grouped_matmul_few_rows(
     return _multiply(rows_nd, weights_edf, group_sizes, interpret)  # pyright: ignore[reportReturnType]
 
 
+def scaled_few_rows(
+    rows_nd: Array, weights: Matrix, group_sizes: Array | RowGroups, *, interpret: bool = False
+) -> Array:
+    """The same with weights (e, d, f) in E4M3; no gradients."""
+    require_gpu(interpret=interpret, implementation="triton_small")
+    return _product(rows_nd, weights, group_sizes, interpret=interpret)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _multiply(rows_nd: Array, weights_edf: Array, group_sizes: Array, interpret: bool) -> Array:
-    return _forward(rows_nd, weights_edf, group_sizes, interpret)[0]
+    return _product(rows_nd, Matrix(weights_edf), group_sizes, interpret=interpret)
 
 
 def _forward(rows_nd, weights_edf, group_sizes, interpret):
+    return _product(rows_nd, Matrix(weights_edf), group_sizes, interpret=interpret), (rows_nd, weights_edf, group_sizes)
+
+
+def _product(rows_nd: Array, weights: Matrix, group_sizes: Array | RowGroups, *, interpret: bool) -> Array:
     named = isinstance(group_sizes, RowGroups)
     results = len(group_sizes.group_r) if named else None
-    launch = choose_launch(rows_nd, weights_edf, results)
+    launch = choose_launch(rows_nd, weights.values, results, 0 if weights.scale is None else weights.scale_rows)
     width, out, groups, rows = launch.sizes
     padded_d = pl.cdiv(width, launch.depth) * launch.depth
     kind = rows_nd.dtype if launch.splits == 1 else jnp.float32
-    table = group_sizes.group_r if named else group_sizes
+    table = group_sizes.group_r if isinstance(group_sizes, RowGroups) else group_sizes
     # A program of a result that names its group reads that number; one of sorted rows reads the whole table of sizes.
     table_spec = pl.BlockSpec((None,), lambda i, f, s: (i,))
     if not named:
         table_spec = pl.BlockSpec((pl.next_power_of_2(groups + 1),), lambda i, f, s: (0,))
     out_spec = pl.BlockSpec((None, rows, launch.columns), lambda i, f, s: (s, 0, f))
+    of_groups = lambda deep: pl.BlockSpec((groups, deep, launch.columns), lambda i, f, s: (0, 0, f))  # noqa: E731
+    operands = [rows_nd, weights.values, table.astype(jnp.int32)]
+    specs = [pl.BlockSpec((len(rows_nd), padded_d), lambda i, f, s: (0, 0)), of_groups(padded_d), table_spec]
+    if weights.scale is not None:
+        operands.append(weights.scale)
+        specs.append(of_groups(weights.scale.shape[1]))
     parts = call(
-        functools.partial(_kernel, launch=launch),
-        [rows_nd, weights_edf, table.astype(jnp.int32)],
-        [
-            pl.BlockSpec((len(rows_nd), padded_d), lambda i, f, s: (0, 0)),
-            pl.BlockSpec((groups, padded_d, launch.columns), lambda i, f, s: (0, 0, f)),
-            table_spec,
-        ],
+        functools.partial(_kernel, launch=launch), operands, specs,
         {"out": ((launch.splits, rows, out), kind, out_spec)},
         grid=(launch.blocks, pl.cdiv(out, launch.columns), launch.splits),
-        warps=WARPS,
-        stages=STAGES,
-        interpret=interpret,
-    )
+        warps=WARPS, stages=STAGES, interpret=interpret,
+    )  # fmt: skip
     # XLA fuses these sums into what reads the product; a reduction would be a kernel of its own.
-    sum_nf = functools.reduce(jnp.add, parts["out"])
-    return sum_nf.astype(rows_nd.dtype), (rows_nd, weights_edf, group_sizes)
+    return functools.reduce(jnp.add, parts["out"]).astype(rows_nd.dtype)
 
 
 def _backward(interpret, residuals, grad_nf):
@@ -113,8 +126,9 @@ def _backward(interpret, residuals, grad_nf):
 _multiply.defvjp(_forward, _backward)
 
 
-def choose_launch(rows_nd: Array, weights_edf: Array, results: int | None = None) -> Launch:
-    """Tile sizes for these shapes. results: how many there are if each names its group; None: rows are sorted."""
+def choose_launch(rows_nd: Array, weights_edf: Array, results: int | None = None, scale_rows: int = 0) -> Launch:
+    """Tile sizes for these shapes. results: how many there are if each names its group; None: rows are sorted.
+    scale_rows: as of `Launch`."""
     groups, width, out = weights_edf.shape
     rows, results_per_row = len(rows_nd), 0
     block = min(tile(pl.cdiv(rows, groups)), MOST_ROWS)
@@ -123,10 +137,12 @@ def choose_launch(rows_nd: Array, weights_edf: Array, results: int | None = None
         rows, results_per_row, block, blocks = results, results // rows, SMALLEST_TILE, results
     columns = min(tile(out), COLUMNS)
     depth = min(max(SMALLEST_TILE, TILE // (columns * weights_edf.dtype.itemsize)), tile(width))
+    if 0 < scale_rows < width:
+        depth = math.gcd(scale_rows, depth)
     filled = min(groups, pl.cdiv(rows, FILLED)) * pl.cdiv(out, columns)  # programs of one split that have work
     enough = [splits for splits in SPLITS if filled * splits >= PROGRAMS]
     splits = min(enough[0] if enough else SPLITS[-1], pl.next_power_of_2(pl.cdiv(width, depth)))
-    return Launch(block, columns, depth, splits, blocks, results_per_row, (width, out, groups, rows))
+    return Launch(block, columns, depth, splits, blocks, results_per_row, (width, out, groups, rows), scale_rows)
 
 
 def _block(sizes_ref, launch: Launch) -> tuple[Array, Array, Array]:
@@ -146,8 +162,8 @@ def _block(sizes_ref, launch: Launch) -> tuple[Array, Array, Array]:
     return group, jnp.where(exists, start, 0), jnp.where(exists, jnp.minimum(start + launch.rows, end), 0)
 
 
-def _kernel(rows_ref, weights_ref, table_ref, out_ref, *, launch: Launch):
-    width, out, groups, _ = launch.sizes
+def _kernel(rows_ref, weights_ref, table_ref, *refs, launch: Launch):
+    (*scale_ref, out_ref), (width, out, groups, _) = refs, launch.sizes
     if launch.results_per_row:
         number = pl.program_id(0)
         group, start, stop, first_row = table_ref[...], number, number + 1, lax.div(number, launch.results_per_row)
@@ -158,7 +174,7 @@ def _kernel(rows_ref, weights_ref, table_ref, out_ref, *, launch: Launch):
     in_r = start + jnp.arange(launch.rows) < stop
     in_f = inside(pl.program_id(1) * launch.columns + jnp.arange(launch.columns), out, launch.columns)
     used = jnp.minimum(group, groups - 1)
-    kind = jnp.promote_types(rows_ref.dtype, weights_ref.dtype)
+    kind = rows_ref.dtype if scale_ref else jnp.promote_types(rows_ref.dtype, weights_ref.dtype)
 
     def step(number: Array, sum_rf: Array) -> Array:
         first = number * launch.depth
@@ -166,7 +182,10 @@ def _kernel(rows_ref, weights_ref, table_ref, out_ref, *, launch: Launch):
         here_d = pl.ds(first, launch.depth)
         rows_rd = load(rows_ref.at[here_r, here_d], both(in_r, in_d))
         weight_df = load(weights_ref.at[used, here_d, :], both(in_d, in_f))
-        return sum_rf + dot(rows_rd.astype(kind), weight_df.astype(kind), 1, 0)
+        product_rf = dot(rows_rd.astype(kind), weight_df.astype(kind), 1, 0)
+        if scale_ref:
+            product_rf *= load(scale_ref[0].at[used, lax.div(first, launch.scale_rows), :], in_f)[None, :]
+        return sum_rf + product_rf
 
     every = pl.cdiv(width, launch.depth)
     per_split = pl.cdiv(every, launch.splits)

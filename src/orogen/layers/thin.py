@@ -1,0 +1,43 @@
+"""Products of few rows where decoding has kernels for them: with weights in 8 bits as they lie in memory.
+
+Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax import Array
+
+from orogen.kernels.grouped_matmul import SCALED, grouped_matmul_scaled
+from orogen.kernels.grouped_matmul.operands import RowGroups
+from orogen.kernels.thin_matmul import Matrix, takes, thin_matmul
+from orogen.parallel.plan import Plan
+from orogen.precision.scaled import Scaled
+
+# By the plan's grouped product, which decoding chooses: that of few rows with whole matrices.
+THIN = {"triton_small": "triton"}
+# The most rows for which the kernel multiplies: weights in 8 bits, which are decoded in memory otherwise, and others.
+ROWS_IN_8_BITS, ROWS = 256, 0
+
+
+def thin_products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...] | None:
+    """x w (b, t, f) for each weight, by one kernel; None where the plan has none for these."""
+    name, rows = THIN.get(plan.config.grouped_matmul), math.prod(x_btd.shape[:-1])
+    most = ROWS_IN_8_BITS if any(isinstance(w, Scaled) for w in weights) else ROWS
+    if name is None or rows > most:
+        return None
+    matrices = [Matrix(w.values, w.scale) if isinstance(w, Scaled) else Matrix(w) for w in weights]
+    if not all(map(takes, matrices)):
+        return None
+    found = thin_matmul(x_btd.reshape(rows, -1), matrices, implementation=name)
+    return tuple(y_nf.reshape(*x_btd.shape[:-1], -1) for y_nf in found)
+
+
+def thin_grouped(x_rd: Array, weight: Any, group_sizes: Array | RowGroups | int, plan: Plan) -> Array | None:
+    """x w_e for the rows of each expert e, by a kernel that reads a weight in 8 bits; None where the plan has none."""
+    name = plan.config.grouped_matmul
+    if not isinstance(weight, Scaled) or name not in SCALED or isinstance(group_sizes, int):
+        return None
+    matrices = Matrix(weight.values, weight.scale)
+    return grouped_matmul_scaled(x_rd, matrices, group_sizes, implementation=name) if takes(matrices) else None
