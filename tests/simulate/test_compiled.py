@@ -62,8 +62,8 @@ def test_a_compiled_step_holds_and_sends_what_is_predicted(pattern):
     for (operation, *axes), entry in sent.items():
         expected = entry["analytic"]
         if operation == "all-gather" and "E" in pattern and OLD:
-            # This XLA:CPU merges the gather that a layer of a hybrid repeats for its gradient with the first, which leaves
-            # as many bytes as the sums over the same axes have.
+            # This XLA:CPU merges the gather that a layer of a hybrid repeats for its gradient with the first, which
+            # leaves as many bytes as the sums over the same axes have.
             expected = sent["reduce-scatter", *axes]["analytic"]
             assert expected < entry["analytic"]
         # The global norm of the gradients is summed outside the ledger.
