@@ -87,11 +87,10 @@ def write_recipe(folder: Path, model: str = HYBRID) -> Path:
 
 
 def run(
-    recipe: Path, run_dir: Path, prepare: Callable[[], None] = lambda: None, *, log: Path | None = None,
-    command: str = "train",
-) -> tuple[int, str]:  # fmt: skip
-    """The exit status of `orogen train --resume`, or another command, in a process of its own, and its output, which
-    goes to the file `log`; None: a file beside the run folder."""
+    recipe: Path, run_dir: Path, prepare: Callable[[], None] = lambda: None, *, log: Path | None = None
+) -> tuple[int, str]:
+    """The exit status of `orogen train --resume` in a process of its own, and its output, which goes to the file
+    `log`; None: a file beside the run folder."""
     said = run_dir.with_suffix(".log") if log is None else log
     child = os.fork()
     if not child:
@@ -103,7 +102,7 @@ def run(
             from orogen.cli import main
 
             prepare()
-            status = main([command, "--gin_file", str(recipe), "--run", str(run_dir), "--resume"])
+            status = main(["train", "--gin_file", str(recipe), "--run", str(run_dir), "--resume"])
             sys.stdout.flush()
         except BaseException:
             traceback.print_exc()
