@@ -118,6 +118,11 @@ def test_an_episode_ends_with_its_turns_and_its_session_with_its_verdict(port):
     over = {"error": "the episode is over"}
     assert [output == over for output in outputs] == [False, False, True, True]
     assert ask(port, "/verify", row("desk", 1) | {"response": {"output": []}}, cookie)[0] == 422
+    (name, arguments), (last, rest) = MADE["desk"].example(0).secret["calls"]  # the second comes too late
+    late = ask(port, "/seed_session", row("desk"))[2]
+    for tool, given in ((name, arguments), ("list_tickets", {}), ("list_tickets", {}), (last, rest)):
+        ask(port, f"/{tool}", given, late)
+    assert ask(port, "/verify", row("desk") | {"response": {"output": []}}, late)[1]["reward"] == 0
     status, found, _ = ask(port, "/list_tickets", {}, cookie)
     assert status == 400 and found == {"detail": "the request has no session; expected /seed_session first"}
 
