@@ -181,11 +181,11 @@ def test_an_image_alone_asks_for_its_caption(folder, run, database, tmp_path, ca
 
 
 def test_what_is_said_stands_as_in_training(folder, run, database, monkeypatch):
-    prompts = []
-    monkeypatch.setattr("orogen.vision.describe.Captioner.continued", lambda _, asked: prompts.extend(asked) or [[97]])
+    prompts, words = [], byte_tokenizer()
+    answered = words.encode_inside("a").tolist()
+    monkeypatch.setattr("orogen.vision.describe.Captioner.continued", lambda _, x: prompts.extend(x) or [answered])
     images = [(folder / f"{number}.png").read_bytes() for number in (0, 2)]
     seen = Sight(run, database, 1)(["see", images[0], images[1], "a"], 64)
-    words = byte_tokenizer()
     told = [words.encode_inside(text).tolist() for text in ("see\n", "a red square\n", "a blue square\n", "a")]
     assert prompts[0].ids == [words.bos_id, *told[0], FIRST, *told[1], FIRST + 1, *told[2], *told[3]]
     (alone,) = open_encoder(ENCODER).encode([Image.open(folder / "2.png").convert("RGB")]).features_bpd
