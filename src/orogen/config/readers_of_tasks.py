@@ -37,7 +37,7 @@ ALWAYS = {
     "evaluate": "tasks every texts max_length batch_tokens",
     "rl": "environments prompts samples max_tokens template temperature algorithm clip_low clip_high dual_clip mean "
     "importance sequence_error baseline normalise advantage_clip overlong resample kl length_control concise_bonus "
-    "curriculum updates exact slots workers table_rows",
+    "curriculum updates exact slots workers table_rows staleness router_replay server server_weights",
     "lora": "rank alpha weights",
     "vision": "encoder features images_per_row image_token database retrieved retrieval shots",
 }

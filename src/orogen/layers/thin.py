@@ -23,9 +23,8 @@ ROWS_IN_8_BITS, ROWS = 256, 0
 
 def thin_products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...] | None:
     """x w (b, t, f) for each weight, by one kernel; None where the plan has none for these."""
-    name, rows = THIN.get(plan.config.grouped_matmul), math.prod(x_btd.shape[:-1])
-    most = ROWS_IN_8_BITS if any(isinstance(w, Scaled) for w in weights) else ROWS
-    if name is None or rows > most:
+    rows, most = math.prod(x_btd.shape[:-1]), ROWS_IN_8_BITS if any(isinstance(w, Scaled) for w in weights) else ROWS
+    if rows > most or (name := THIN.get(plan.config.grouped_matmul)) is None:
         return None
     matrices = [Matrix(w.values, w.scale) if isinstance(w, Scaled) else Matrix(w) for w in weights]
     if not all(map(takes, matrices)):
@@ -36,8 +35,9 @@ def thin_products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Arr
 
 def thin_grouped(x_rd: Array, weight: Any, group_sizes: Array | RowGroups | int, plan: Plan) -> Array | None:
     """x w_e for the rows of each expert e, by a kernel that reads a weight in 8 bits; None where the plan has none."""
-    name = plan.config.grouped_matmul
-    if not isinstance(weight, Scaled) or name not in SCALED or isinstance(group_sizes, int):
+    if not isinstance(weight, Scaled) or isinstance(group_sizes, int):
+        return None
+    if (name := plan.config.grouped_matmul) not in SCALED:
         return None
     matrices = Matrix(weight.values, weight.scale)
     return grouped_matmul_scaled(x_rd, matrices, group_sizes, implementation=name) if takes(matrices) else None
