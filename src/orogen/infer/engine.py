@@ -235,9 +235,8 @@ class Engine:
         end_ids = request.stop_ids
         if tokenizer is not None and not request.ignore_eos:
             end_ids = (*end_ids, *sorted(tokenizer.end_ids))
-        slot = Slot(
-            admission.number, request, admission.pages, end_ids, text, matcher, admission.slot, admission.length
-        )
+        held = admission.number, request, admission.pages, end_ids, text, matcher, admission.slot, admission.length
+        slot = Slot(*held)
         self._slots[slot.seat] = slot
         into = self._arrays.slot_row(admission.slot)
         self._lane.restore(into, self._arrays.snapshot_row(admission.slot, admission.row))
@@ -263,10 +262,9 @@ class Engine:
             placed = [(row, slot) for row, slot in enumerate(ending) if slot]
             emitted, hidden = self._lane.read(inputs, logprobs=logprobs_wanted(placed))
             self._score(rows, call.length, hidden)
-            if self.config.report_experts:
-                for row, piece in enumerate(rows):
-                    if piece is not None:
-                        self._slots[piece.slot].pieces.append((piece.start, emitted, row, piece.count))
+            for row, piece in enumerate(rows if self.config.report_experts else ()):
+                if piece is not None:
+                    self._slots[piece.slot].pieces.append((piece.start, emitted, row, piece.count))
             self._dispatch(placed, emitted, 0)
             for piece in call.pieces:
                 whole = planned[piece.slot]
