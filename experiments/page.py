@@ -10,6 +10,7 @@ PYTHONPATH=src python experiments/page.py --check    exits with 1 if a page is n
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -109,7 +110,7 @@ def effects(study: Study, number: str) -> str:
 
 def cost(designs: list[Study]) -> str:
     lines = [line for study in designs for line in study.lines]
-    return f"{len(lines)} runs, {sum(line['seconds'] for line in lines) / 60:.0f} min of steps"
+    return f"{len(lines)} runs, {math.fsum(line['seconds'] for line in lines) / 60:.0f} min of steps"
 
 
 def study_cells(folder: Path, designs: list[Study]) -> list[str]:

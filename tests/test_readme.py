@@ -73,7 +73,7 @@ def test_pages_of_results_are_what_the_folders_say(studies):
 
 def test_a_study_has_a_verdict_if_it_has_been_run(studies):
     page, found = studies
-    run = {study.folder: any(one.lines for one in found if one.folder == study.folder) for study in found}
+    run = {study.folder: any(one.is_run for one in found if one.folder == study.folder) for study in found}
     for study in found:
         assert run[study.folder] == bool(page.paragraph(study.folder, "Verdict")), study.folder.name
         arms = {arm.values for arm in study.sweep.arms()}
