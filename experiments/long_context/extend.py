@@ -4,7 +4,8 @@ loss by position and suites of RULER by length.
 A fifth of the training text are examples of the suites, so that a small model can know them; those that are asked for
 have another seed. `python experiments/packages.py --out runs/packages` writes the text.
 
-PYTHONPATH=src:. python experiments/long_context/extend.py --run DIR [--models transformer,hybrid]
+PYTHONPATH=src:. python experiments/long_context/extend.py --models transformer --rate 7e-4 --run DIR
+PYTHONPATH=src:. python experiments/long_context/extend.py --models hybrid --rate 2e-3 --run DIR
 """
 
 import argparse
@@ -22,6 +23,7 @@ from experiments.packed import Packed, turn
 from orogen.checkpoint.open import Opened
 from orogen.config.data import DataConfig
 from orogen.config.evaluate import EvaluateConfig
+from orogen.config.files import write_atomically
 from orogen.config.load import load_sweep
 from orogen.config.run import RunConfig
 from orogen.data.corpora import split_of
@@ -68,7 +70,8 @@ def write_texts(out: Path, packages: Path, tokenizer: Tokenizer) -> None:
         drafts = [draft for task in SUITES for draft in drafts_of(Part(task, length - 2), tokenizer, asked)]
         kept[name] = [f"{draft.prompt} {', '.join(draft.answers)}" for draft in drafts]
     for name, texts in kept.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        write_atomically(out / f"{name}.jsonl", lines.encode())
 
 
 def _held_out(key: str) -> bool:
@@ -188,7 +191,7 @@ def main() -> None:
     parser.add_argument("--gin_file", type=Path, default=STUDY, metavar="STUDY")
     parser.add_argument("--gin_bindings", action="append", default=[], metavar="X.y=1", help="on top of the file's")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where results.jsonl is written")
-    parser.add_argument("--models", default="transformer,hybrid", metavar="NAME,NAME", help="those to run")
+    parser.add_argument("--models", default="", metavar="NAME,NAME", help="those to run; all by default")
     parser.add_argument("--packages", type=Path, default=Path("runs/packages"), help="the text")
     parser.add_argument(
         "--texts", type=Path, default=Path("runs/long_context/extended"), help="where texts are written"
@@ -198,6 +201,10 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes that train in turn")
     options = parser.parse_args()
     sweep, _ = load_sweep([options.gin_file], options.gin_bindings)
+    names = list(dict.fromkeys(arm.values[0] for arm in sweep.arms()))
+    chosen = options.models.split(",") if options.models else names
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"--models has {unknown[0]!r}; expected some of {', '.join(names)}")
     arms = make_arms(sweep, [options.gin_file], options.gin_bindings, totals)
     options.numbers = sweep.numbers
     configure(0)
@@ -209,7 +216,7 @@ def main() -> None:
             write_texts(options.texts, options.packages, tokenizer)
     results = Results(options.run, sweep.numbers)
     rows = asked_rows(options.texts, tokenizer)
-    for name in options.models.split(","):
+    for name in chosen:
         run_model([run for run in arms.runs({}) if run.arm.values[0] == name], rows, results, options)
 
 

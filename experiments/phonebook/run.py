@@ -92,13 +92,17 @@ def main() -> None:
     parser.add_argument("--arms", default="", metavar="NAME,NAME", help="those to run; all by default")
     parser.add_argument("--lock", type=Path, metavar="FILE", help="of all processes that train in turn")
     options = parser.parse_args()
-    options.run.mkdir(parents=True, exist_ok=True)
-    configure(0)  # compiled programs are kept between processes
     study = [options.gin_file]
     sweep, _ = load_sweep(study)
+    names = list(dict.fromkeys(arm.name for arm in sweep.arms()))
+    chosen = options.arms.split(",") if options.arms else names
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"--arms has {unknown[0]!r}; expected some of {', '.join(names)}")
+    options.run.mkdir(parents=True, exist_ok=True)
+    configure(0)  # compiled programs are kept between processes
     results = Results(options.run, sweep.numbers)
     runs = Arms(sweep, {arm: load_arm(study, (), arm) for arm in sweep.arms()}).runs({})
-    for name in options.arms.split(",") if options.arms else dict.fromkeys(run.arm.name for run in runs):
+    for name in chosen:
         waiting = [run for run in runs if run.arm.name == name and results.of(run) is None]
         if not waiting:
             continue

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.long_context import extend
 from experiments.packed import Packed, rated, turn
+from experiments.phonebook import run as phonebook
 from tests.helpers import run_config, write_recipe
 
 from orogen.config.load import load
@@ -99,3 +101,15 @@ def test_processes_with_one_lock_take_turns(tmp_path):
         assert not inside.wait(0.2)
     thread.join(10)
     assert inside.is_set()
+
+
+@pytest.mark.parametrize(("script", "option"), [(phonebook, "--arms"), (extend, "--models")])
+def test_names_that_a_study_does_not_have_are_refused_before_anything_is_written(
+    script, option, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["script", "--run", str(tmp_path / "run"), option, "transformer,other"])
+    monkeypatch.setattr(script, "make_arms" if script is extend else "configure", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    assert f"{option} has 'other'; expected some of transformer, hybrid" in capsys.readouterr().err
