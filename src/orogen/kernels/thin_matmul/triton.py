@@ -143,8 +143,8 @@ def _multiply(rows_ref, weights_ref, scale_ref, out_ref, *, part: Part, launch: 
         return sum_rf + product_rf
 
     every = pl.cdiv(launch.width, part.depth)
-    share = pl.cdiv(every, launch.splits)
-    start = split * share
-    stop = start + jnp.clip(every - start, 0, share)
+    per_split = pl.cdiv(every, launch.splits)
+    start = split * per_split
+    stop = start + jnp.clip(every - start, 0, per_split)
     sum_rf = lax.fori_loop(start, stop, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
     store(out_ref.at[here_r, :], sum_rf, both(in_r, in_f))
