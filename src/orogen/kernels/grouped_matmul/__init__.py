@@ -81,7 +81,11 @@ def grouped_matmul_scaled(
     rows_nd: Array, weights: Matrix, group_sizes: Array | RowGroups, *, implementation: str
 ) -> Array:
     """`grouped_matmul` with weights (e, d, f) in E4M3, by the implementations in SCALED: products with the numbers as
-    they are, summed in float32, times their scales. No gradients. Raises ValueError as it does."""
+    they are, summed in float32, times their scales. No gradients. `triton_small` needs a GPU of compute capability 8.9
+    or more; with E4M3 it has been interpreted and lowered, but has not run on a GPU yet.
+
+    Raises ValueError as it does.
+    """
     run = chosen(SCALED, implementation)
     shape, scale = weights.values.shape, weights.scale
     if scale is None or len(shape) != 3 or rows_nd.shape[1:] != shape[1:2] or shape[1] % scale.shape[1]:

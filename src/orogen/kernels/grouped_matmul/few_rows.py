@@ -72,8 +72,8 @@ def grouped_matmul_few_rows(
 def scaled_few_rows(
     rows_nd: Array, weights: Matrix, group_sizes: Array | RowGroups, *, interpret: bool = False
 ) -> Array:
-    """The same with weights (e, d, f) in E4M3; no gradients."""
-    require_gpu(interpret=interpret, implementation="triton_small")
+    """The same with weights (e, d, f) in E4M3; no gradients. Raises ValueError for a GPU that cannot convert E4M3, too."""
+    require_gpu(interpret=interpret, implementation="triton_small", e4m3=True)
     return _product(rows_nd, weights, group_sizes, interpret=interpret)
 
 

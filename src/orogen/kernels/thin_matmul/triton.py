@@ -53,9 +53,9 @@ class Launch(NamedTuple):
 def thin_matmul_triton(rows_nd: Array, matrices: Sequence[Matrix], *, interpret: bool = False) -> tuple[Array, ...]:
     """`thin_matmul` on an NVIDIA GPU; `interpret` runs the same kernel anywhere, slowly.
 
-    Raises ValueError if there is no GPU and `interpret` is False.
+    Raises ValueError if there is no GPU, or for E4M3 one that cannot convert it, and `interpret` is False.
     """
-    require_gpu(interpret=interpret)
+    require_gpu(interpret=interpret, e4m3=any(matrix.scale is not None for matrix in matrices))
     launch = choose_launch(rows_nd, matrices)
     rows, kind = len(rows_nd), rows_nd.dtype if launch.splits == 1 else jnp.float32
     padded_d = max(pl.cdiv(launch.width, part.depth) * part.depth for part in launch.parts)
