@@ -88,6 +88,14 @@ def test_what_does_not_fit_is_refused():
         thin_matmul(rows_nd, [Matrix(jnp.zeros((6, 3)))], implementation="triton")
 
 
+def test_scales_of_few_rows_are_refused_before_a_kernel_is_made():
+    """A tile of d would be narrower than a GPU multiplies, which only lowering for one would notice."""
+    rows_nd, matrices, wanted = drawn(3, 96, (5,), groups=12)
+    with pytest.raises(ValueError, match=r"one per 8 rows: expected one per column, or per a multiple of 16"):
+        thin_matmul(rows_nd, matrices, implementation="triton_interpreted")
+    assert_close(thin_matmul(rows_nd, matrices, implementation="reference")[0], wanted[0], terms=4 * 96)
+
+
 @pytest.mark.parametrize(
     ("capability", "converts"),
     [(None, True), ("8.0", False), ("8.6", False), ("8.9", True), ("9.0", True), ("10.0", True), ("gfx942", False)],

@@ -135,6 +135,14 @@ def test_scales_that_do_not_fit_are_refused():
         run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 4, 4))), sizes)
     with pytest.raises(ValueError, match="scales None"):
         run(jnp.zeros((2, 6)), thin_matmul.Matrix(jnp.zeros((5, 6, 4))), sizes)
+    with pytest.raises(ValueError, match=r"scales \(5, 1, 3\): expected"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 1, 3))), sizes)
+    with pytest.raises(ValueError, match="weights with scales in float8_e5m2: expected float8_e4m3fn"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values.astype(jnp.float8_e5m2), jnp.ones((5, 1, 4))), sizes)
+    with pytest.raises(ValueError, match="one per 2 rows: expected one per column"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 3, 4))), sizes)
+    with pytest.raises(ValueError, match=r"group_sizes has shape \(4,\): expected \(5,\)"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 1, 4))), sizes[:4])
 
 
 def test_the_experts_kernel_reads_8_bits_on_a_gpu():

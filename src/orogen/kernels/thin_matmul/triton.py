@@ -53,9 +53,12 @@ class Launch(NamedTuple):
 def thin_matmul_triton(rows_nd: Array, matrices: Sequence[Matrix], *, interpret: bool = False) -> tuple[Array, ...]:
     """`thin_matmul` on an NVIDIA GPU; `interpret` runs the same kernel anywhere, slowly.
 
-    Raises ValueError if there is no GPU, or for E4M3 one that cannot convert it, and `interpret` is False.
+    Raises ValueError if there is no GPU, or for E4M3 one that cannot convert it, and `interpret` is False; and for a
+    matrix that it does not take.
     """
     require_gpu(interpret=interpret, e4m3=any(matrix.scale is not None for matrix in matrices))
+    for matrix in matrices:
+        require_taken(matrix)
     launch = choose_launch(rows_nd, matrices)
     rows, kind = len(rows_nd), rows_nd.dtype if launch.splits == 1 else jnp.float32
     padded_d = max(pl.cdiv(launch.width, part.depth) * part.depth for part in launch.parts)
@@ -102,6 +105,15 @@ def choose_launch(rows_nd: Array, matrices: Sequence[Matrix]) -> Launch:
 def takes(matrix: Matrix) -> bool:
     """Whether the kernel can read the matrix: tiles of d with several scales would need several products."""
     return matrix.scale is None or matrix.scale.shape[-2] == 1 or matrix.scale_rows % SMALLEST_TILE == 0
+
+
+def require_taken(matrix: Matrix) -> None:
+    """Raises ValueError if the kernel cannot read the matrix."""
+    if matrix.scale is not None and not takes(matrix):
+        raise ValueError(
+            f"scales {matrix.scale.shape} of weights {matrix.values.shape}, one per {matrix.scale_rows} rows: expected "
+            f"one per column, or per a multiple of {SMALLEST_TILE} rows"
+        )
 
 
 def _columns(block: Any, *, part: Part, columns: int) -> Any:
