@@ -24,6 +24,7 @@ from orogen.precision.scaled import Scaled
 # By the plan's grouped product, which decoding chooses: that of few rows with whole matrices.
 THIN = {"triton_small": "triton"}
 # The most rows for which the kernel multiplies: weights in 8 bits, which are decoded in memory otherwise, and others.
+# None of others: that has not been timed on a GPU yet. Option --together of experiments/decode_throughput sets it.
 ROWS_IN_8_BITS, ROWS = 256, 0
 
 
