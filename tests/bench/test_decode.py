@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orogen.bench import decode, few_rows, paged_attention, replay, state_update
+from orogen.bench import decode, few_rows, thin_matmul
 from orogen.bench.layers import carried, draws
 from orogen.bench.operation import TOLERANCE, bench, read_shape
 from orogen.config.checks import ConfigError
@@ -18,9 +18,11 @@ TINY = {
     "replay": "b=2,t=2,l=5,c=3,h=4,p=3,g=2,n=5,layers=2",
     "paged_attention": "b=2,t=2,h=4,g=2,k=8,c=9,s=4,layers=2",
     "few_rows": "b=3,k=2,d=7,f=5,e=4,layers=2",
+    "thin_matmul": "b=3,d=7,f=6,n=5,h=4,layers=2",
 }
-MODULES = {module.OPERATION.name: module for module in (state_update, replay, paged_attention, few_rows)}
-USUAL = {"state_update": "reference", "replay": "parallel", "paged_attention": "reference", "few_rows": "blocks"}
+MODULES = {module.OPERATION.name: module for module in decode.MODULES}
+USUAL = {"state_update": "reference", "replay": "parallel", "paged_attention": "reference", "few_rows": "blocks",
+         "thin_matmul": "reference"}  # fmt: skip
 operations = pytest.mark.parametrize("name", TINY)
 
 
@@ -99,6 +101,19 @@ def test_costs_by_hand():
     assert works["paged_attention"]["forward"] == (2 * 2 * 4 * 4 * 8 * 17, 2 * 2 * 2 * (2 * 9 * 16 + 2 * 2 * 32))
     used = sum((sizes > 0).sum() for sizes in few_rows.choices(read_shape(few_rows.OPERATION, TINY["few_rows"])))
     assert works["few_rows"]["up"] == works["few_rows"]["down"] == (2 * 2 * 6 * 35, 2 * (used * 35 + 2 * 6 * 12))
+    # 26 columns of 7 rows; 3 inputs and outputs. In 8 bits, a scale of four bytes per column.
+    assert works["thin_matmul"]["bfloat16"] == (2 * 2 * 3 * 7 * 26, 2 * (2 * 7 * 26 + 2 * 3 * (7 + 26)))
+    assert works["thin_matmul"]["float8"] == (2 * 2 * 3 * 7 * 26, 2 * (7 * 26 + 4 * 26 + 2 * 3 * (7 + 26)))
+
+
+def test_a_gpu_that_cannot_convert_e4m3_times_the_rest(monkeypatch):
+    """Its kernel is refused there; interpreted, it is not."""
+    monkeypatch.setattr(thin_matmul, "converts_e4m3", lambda: False)
+    monkeypatch.setattr(thin_matmul, "compiled", lambda function, *arguments: arguments)
+    shape = read_shape(thin_matmul.OPERATION, TINY["thin_matmul"])
+    operands = thin_matmul.draw(shape, 0)
+    assert list(thin_matmul.ours(shape, operands, "triton")) == ["bfloat16"]
+    assert list(thin_matmul.ours(shape, operands, "triton_interpreted")) == ["bfloat16", "float8"]
 
 
 def test_tokens_choose_different_experts():
@@ -139,7 +154,8 @@ class TestAllAtOnce:
         found = {(r["bench"], r["implementation"], r["work"]) for r in facts["records"]}
         assert {name for name, _, _ in found} == set(TINY)
         assert ("few_rows", "blocks", "up") in found and ("few_rows", "reference", "down") in found
-        assert ("replay", "parallel", "flush") in found and ("state_update", "reference", "selective") in found
+        assert ("replay", "parallel", "flush") in found and ("thin_matmul", "reference", "float8") in found
+        assert ("state_update", "reference", "selective") in found
 
     def test_names_that_no_operation_has_are_refused(self):
         with pytest.raises(ConfigError, match="implementation 'fast'; expected some of reference, triton"):

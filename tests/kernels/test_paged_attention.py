@@ -4,6 +4,8 @@ Axes: b rows, t new tokens, h query heads, g key heads, k head size, j head size
 p pages of a table.
 """
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -226,3 +228,12 @@ class TestRefusals:
     def test_of_triton_without_a_gpu(self):
         with pytest.raises(ValueError, match="implementation='triton' needs a GPU and finds 'cpu'"):
             attend(operands(), implementation="triton")
+
+    @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+    def test_of_fp8_on_a_gpu_that_cannot_convert_it(self, monkeypatch):
+        q, k, v, *places = operands()
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="8.0")])
+        kept = (pool.astype(jnp.float8_e4m3fn) for pool in (k, v))
+        with pytest.raises(ValueError, match="reads E4M3 on GPUs of compute capability 8.9 or more"):
+            attend((q, *kept, *places), stored=(1.0, 1.0), implementation="triton")

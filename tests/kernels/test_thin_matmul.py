@@ -1,6 +1,7 @@
 """Products of few rows with several matrices, some in E4M3. Axes: n rows, d width in, f width out."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax import numpy as jnp
 from tests.kernels.lowering import kernels, lowered, lowered_on_two
 from tests.kernels.rounding import assert_close
 
+from orogen.kernels.pallas_triton import converts_e4m3
 from orogen.kernels.thin_matmul import Matrix, thin_matmul, triton
 
 NAMES = ("reference", "triton_interpreted")
@@ -84,3 +86,29 @@ def test_what_does_not_fit_is_refused():
         run([Matrix(eights, jnp.ones((4, 3)))])
     with pytest.raises(ValueError, match="'triton' needs a GPU"):
         thin_matmul(rows_nd, [Matrix(jnp.zeros((6, 3)))], implementation="triton")
+
+
+def test_scales_of_few_rows_are_refused_before_a_kernel_is_made():
+    """A tile of d would be narrower than a GPU multiplies, which only lowering for one would notice."""
+    rows_nd, matrices, wanted = drawn(3, 96, (5,), groups=12)
+    with pytest.raises(ValueError, match=r"one per 8 rows: expected one per column, or per a multiple of 16"):
+        thin_matmul(rows_nd, matrices, implementation="triton_interpreted")
+    assert_close(thin_matmul(rows_nd, matrices, implementation="reference")[0], wanted[0], terms=4 * 96)
+
+
+@pytest.mark.parametrize(
+    ("capability", "converts"),
+    [(None, True), ("8.0", False), ("8.6", False), ("8.9", True), ("9.0", True), ("10.0", True), ("gfx942", False)],
+)
+def test_gpus_that_cannot_convert_e4m3_are_refused(capability, converts, monkeypatch):
+    """By one line, where Triton would abort the process. No capability: a CPU."""
+    device = SimpleNamespace() if capability is None else SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert converts_e4m3() == converts
+    if converts:
+        return
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rows_nd, matrices, _ = drawn(3, 32, (5,), groups=1)
+    with pytest.raises(ValueError, match=f"reads E4M3 on GPUs of compute capability 8.9 or more.* has {capability}"):
+        thin_matmul(rows_nd, matrices, implementation="triton")
+    thin_matmul(rows_nd, matrices, implementation="triton_interpreted")

@@ -82,6 +82,21 @@ def test_more_rows_than_the_kernel_is_for_are_multiplied_after_decoding(ran, mon
     assert ran == []
 
 
+def test_weights_are_decoded_in_memory_on_a_gpu_that_cannot_convert_them(ran, monkeypatch):
+    few, plain = plans()
+    monkeypatch.setattr(thin, "converts_e4m3", lambda: False)
+    products = grouped_matmul.IMPLEMENTATIONS
+    monkeypatch.setitem(products, "triton_small", products["triton_small_interpreted"])
+    x_btd = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, WIDTH)), jnp.float32)
+    made = weight(stored(WIDTH, 20), "embed", "mlp")
+    np.testing.assert_array_equal(linear(x_btd, made, few), linear(x_btd, made, plain))
+    experts, sizes = weight(stored(5, WIDTH, 20), "expert", "embed", "mlp"), jnp.array([2, 0, 1, 3, 0])
+    slow = dataclasses.replace(plain, config=dataclasses.replace(plain.config, grouped_matmul="reference"))
+    x_rd = x_btd.reshape(6, WIDTH)
+    assert_close(grouped(x_rd, experts, sizes, few), grouped(x_rd, experts, sizes, slow), terms=WIDTH)
+    assert ran == []
+
+
 @pytest.mark.parametrize("rows", [0, 6])
 def test_projections_of_one_x_are_one_kernel(ran, rows, monkeypatch):
     """Of plain weights too, of up to so many rows; and they are those of each alone."""
@@ -120,6 +135,14 @@ def test_scales_that_do_not_fit_are_refused():
         run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 4, 4))), sizes)
     with pytest.raises(ValueError, match="scales None"):
         run(jnp.zeros((2, 6)), thin_matmul.Matrix(jnp.zeros((5, 6, 4))), sizes)
+    with pytest.raises(ValueError, match=r"scales \(5, 1, 3\): expected"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 1, 3))), sizes)
+    with pytest.raises(ValueError, match="weights with scales in float8_e5m2: expected float8_e4m3fn"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values.astype(jnp.float8_e5m2), jnp.ones((5, 1, 4))), sizes)
+    with pytest.raises(ValueError, match="one per 2 rows: expected one per column"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 3, 4))), sizes)
+    with pytest.raises(ValueError, match=r"group_sizes has shape \(4,\): expected \(5,\)"):
+        run(jnp.zeros((2, 6)), thin_matmul.Matrix(values, jnp.ones((5, 1, 4))), sizes[:4])
 
 
 def test_the_experts_kernel_reads_8_bits_on_a_gpu():

@@ -16,7 +16,7 @@ from orogen.parallel.runtime import asks_for_same_bits
 # Benchmarks of operations, each with the implementations that it times by default; these run on any device.
 DECODING = {
     "state_update": "reference", "replay": "parallel", "paged_attention": "reference", "few_rows": "blocks",
-    "decode": "reference,parallel,blocks",
+    "thin_matmul": "reference", "decode": "reference,parallel,blocks",
 }  # fmt: skip
 OPERATIONS = {"ssd": "chunked", "grouped_matmul": "blocks", "attention": "blocked", **DECODING}
 NAMES = ("cpu_train", *OPERATIONS, "train", "precision")
@@ -42,9 +42,9 @@ def _add_arguments(task: argparse.ArgumentParser) -> None:
         "name",
         choices=NAMES,
         help="cpu_train: whole training steps on this CPU; ssd, grouped_matmul, attention: one operation at "
-        "sizes of large models; state_update, replay, paged_attention, few_rows: one operation of decoding; decode: "
-        "all four; train: forward and backward passes, or whole steps, of a model on the devices of a plan; precision: "
-        "steps with emulated recipes beside steps in bfloat16",
+        "sizes of large models; state_update, replay, paged_attention, few_rows, thin_matmul: one operation of "
+        "decoding; decode: all five; train: forward and backward passes, or whole steps, of a model on the devices of "
+        "a plan; precision: steps with emulated recipes beside steps in bfloat16",
     )
     task.add_argument(
         "--peer", choices=("torch",), help="also time torch, or transformers on it, in turn; needs the extra `peer`"

@@ -1,14 +1,15 @@
-"""All operations of decoding in one run: state updates, replay, paged attention, and the experts' products."""
+"""All operations of decoding in one run: state updates, replay, paged attention, and products of few rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orogen.bench import few_rows, operation, paged_attention, replay, state_update
+from orogen.bench import few_rows, operation, paged_attention, replay, state_update, thin_matmul
 from orogen.bench.operation import Operation
 from orogen.config.checks import ConfigError
 
-OPERATIONS = (state_update.OPERATION, replay.OPERATION, paged_attention.OPERATION, few_rows.OPERATION)
+MODULES = (state_update, replay, paged_attention, few_rows, thin_matmul)
+OPERATIONS = tuple(module.OPERATION for module in MODULES)
 
 
 def bench(

@@ -28,7 +28,10 @@ class EngineConfig:
     key_values: fp8 is E4M3 with the scales per layer that `orogen quantize` or ModelOpt calibrated (`k_scale`,
     `v_scale`); fp8_unscaled has scales of 1, vLLM's default without them. The layers of a multi-token-prediction block,
     which no checkpoint calibrates, have scales of 1: they draft, and change no answer. Scales are never measured while
-    serving: answers would depend on the first request.
+    serving: answers would depend on the first request. With kernels='triton' they need a GPU of compute capability 8.9
+    or more.
+    weights: with kernels='triton', kernels of decoding read FP8 as it lies in memory on such a GPU, which has been
+    interpreted but has not run on one yet; elsewhere, and for products of many rows, it is decoded in memory.
     """
 
     slots: Annotated[int, "requests that run at once, over all data ranks"] = 8

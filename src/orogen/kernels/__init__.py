@@ -12,5 +12,6 @@ of the same formulas saves.
 
 Decoding (a few tokens per sequence) has its own operations, `state_update`, `replay`, `paged_attention` and
 `thin_matmul`, which have no gradients, and its own implementation of the grouped matmul, `triton_small`. All of them
-are memory-bound: their kernels read each byte once, and `orogen bench decode` compares their times with that bound.
+are memory-bound: their kernels are made to read each byte once, matrices once per 64 rows, and `orogen bench decode`
+compares their times with the bound of one reading.
 """

@@ -3,6 +3,7 @@
 The sizes of Triton's tiles are powers of two; the part of a tile outside the array is masked.
 """
 
+import re
 from collections.abc import Mapping
 
 import jax
@@ -13,15 +14,32 @@ from jax.experimental.pallas import triton as plgpu
 
 LOG2_E = 1.4426950408889634
 SMALLEST_TILE = 16  # the least size of a matrix product in Triton
+E4M3_SINCE = 8, 9  # the compute capability from which Triton converts E4M3; below, it aborts the process
 
 
-def require_gpu(*, interpret: bool, implementation: str = "triton") -> None:
-    """Raises ValueError if there is no GPU and `interpret` is False."""
+def require_gpu(*, interpret: bool, implementation: str = "triton", e4m3: bool = False) -> None:
+    """Raises ValueError if there is no GPU, or with `e4m3` one whose kernels cannot read that, and `interpret` is
+    False."""
     if not interpret and jax.default_backend() != "gpu":
         raise ValueError(
             f"implementation={implementation!r} needs a GPU and finds {jax.default_backend()!r}: expected another "
             f"implementation ('{implementation}_interpreted' runs the same kernels anywhere)"
         )
+    if e4m3 and not interpret and not converts_e4m3():
+        least, found = ".".join(map(str, E4M3_SINCE)), getattr(jax.devices()[0], "compute_capability", None)
+        raise ValueError(
+            f"implementation={implementation!r} reads E4M3 on GPUs of compute capability {least} or more, and this one "
+            f"has {found}: expected another implementation, or numbers in the compute dtype"
+        )
+
+
+def converts_e4m3() -> bool:
+    """Whether kernels can read E4M3 here: on a GPU from E4M3_SINCE on, and by the interpreter where there is no GPU."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None:
+        return True
+    number = re.fullmatch(r"(\d+)\.(\d+)", str(capability))
+    return number is not None and tuple(map(int, number.groups())) >= E4M3_SINCE
 
 
 def tile(size: int) -> int:

@@ -1,5 +1,10 @@
 """Products of few rows where decoding has kernels for them: with weights in 8 bits as they lie in memory.
 
+A weight in 8 bits is decoded in memory before its product where the plan has no kernel for it, its scales are finer
+than the kernels take, a whole matrix is to multiply more than ROWS_IN_8_BITS rows, or the GPU is of compute capability
+below 8.9, where Triton cannot convert E4M3. The kernels that read E4M3 have been interpreted and lowered for a GPU, but
+have not run on one yet.
+
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert.
 """
 
@@ -11,6 +16,7 @@ from jax import Array
 
 from orogen.kernels.grouped_matmul import SCALED, grouped_matmul_scaled
 from orogen.kernels.grouped_matmul.operands import RowGroups
+from orogen.kernels.pallas_triton import converts_e4m3
 from orogen.kernels.thin_matmul import Matrix, takes, thin_matmul
 from orogen.parallel.plan import Plan
 from orogen.precision.scaled import Scaled
@@ -18,13 +24,15 @@ from orogen.precision.scaled import Scaled
 # By the plan's grouped product, which decoding chooses: that of few rows with whole matrices.
 THIN = {"triton_small": "triton"}
 # The most rows for which the kernel multiplies: weights in 8 bits, which are decoded in memory otherwise, and others.
+# None of others: that has not been timed on a GPU yet. Option --together of experiments/decode_throughput sets it.
 ROWS_IN_8_BITS, ROWS = 256, 0
 
 
 def thin_products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...] | None:
     """x w (b, t, f) for each weight, by one kernel; None where the plan has none for these."""
-    rows, most = math.prod(x_btd.shape[:-1]), ROWS_IN_8_BITS if any(isinstance(w, Scaled) for w in weights) else ROWS
-    if rows > most or (name := THIN.get(plan.config.grouped_matmul)) is None:
+    rows, in_8_bits = math.prod(x_btd.shape[:-1]), any(isinstance(w, Scaled) for w in weights)
+    most = ROWS_IN_8_BITS if in_8_bits else ROWS
+    if rows > most or (name := THIN.get(plan.config.grouped_matmul)) is None or (in_8_bits and not converts_e4m3()):
         return None
     matrices = [Matrix(w.values, w.scale) if isinstance(w, Scaled) else Matrix(w) for w in weights]
     if not all(map(takes, matrices)):
@@ -37,7 +45,7 @@ def thin_grouped(x_rd: Array, weight: Any, group_sizes: Array | RowGroups | int,
     """x w_e for the rows of each expert e, by a kernel that reads a weight in 8 bits; None where the plan has none."""
     if not isinstance(weight, Scaled) or isinstance(group_sizes, int):
         return None
-    if (name := plan.config.grouped_matmul) not in SCALED:
+    if (name := plan.config.grouped_matmul) not in SCALED or not converts_e4m3():
         return None
     matrices = Matrix(weight.values, weight.scale)
     return grouped_matmul_scaled(x_rd, matrices, group_sizes, implementation=name) if takes(matrices) else None

@@ -148,12 +148,12 @@ def run(
             inboxes[name] = _put(getattr(state, name), plan.pass_on(sent, "stage", toward), lands)
         return state._replace(**inboxes), None
 
-    rows = _stage_rows(schedule.tables, branches_ts(schedule.tables, program_vp, found), plan)
-    state, _ = lax.scan(tick, state, rows)
+    ticks = _of_stage(schedule.tables, branches_ts(schedule.tables, program_vp, found), plan)
+    state, _ = lax.scan(tick, state, ticks)
     return Result(lax.psum(state.loss, stage), state.grads, state.reports)
 
 
-def _stage_rows(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
+def _of_stage(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
     """(ticks,) arrays: this stage's columns of the tables."""
     fields = {name: getattr(tables, name) for name in _Now._fields if name != "branch"} | {"branch": branch_ts}
     index = plan.index("stage")

@@ -102,8 +102,8 @@ class RolloutSource:
             written = self._groups.write(self._rollout, engine, self.progress)
         wrote, samples, self._curriculum = time.perf_counter(), written.samples, written.curriculum
         groups = by_group(samples)
-        share = len(groups) // self._rl.updates
-        parts = [sum(groups[n * share : (n + 1) * share], []) for n in range(self._rl.updates)]
+        per_update = len(groups) // self._rl.updates
+        parts = [sum(groups[n * per_update : (n + 1) * per_update], []) for n in range(self._rl.updates)]
         made = [self._batch(part, state, engine) for part in parts]
         mismatch = Mismatch()
         for _, one in made:

@@ -62,14 +62,7 @@ def grouped_matmul(
         if rows != groups * group_sizes:
             raise ValueError(f"group_sizes={group_sizes}: expected {groups} groups to make up the {rows} rows")
         return _multiply_equal(rows_nd, weights_edf)
-    if isinstance(group_sizes, RowGroups):
-        if implementation not in NAMED:
-            raise ValueError(f"implementation={implementation!r}, rows that name their group: expected {list(NAMED)}")
-        results = group_sizes.group_r
-        if results.ndim != 1 or not rows or results.size % rows:
-            raise ValueError(f"group_r has shape {results.shape}: expected (r,), a multiple of the {rows} rows")
-    elif group_sizes.shape != (groups,):
-        raise ValueError(f"group_sizes has shape {group_sizes.shape}: expected {(groups,)}, one for each weight")
+    _require_sizes(group_sizes, rows, groups, implementation)
     if not rows:
         return jnp.zeros((0, weights_edf.shape[2]), rows_nd.dtype)
     operands = (rows_nd, weights_edf, group_sizes)
@@ -81,16 +74,36 @@ def grouped_matmul_scaled(
     rows_nd: Array, weights: Matrix, group_sizes: Array | RowGroups, *, implementation: str
 ) -> Array:
     """`grouped_matmul` with weights (e, d, f) in E4M3, by the implementations in SCALED: products with the numbers as
-    they are, summed in float32, times their scales. No gradients. Raises ValueError as it does."""
+    they are, summed in float32, times their scales. No gradients. `triton_small` needs a GPU of compute capability 8.9
+    or more; with E4M3 it has been interpreted and lowered, but has not run on a GPU yet.
+
+    Raises ValueError as it does, for weights in another dtype, and for scales that the kernel does not take
+    (`thin_matmul.takes`).
+    """
     run = chosen(SCALED, implementation)
-    shape, scale = weights.values.shape, weights.scale
-    if scale is None or len(shape) != 3 or rows_nd.shape[1:] != shape[1:2] or shape[1] % scale.shape[1]:
+    shape, scale, dtype = weights.values.shape, weights.scale, weights.values.dtype
+    fits = len(shape) == 3 and rows_nd.ndim == 2 and rows_nd.shape[1] == shape[1]
+    if scale is None or not fits or scale.ndim != 3 or scale.shape[::2] != shape[::2] or shape[1] % scale.shape[1]:
         beside = f"rows {rows_nd.shape}, weights {shape}, scales {None if scale is None else scale.shape}"
         raise ValueError(f"{beside}: expected (n, d), (e, d, f) and (e, g, f), g dividing d")
+    if dtype != jnp.float8_e4m3fn:
+        raise ValueError(f"weights with scales in {dtype}: expected float8_e4m3fn")
+    _require_sizes(group_sizes, len(rows_nd), len(weights.values), implementation)
     if not len(rows_nd):
         return jnp.zeros((0, shape[2]), rows_nd.dtype)
     operands = (rows_nd, weights, group_sizes)
     return run(*vary_like(operands, operands))
+
+
+def _require_sizes(group_sizes: Array | RowGroups, rows: int, groups: int, implementation: str) -> None:
+    if isinstance(group_sizes, RowGroups):
+        if implementation not in NAMED:
+            raise ValueError(f"implementation={implementation!r}, rows that name their group: expected {list(NAMED)}")
+        results = group_sizes.group_r
+        if results.ndim != 1 or not rows or results.size % rows:
+            raise ValueError(f"group_r has shape {results.shape}: expected (r,), a multiple of the {rows} rows")
+    elif group_sizes.shape != (groups,):
+        raise ValueError(f"group_sizes has shape {group_sizes.shape}: expected {(groups,)}, one for each weight")
 
 
 def _multiply_equal(rows_nd: Array, weights_edf: Array) -> Array:

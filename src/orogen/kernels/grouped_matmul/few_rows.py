@@ -29,6 +29,7 @@ from orogen.kernels.grouped_matmul.operands import RowGroups
 from orogen.kernels.grouped_matmul.reference import grouped_matmul_reference
 from orogen.kernels.pallas_triton import SMALLEST_TILE, both, call, dot, inside, load, require_gpu, store, tile
 from orogen.kernels.thin_matmul.operands import Matrix
+from orogen.kernels.thin_matmul.triton import require_taken
 
 PROGRAMS = 264  # wanted: two on each multiprocessor of an H100
 FILLED = 8  # one row in so many is expected to have a group: the others belong to slots without a request
@@ -72,8 +73,10 @@ def grouped_matmul_few_rows(
 def scaled_few_rows(
     rows_nd: Array, weights: Matrix, group_sizes: Array | RowGroups, *, interpret: bool = False
 ) -> Array:
-    """The same with weights (e, d, f) in E4M3; no gradients."""
-    require_gpu(interpret=interpret, implementation="triton_small")
+    """The same with weights (e, d, f) in E4M3; no gradients. Raises ValueError for a GPU that cannot convert E4M3, too,
+    and for scales that the kernel does not take (`thin_matmul.takes`)."""
+    require_gpu(interpret=interpret, implementation="triton_small", e4m3=True)
+    require_taken(weights)
     return _product(rows_nd, weights, group_sizes, interpret=interpret)
 
 

@@ -49,9 +49,9 @@ def paged_attention_triton(
 ) -> Array:
     """`paged_attention` on an NVIDIA GPU; `interpret` runs the same kernels anywhere, slowly.
 
-    Raises ValueError if there is no GPU and `interpret` is False.
+    Raises ValueError if there is no GPU, or for E4M3 one that cannot convert it, and `interpret` is False.
     """
-    require_gpu(interpret=interpret)
+    require_gpu(interpret=interpret, e4m3=stored is not None)
     (batch, tokens, heads, size), (_, page_size, groups, value_size) = o.q_bthk.shape, o.v_nsgk.shape
     step = max(16, TILE // (pl.next_power_of_2(size) * o.q_bthk.dtype.itemsize))
     most = pl.cdiv(o.table_bp.shape[1] * page_size, step)

@@ -32,14 +32,14 @@ STEP = 4  # entries of the ring that `flush` loads before it uses the first
 
 
 class Sizes(NamedTuple):
-    """Entries of the ring, tokens of the piece (0: none), head size, state size, heads per group (`share`), and how
-    much of a head a program takes (`block`)."""
+    """Entries of the ring, tokens of the piece (0: none), head size, state size, heads per group, and how much of a
+    head a program takes (`block`)."""
 
     entries: int
     tokens: int
     head: int
     state: int
-    share: int
+    per_group: int
     block: int
 
 
@@ -92,11 +92,11 @@ def _specs(state_bhpn: Array, ring: Ring, *, tokens: int, elements: int) -> tupl
     sizes = Sizes(entries, tokens, head, state, heads // groups, block)
 
     def spec(name: str) -> pl.BlockSpec:
-        length, share = power(entries if name.startswith("ring") else max(tokens, 1)), sizes.share
+        length, per_group = power(entries if name.startswith("ring") else max(tokens, 1)), sizes.per_group
         return {
             "state": pl.BlockSpec((None, None, block, wide), lambda p, h, b: (b, h, p, 0)),
             "x": pl.BlockSpec((None, length, None, block), lambda p, h, b: (b, 0, h, p)),
-            "b": pl.BlockSpec((None, length, None, wide), lambda p, h, b: (b, 0, h // share, 0)),
+            "b": pl.BlockSpec((None, length, None, wide), lambda p, h, b: (b, 0, h // per_group, 0)),
             "d": pl.BlockSpec((None, length, None), lambda p, h, b: (b, 0, h)),
             "of_head": pl.BlockSpec((None,), lambda p, h, b: (h,)),
             "of_row": pl.BlockSpec((None,), lambda p, h, b: (b,)),
@@ -180,7 +180,7 @@ def _replay_kernel(*refs, names: tuple[str, ...], sizes: Sizes):
             store(ref["new_ring_x"].at[entry], x_p, _where(fits, in_p, block))
             first = fits & (part == 0)
             b_n = load(ref["b"].at[t], in_n)
-            store(ref["new_ring_b"].at[entry], b_n, _where(first & (lax.rem(head, sizes.share) == 0), in_n, wide))
+            store(ref["new_ring_b"].at[entry], b_n, _where(first & (lax.rem(head, sizes.per_group) == 0), in_n, wide))
             store(ref["new_ring_d"].at[entry], ref["d"][t], first)
 
     @pl.when(~active)

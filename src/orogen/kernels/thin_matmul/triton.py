@@ -53,9 +53,12 @@ class Launch(NamedTuple):
 def thin_matmul_triton(rows_nd: Array, matrices: Sequence[Matrix], *, interpret: bool = False) -> tuple[Array, ...]:
     """`thin_matmul` on an NVIDIA GPU; `interpret` runs the same kernel anywhere, slowly.
 
-    Raises ValueError if there is no GPU and `interpret` is False.
+    Raises ValueError if there is no GPU, or for E4M3 one that cannot convert it, and `interpret` is False; and for a
+    matrix that it does not take.
     """
-    require_gpu(interpret=interpret)
+    require_gpu(interpret=interpret, e4m3=any(matrix.scale is not None for matrix in matrices))
+    for matrix in matrices:
+        require_taken(matrix)
     launch = choose_launch(rows_nd, matrices)
     rows, kind = len(rows_nd), rows_nd.dtype if launch.splits == 1 else jnp.float32
     padded_d = max(pl.cdiv(launch.width, part.depth) * part.depth for part in launch.parts)
@@ -104,6 +107,15 @@ def takes(matrix: Matrix) -> bool:
     return matrix.scale is None or matrix.scale.shape[-2] == 1 or matrix.scale_rows % SMALLEST_TILE == 0
 
 
+def require_taken(matrix: Matrix) -> None:
+    """Raises ValueError if the kernel cannot read the matrix."""
+    if matrix.scale is not None and not takes(matrix):
+        raise ValueError(
+            f"scales {matrix.scale.shape} of weights {matrix.values.shape}, one per {matrix.scale_rows} rows: expected "
+            f"one per column, or per a multiple of {SMALLEST_TILE} rows"
+        )
+
+
 def _columns(block: Any, *, part: Part, columns: int) -> Any:
     """The matrix's own block of columns for a program with this number; some block where it is another matrix's."""
     last = pl.cdiv(part.out, columns) - 1
@@ -143,8 +155,8 @@ def _multiply(rows_ref, weights_ref, scale_ref, out_ref, *, part: Part, launch: 
         return sum_rf + product_rf
 
     every = pl.cdiv(launch.width, part.depth)
-    share = pl.cdiv(every, launch.splits)
-    start = split * share
-    stop = start + jnp.clip(every - start, 0, share)
+    per_split = pl.cdiv(every, launch.splits)
+    start = split * per_split
+    stop = start + jnp.clip(every - start, 0, per_split)
     sum_rf = lax.fori_loop(start, stop, step, jnp.zeros((launch.rows, launch.columns), jnp.float32))
     store(out_ref.at[here_r, :], sum_rf, both(in_r, in_f))
