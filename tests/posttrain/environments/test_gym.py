@@ -151,6 +151,12 @@ def test_a_bad_verdict_is_a_fault_of_its_kind(tmp_path, monkeypatch, name):
         assert (caught.value.kind, time.monotonic() - began < 1.5) == (kind, True) and expected in str(caught.value)
 
 
+def test_a_turn_whose_time_is_over_before_a_post_is_a_timeout():
+    with pytest.raises(FaultError, match="/verify has not answered within") as caught:
+        gym._Server("http://127.0.0.1:1", -1.0, {}).required("verify", {})
+    assert caught.value.kind == "timeout"
+
+
 def test_faults_are_counted_and_a_server_that_is_gone_ends_the_run(tmp_path, monkeypatch):
     """In a process of its own, as in a run; NaN is no reward either."""
     monkeypatch.setattr("orogen.posttrain.environments.pool.GIVE_UP", 2)

@@ -149,8 +149,9 @@ class _Server:
             headers["cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self._left())
+        connection = kind(str(self._parts.hostname), self._parts.port)
         try:
+            connection.timeout = self._left()
             connection.request("POST", f"{self._parts.path.rstrip('/')}/{path}", json.dumps(body), headers)
             stream = connection.sock  # which the connection forgets, for it is closed after the answer
             answer = connection.getresponse()
