@@ -17,6 +17,7 @@ from orogen.posttrain.environments.pool import Asked, Fault, Pool
 
 TOOL = {"type": "function", "name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
 PARAMS = {"input": [{"role": "user", "content": "What is there?"}], "tools": [TOOL]}
+CALL = {"type": "function_call", "call_id": "c", "name": "look", "arguments": '{"at": "the door"}'}
 ROW = {"responses_create_params": PARAMS, "ground_truth": ["b"]}
 
 
@@ -184,6 +185,7 @@ def test_faults_are_counted_and_a_server_that_is_gone_ends_the_run(tmp_path, mon
         ({"responses_create_params": {"input": []}}, "tasks.jsonl: task 1: input is []; expected at least"),
         ({"responses_create_params": {"input": [{"type": "image"}]}}, "input[0].type is 'image'; expected message"),
         ({"responses_create_params": {"input": "a", "tools": [{"type": "search"}]}}, "tools[0].type is 'search'"),
+        ({"responses_create_params": {"input": [CALL | {"arguments": "["}]}}, "task 1: messages[0].tool_calls[0].function"),
         ({"responses_create_params": {"input": 3}}, "responses_create_params.input is 3; expected a string or a list"),
     ],
 )  # fmt: skip
