@@ -110,7 +110,11 @@ def test_answers_to_images_are_counted():
         return await client.get("/metrics")
 
     text = with_client(FakeEngine(), use, sees=Recorder()).text
-    for line in ("prompt_tokens_total 14.0", "generation_tokens_total 6.0", 'requests_finished_total{reason="stop"} 2.0'):
+    for line in (
+        "prompt_tokens_total 14.0",
+        "generation_tokens_total 6.0",
+        'requests_finished_total{reason="stop"} 2.0',
+    ):
         assert f"orogen_{line}\n" in text
 
 

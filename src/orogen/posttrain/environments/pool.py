@@ -46,9 +46,7 @@ class Pool:
     """Verifies the turns of one environment in `workers` processes: the first one is started at once, so that an
     environment that cannot run is refused, and the others when they are first needed. Raises ConfigError."""
 
-    def __init__(
-        self, config: EnvironmentConfig, *, workers: int, gives_up: bool = True, module: str = WORKER
-    ) -> None:
+    def __init__(self, config: EnvironmentConfig, *, workers: int, gives_up: bool = True, module: str = WORKER) -> None:
         """gives_up: whether a broken environment is an error, which ends a run; else every turn is tried. module: what
         a process runs, with the protocol of `worker`."""
         self.config, self.faults, self._gives_up = config, collections.Counter[str](), gives_up
