@@ -185,7 +185,7 @@ def test_faults_are_counted_and_a_server_that_is_gone_ends_the_run(tmp_path, mon
         ({"responses_create_params": {"input": []}}, "tasks.jsonl: task 1: input is []; expected at least"),
         ({"responses_create_params": {"input": [{"type": "image"}]}}, "input[0].type is 'image'; expected message"),
         ({"responses_create_params": {"input": "a", "tools": [{"type": "search"}]}}, "tools[0].type is 'search'"),
-        ({"responses_create_params": {"input": [CALL | {"arguments": "["}]}}, "messages[0].tool_calls[0].function.argument"),
+        ({"responses_create_params": {"input": [CALL | {"arguments": "["}]}}, "messages[0].tool_calls[0].function.arg"),
         ({"responses_create_params": {"input": 3}}, "responses_create_params.input is 3; expected a string or a list"),
     ],
 )  # fmt: skip
