@@ -1,6 +1,6 @@
 """How far a trainer's log-probabilities are from those of the rollout. See README.md.
 
-python experiments/mismatch/run.py --checkpoint runs/mismatch_model --out results.jsonl [--arms A,B]
+python experiments/mismatch/run.py --checkpoint runs/mismatch_model --out results.jsonl [--arms 'A;B']
 """
 
 import argparse

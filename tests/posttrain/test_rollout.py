@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tests.helpers import hybrid, run_config, several_devices
 from tests.infer.chats import tokenizer
+from tests.posttrain.environments import test_gym as gym
 
 from orogen.config.data import DataConfig
 from orogen.config.rl import EnvironmentConfig, RLConfig
@@ -64,6 +65,20 @@ def json_call(name, arguments):
 def xml_call(name, arguments):
     parts = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
     return f"Let me see.</think><tool_call>\n<function={name}>\n{parts}</function>\n</tool_call>"
+
+
+def test_a_task_may_begin_with_thoughts_and_calls(rollouts, tmp_path, monkeypatch):
+    """Of NeMo Gym: the prompt has the calls and their outputs."""
+    made, _ = rollouts
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "I must look."}]}
+    output = {"type": "function_call_output", "call_id": "c", "output": "a key"}
+    asked = {"input": [*gym.PARAMS["input"], thought, gym.CALL, output], "tools": [gym.TOOL]}
+    far = gym.NemoGym(gym.environment(tmp_path, "http://h", {"responses_create_params": asked}))
+    monkeypatch.setitem(made._environments, "far", far)
+    episode = made._begin(Draw("far", 0, 0, (1,)))
+    assert made._open(episode)
+    text = tokenizer().decode(episode.opened.ids)
+    assert all(part in text for part in ("What is there?", "the door", "a key"))
 
 
 def test_an_episode_of_tools_is_learned_turn_by_turn(rollouts):

@@ -18,6 +18,7 @@ from PIL import Image
 from orogen.checkpoint.open import open_folder
 from orogen.cli import main
 from orogen.compress.rewrite import Source
+from orogen.config.checks import ConfigError
 from orogen.config.text import model_text
 from orogen.data.vocabulary import byte_tokenizer
 from orogen.vision import features
@@ -172,7 +173,7 @@ def test_what_cannot_be_captioned_is_refused(folder, run, capsys, options, expec
 def test_an_image_alone_asks_for_its_caption(folder, run, database, tmp_path, capsys):
     picture("blue", 99).save(tmp_path / "blue.png")
     words = ["generate", "--checkpoint", str(run), "--image", str(tmp_path / "blue.png"), "--json"]
-    assert main(words) == 0
+    assert main([*words, "--temperature", "0"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["text"], facts["finish"], facts["retrieved"]) == ("a blue square", "stop", [])
     assert main([*words, "--tokens", "6", "--database", str(database), "--retrieved", "2"]) == 0
@@ -201,6 +202,11 @@ def test_what_is_said_stands_as_in_training(folder, run, database, monkeypatch):
         (["--image", "{folder}/0.png", "--tokens", "1025"], "max_tokens is 1025; expected 1 to 1024 beside images"),
         (["--image", "{folder}/0.png", "--retrieved", "1"], "expected --database, or --retrieved 0"),
         (["--image", "{folder}/0.png", "--chat"], "expected --image with --prompt alone"),
+        (["--image", "{folder}/0.png", "--out", "x"], "--image with --out; expected --image with --prompt alone"),
+        (["--image", "{folder}/0.png", "--chat_template", "x"], "--image with --chat_template; expected"),
+        (["--image", "{folder}/0.png", "--temperature", "0.5"], "--temperature 0.5; expected none with --image"),
+        (["--image", "{folder}/0.png", "--stop", "a"], "--stop ['a']; expected none with --image"),
+        (["--image", "{folder}/0.png", "--regex", "a"], "--regex a; expected none with --image"),
         (["--prompt", "a", "--retrieved", "1"], "expected them with --image alone"),
     ],
 )
@@ -208,6 +214,31 @@ def test_what_cannot_be_seen_is_refused(folder, run, capsys, options, expected):
     assert main(["generate", "--checkpoint", str(run), *(word.format(folder=folder) for word in options)]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--retrieved", "1"], "expected --database, or --retrieved 0"),
+        (["--retrieved", "1", "--database", "{folder}"], "{folder}"),
+    ],
+)
+def test_a_server_s_database_is_checked_before_an_engine_is_made(folder, run, capsys, monkeypatch, options, expected):
+    monkeypatch.setattr("orogen.infer.command.serve", lambda *_: pytest.fail("the engine was asked for"))
+    assert main(["serve", "--checkpoint", str(run), *(word.format(folder=folder) for word in options)]) == 2
+    error = capsys.readouterr().err
+    assert expected.format(folder=folder) in error and error.count("\n") == 1
+
+
+def test_a_server_without_the_database_of_its_model_refuses_images(run, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("orogen.infer.command.serve", lambda _, sight: given.append(sight()) or 0)
+    facts = json.loads((run / "vision.json").read_text())
+    (tmp_path / "vision.json").write_text(json.dumps(facts | {"retrieved": 2}))
+    assert main(["serve", "--checkpoint", str(tmp_path)]) == 0
+    with pytest.raises(ConfigError, match="a message has an image; expected texts alone: .* 2 retrieved captions, and"):
+        given[0]([b"x"], 4)
+    assert main(["serve", "--checkpoint", str(run)]) == 0 and isinstance(given[1], Sight)
 
 
 def test_documents_that_are_no_pairs_are_counted(tmp_path):

@@ -30,10 +30,16 @@ class Plain:
     def open(self, example: Example, messages: Sequence[dict[str, Any]], before: list[int] | None) -> Opened:
         """before: the ids so far, after which only the messages since the model's last turn are new."""
         if before is None:
-            return Opened(self._tokenizer.prompt_ids("\n".join(str(m["content"]) for m in messages)), False)
+            return Opened(self._tokenizer.prompt_ids("\n".join(map(_plain, messages))), False)
         last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
         text = "".join(f"\n{message['content']}" for message in messages[last + 1 :]) + "\n"
         return Opened([*before, *self._tokenizer.encode_inside(text).tolist()], False)
+
+
+def _plain(message: dict[str, Any]) -> str:
+    """A message of a task: its text, then its calls. Its thoughts are left out."""
+    calls = [{key: call["function"][key] for key in ("name", "arguments")} for call in message.get("tool_calls", ())]
+    return message["content"] + "".join(f"<tool_call>{json.dumps(call)}</tool_call>" for call in calls)
 
 
 class Templated:

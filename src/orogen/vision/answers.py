@@ -6,10 +6,11 @@ end unless it is the last; an image, with the captions that its database has of 
 request for its caption.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from orogen.checkpoint.open import open_model
+from orogen.checkpoint.open import Opened, open_folder, open_model
 from orogen.config.checks import ConfigError
 from orogen.infer.sight import Seen
 from orogen.vision.database import Database, Hit
@@ -24,8 +25,9 @@ LEAST, MOST = 16, 1024  # tokens of an answer: programs have room for powers of 
 
 
 class Sight:
-    """A captioner that answers. database: of captions, None for none. retrieved: captions of each image, None: as many
-    as in training. Raises ConfigError for a folder that is no captioner's, or a database of another encoder."""
+    """A captioner that answers; its weights are read when they are needed first. database: of captions, None for none.
+    retrieved: captions of each image, None: as many as in training. Raises ConfigError for a folder that is no
+    captioner's, or a database of another encoder."""
 
     def __init__(self, checkpoint: Path, database: Path | None = None, retrieved: int | None = None):
         seen = read_seen(checkpoint)
@@ -38,12 +40,21 @@ class Sight:
                 "0"
             )
         self._database = None if database is None or not self._retrieved else Database(database, self._encoder)
-        self._token, self._opened = seen.image_token, open_model(checkpoint)
+        self._token, self._checkpoint = seen.image_token, checkpoint
         self._captioners: dict[int, Captioner] = {}
-        most = self._opened.config.retrieved_captions
+        with open_folder(checkpoint) as folder:
+            most = folder.config.retrieved_captions
         if most is not None and self._retrieved > most:
             raise ConfigError(f"retrieved is {self._retrieved}; expected at most {most}, which the model encodes")
-        self._captioner(LEAST)  # refuses a model that sees no images
+
+    def open(self) -> "Sight":
+        """Itself, once it has read the weights. Raises ConfigError for a model that sees no images."""
+        self._captioner(LEAST)
+        return self
+
+    @functools.cached_property
+    def _opened(self) -> Opened:
+        return open_model(self._checkpoint)
 
     def __call__(self, said: Sequence[str | bytes], most: int) -> Seen:
         """The likeliest continuation of texts and images, of at most so many tokens. Raises ConfigError."""

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from orogen.command import CHECKPOINT, Command, add_config_arguments, answer, free_memory, positive
 from orogen.config.checks import ConfigError
 from orogen.infer import command as infer
+from orogen.infer.options import add_request_options
 
 if TYPE_CHECKING:
+    from orogen.infer.sight import Seen
     from orogen.vision.answers import Sight
     from orogen.vision.encoder import Encoder
 
@@ -126,8 +128,7 @@ def generate(options: argparse.Namespace) -> int:
     if not options.image:
         _refuse_sight(options, "--image")
         return infer.generate(options)
-    if options.chat or options.input is not None or options.out is not None or options.gin_bindings:
-        raise ConfigError("--image with --chat, --input or --gin_bindings; expected --image with --prompt alone")
+    _refuse_unread(options)
     from orogen.infer.sight import TOKENS
 
     said: list[str | bytes] = [file.read_bytes() for file in options.image]
@@ -140,14 +141,40 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def serve(options: argparse.Namespace) -> int:
-    """`orogen serve`, which also answers chats with images if the model is a captioner."""
-    from orogen.vision.captioning import SEEN
+def _refuse_unread(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an option of `orogen generate` that an answer to images would not follow."""
+    others = ("chat", "input", "out", "chat_template", "gin_bindings")
+    if given := [name for name in others if getattr(options, name)]:
+        raise ConfigError(f"--image with --{given[0]}; expected --image with --prompt alone")
+    asked = argparse.ArgumentParser()
+    add_request_options(asked)
+    for name, default in vars(asked.parse_args([])).items():
+        value = getattr(options, name)
+        if value != default and (name, value) != ("temperature", 0):
+            raise ConfigError(f"--{name} {value}; expected none with --image, whose answer is the likeliest tokens")
 
-    if (options.checkpoint / SEEN).is_file():
-        return infer.serve(options, lambda: _sight(options))
-    _refuse_sight(options, "a captioner's --checkpoint")
-    return infer.serve(options)
+
+def serve(options: argparse.Namespace) -> int:
+    """`orogen serve`, which also answers chats with images if the model is a captioner. One that was trained with
+    retrieved captions answers texts alone if it is given no database."""
+    from orogen.vision.captioning import SEEN
+    from orogen.vision.run import read_seen
+
+    if not (options.checkpoint / SEEN).is_file():
+        _refuse_sight(options, "a captioner's --checkpoint")
+        return infer.serve(options)
+    retrieved = read_seen(options.checkpoint).retrieved
+    if retrieved and options.database is None and options.retrieved is None:
+
+        def refuse(_: object, __: int) -> "Seen":
+            raise ConfigError(
+                f"a message has an image; expected texts alone: the model was trained with {retrieved} retrieved "
+                "captions, and the server has neither --database nor --retrieved 0"
+            )
+
+        return infer.serve(options, lambda: refuse)
+    sight = _sight(options)  # what is wrong with it is told before an engine is made
+    return infer.serve(options, sight.open)
 
 
 def _sight(options: argparse.Namespace) -> "Sight":

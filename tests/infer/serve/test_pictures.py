@@ -87,6 +87,37 @@ def test_what_is_wrong_is_told_in_one_line(parts, body, reason):
     assert "\n" not in reply.error
 
 
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+         "messages[0].tool_calls is [{'function'"),
+        ({"role": "assistant", "content": "a", "reasoning_content": "b"}, "messages[0].reasoning_content is 'b'"),
+        ({"role": "assistant", "content": "a", "reasoning": "b"}, "messages[0].reasoning is 'b'; expected nothing of"),
+        ({"role": "assistant"}, "messages[0].content is missing; expected a text"),
+    ],
+)  # fmt: skip
+def test_what_would_be_left_out_of_a_message_is_refused(before, reason):
+    sees = Recorder()
+    reply = post(sees, before, message(url()))
+    assert (reply.status, sees.asked) == (400, []) and reason in reply.error
+
+
+def test_answers_to_images_are_counted():
+    async def use(client):
+        for stream in (False, True):
+            await client.post("/v1/chat/completions", {"messages": [message(url())], "stream": stream})
+        return await client.get("/metrics")
+
+    text = with_client(FakeEngine(), use, sees=Recorder()).text
+    for line in (
+        "prompt_tokens_total 14.0",
+        "generation_tokens_total 6.0",
+        'requests_finished_total{reason="stop"} 2.0',
+    ):
+        assert f"orogen_{line}\n" in text
+
+
 def test_a_body_with_a_large_image_is_refused_by_its_size():
     reply = post(Recorder(), message(url(b"0" * 3000)), **{})
     assert reply.status == 200

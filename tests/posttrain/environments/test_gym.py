@@ -17,6 +17,7 @@ from orogen.posttrain.environments.pool import Asked, Fault, Pool
 
 TOOL = {"type": "function", "name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
 PARAMS = {"input": [{"role": "user", "content": "What is there?"}], "tools": [TOOL]}
+CALL = {"type": "function_call", "call_id": "c", "name": "look", "arguments": '{"at": "the door"}'}
 ROW = {"responses_create_params": PARAMS, "ground_truth": ["b"]}
 
 
@@ -151,6 +152,12 @@ def test_a_bad_verdict_is_a_fault_of_its_kind(tmp_path, monkeypatch, name):
         assert (caught.value.kind, time.monotonic() - began < 1.5) == (kind, True) and expected in str(caught.value)
 
 
+def test_a_turn_whose_time_is_over_before_a_post_is_a_timeout():
+    with pytest.raises(FaultError, match="/verify has not answered within") as caught:
+        gym._Server("http://127.0.0.1:1", -1.0, {}).required("verify", {})
+    assert caught.value.kind == "timeout"
+
+
 def test_faults_are_counted_and_a_server_that_is_gone_ends_the_run(tmp_path, monkeypatch):
     """In a process of its own, as in a run; NaN is no reward either."""
     monkeypatch.setattr("orogen.posttrain.environments.pool.GIVE_UP", 2)
@@ -178,6 +185,7 @@ def test_faults_are_counted_and_a_server_that_is_gone_ends_the_run(tmp_path, mon
         ({"responses_create_params": {"input": []}}, "tasks.jsonl: task 1: input is []; expected at least"),
         ({"responses_create_params": {"input": [{"type": "image"}]}}, "input[0].type is 'image'; expected message"),
         ({"responses_create_params": {"input": "a", "tools": [{"type": "search"}]}}, "tools[0].type is 'search'"),
+        ({"responses_create_params": {"input": [CALL | {"arguments": "["}]}}, "messages[0].tool_calls[0].function.arg"),
         ({"responses_create_params": {"input": 3}}, "responses_create_params.input is 3; expected a string or a list"),
     ],
 )  # fmt: skip

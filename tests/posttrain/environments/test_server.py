@@ -32,8 +32,8 @@ MADE = {one.name: make_environment(one) for one in (BITS, DESK, BAD)}
 @pytest.fixture(scope="module")
 def port():
     """The server, on a socket of its own, with one process per environment."""
-    pools = {"bad": Pool(BAD, workers=1, module="tests.posttrain.environments.bad_worker")}
-    pools |= {one.name: Pool(one, workers=1) for one in (BITS, DESK)}
+    pools = {"bad": Pool(BAD, workers=1, gives_up=False, module="tests.posttrain.environments.bad_worker")}
+    pools |= {one.name: Pool(one, workers=1, gives_up=False) for one in (BITS, DESK)}
     with listen("127.0.0.1", 0) as bound:
         config = uvicorn.Config(GymServer(MADE, pools).app(), log_config=None)
         running = uvicorn.Server(config)
@@ -138,6 +138,14 @@ def test_a_verifier_that_misbehaves_is_masked_counted_and_replaced(port, said, k
     after = ask(port, "/health", b"", method="GET")[1]["faults"]["bad"][kind]
     good = verdict(port, "bad", "good")
     assert after == before + 1 and good["reward_components"] == {"a": 0.5} and good["mask_sample"] is False
+
+
+def test_a_broken_environment_is_named_and_still_tried(port, monkeypatch):
+    monkeypatch.setattr("orogen.posttrain.environments.pool.GIVE_UP", 2)
+    broken = lambda: ask(port, "/health", b"", method="GET")[1]["broken"]  # noqa: E731
+    kinds = [verdict(port, "bad", "crash")["failure_kind"] for _ in range(3)]
+    assert kinds == ["orogen:crash"] * 3 and broken() == ["bad"]
+    assert verdict(port, "bad", "good")["reward"] == 0.5 and broken() == []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from orogen.config.checks import ConfigError, shown
 from orogen.infer.messages import ROLES
+from orogen.infer.request import LENGTH, STOP
 from orogen.infer.serve import forms
 from orogen.infer.serve.body import ignored
 from orogen.infer.serve.errors import bad
@@ -50,6 +51,9 @@ async def answer(request: HttpRequest, sees: Sees, body: dict[str, Any], unknown
     with parts.preparing.place() as place:
         seen = await parts.preparing.run_seen(_answered, sees, said, most, place=place)
     form = _Form(parts, body, seen)
+    parts.measures.prompt_tokens.inc(seen.prompt)
+    parts.measures.tokens.inc(seen.tokens)
+    parts.measures.finished.labels(form.finish).inc()
     if not streams:
         return JSONResponse(form.whole(), headers=ignored(unknown))
     events = form.events()
@@ -67,7 +71,11 @@ def said_of(body: dict[str, Any]) -> list[str | bytes]:
         where = f"messages[{number}]"
         if message["role"] not in ROLES:
             raise bad(f"{where}.role is {shown(message['role'])}; expected one of {', '.join(ROLES)}")
-        content = message.get("content") or []
+        for name in ("tool_calls", "reasoning_content", "reasoning"):
+            if message.get(name):
+                raise bad(f"{where}.{name} is {shown(message[name])}; expected nothing of it beside images")
+        if (content := message.get("content")) is None:
+            raise bad(f"{where}.content is missing; expected a text, or a list of texts and images")
         listed = [{"type": "text", "text": content}] if isinstance(content, str) else content
         said += [_part(part, f"{where}.content[{place}]") for place, part in enumerate(listed)]
     count = sum(isinstance(one, bytes) for one in said)
@@ -104,18 +112,18 @@ class _Form:
     def __init__(self, parts: Parts, body: dict[str, Any], seen: Seen) -> None:
         self._seen, self._body = seen, body
         self._same = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": parts.settings.name}
-        self._finish = "stop" if seen.ended else "length"
+        self.finish = STOP if seen.ended else LENGTH
 
     def whole(self) -> dict[str, Any]:
         """All of it at once."""
         message = {"role": "assistant", "content": self._seen.text, "refusal": None, "retrieved": self._seen.retrieved}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish}
         return {**self._same, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """A chunk with the answer, one with its end, and one with the counts if they are wanted."""
         same, counts = {**self._same, "object": "chat.completion.chunk"}, forms.Counts(self._body, self._usage)
-        for delta, finish in (({"role": "assistant", "content": self._seen.text}, None), ({}, self._finish)):
+        for delta, finish in (({"role": "assistant", "content": self._seen.text}, None), ({}, self.finish)):
             choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
             yield {**same, "choices": [choice], **counts.of_chunk()}
         if counts.wanted:

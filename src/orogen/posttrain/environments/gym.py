@@ -23,6 +23,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.json_file import ListOf, Record, parse_json
 from orogen.config.rl import EnvironmentConfig
 from orogen.infer.items import ITEM, TOOL, chat_tool, messages_of, said_items
+from orogen.infer.messages import check_messages
 from orogen.posttrain.environments.files import lines_of
 from orogen.posttrain.environments.interface import CRASH, FLOOD, RAISED, TIMEOUT, Example, FaultError, Said, Turn
 
@@ -78,7 +79,8 @@ class NemoGym:
 def _example(row: dict[str, Any], number: int, where: str) -> Example:
     params = row[ASKED]
     try:
-        messages = list(messages_of({name: value for name, value in params.items() if value is not None}))
+        given = list(messages_of({name: value for name, value in params.items() if value is not None}))
+        messages = check_messages(given)
         tools = [chat_tool(tool, f"tools[{n}]") for n, tool in enumerate(params.get("tools") or ())]
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
@@ -149,8 +151,9 @@ class _Server:
             headers["cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self._left())
+        connection = kind(str(self._parts.hostname), self._parts.port)
         try:
+            connection.timeout = self._left()
             connection.request("POST", f"{self._parts.path.rstrip('/')}/{path}", json.dumps(body), headers)
             stream = connection.sock  # which the connection forgets, for it is closed after the answer
             answer = connection.getresponse()

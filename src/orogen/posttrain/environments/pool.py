@@ -46,9 +46,10 @@ class Pool:
     """Verifies the turns of one environment in `workers` processes: the first one is started at once, so that an
     environment that cannot run is refused, and the others when they are first needed. Raises ConfigError."""
 
-    def __init__(self, config: EnvironmentConfig, *, workers: int, module: str = WORKER) -> None:
-        """module: what a process runs, with the protocol of `worker`."""
-        self.config, self.faults = config, collections.Counter[str]()
+    def __init__(self, config: EnvironmentConfig, *, workers: int, gives_up: bool = True, module: str = WORKER) -> None:
+        """gives_up: whether a broken environment is an error, which ends a run; else every turn is tried. module: what
+        a process runs, with the protocol of `worker`."""
+        self.config, self.faults, self._gives_up = config, collections.Counter[str](), gives_up
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all = [_Worker(config, module) for _ in range(workers)]
         for worker in self._all:
@@ -60,7 +61,7 @@ class Pool:
     def verify(self, turns: Sequence[Asked], progress: Callable[[], None] = lambda: None) -> list[Turn | Fault]:
         """What comes of each turn, in their order. Faults are counted in `faults`. progress: called after each.
 
-        Raises ConfigError when GIVE_UP verifications in a row ended without an answer.
+        Raises ConfigError when GIVE_UP verifications in a row ended without an answer, if the pool gives up.
         """
         found: list[Turn | Fault] = []
         for one in self._threads.map(self._one, turns):
@@ -70,16 +71,23 @@ class Pool:
             progress()
         return found
 
+    @property
+    def broken(self) -> bool:
+        """Whether the last GIVE_UP verifications had no answer."""
+        with self._counts:
+            return self._silent >= GIVE_UP
+
     def _one(self, asked: Asked) -> Turn | Fault:
         worker = self._workers.get()
         try:
-            if self._silent >= GIVE_UP:
+            if self._gives_up and self.broken:
                 raise ConfigError(
                     f"environment {self.config.name!r}: {GIVE_UP} verifications in a row had no answer; expected a "
                     f"verifier that answers within EnvironmentConfig.seconds = {self.config.seconds:g}"
                 )
             found = worker.ask(asked)
-            self._silent = self._silent + 1 if isinstance(found, Fault) and found.kind in (TIMEOUT, CRASH) else 0
+            with self._counts:
+                self._silent = self._silent + 1 if isinstance(found, Fault) and found.kind in (TIMEOUT, CRASH) else 0
             return found
         finally:
             self._workers.put(worker)

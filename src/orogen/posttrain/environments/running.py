@@ -60,7 +60,8 @@ def serve(rl: RLConfig, host: str, port: int, *, as_json: bool) -> int:
     with contextlib.ExitStack() as held:
         bound = held.enter_context(listen(host, port))
         pools = {
-            one.name: held.enter_context(contextlib.closing(Pool(one, workers=rl.workers))) for one in rl.environments
+            one.name: held.enter_context(contextlib.closing(Pool(one, workers=rl.workers, gives_up=False)))
+            for one in rl.environments
         }
         return _run(GymServer(made, pools).app(), bound, ready)
 

@@ -5,7 +5,8 @@ a session is a cookie. Each call of a tool is a turn of the episode, so that cal
 as several against `EnvironmentConfig.turns`. /verify without a session carries out the response's calls first.
 
 What verifies runs in processes of their own (`pool.py`). Where one crashes, hangs or floods, the answer is a reward of
-0 with `mask_sample`, which Gym leaves out of its scores, and `failure_kind` orogen:KIND; /health counts them.
+0 with `mask_sample`, which Gym leaves out of its scores, and `failure_kind` orogen:KIND; /health counts them, and names
+the environments whose last verifications all had no answer. Those are still tried.
 """
 
 import asyncio
@@ -69,8 +70,8 @@ def task_rows(environments: Mapping[str, Environment]) -> Iterator[dict[str, Any
 
 
 class GymServer:
-    """The sessions and verifiers of environments. pools: by the environments' names; they end with the
-    application."""
+    """The sessions and verifiers of environments. pools: by the environments' names; they never give up, and end with
+    the application."""
 
     def __init__(self, environments: Mapping[str, Environment], pools: Mapping[str, Pool]) -> None:
         self._environments, self._pools = environments, pools
@@ -133,10 +134,7 @@ class GymServer:
 
     async def _step(self, session: _Session, said: Said) -> Turn | Fault:
         asked = Asked(session.number, session.state, said)
-        try:
-            return (await run_in_threadpool(self._pools[session.environment].verify, [asked]))[0]
-        except ConfigError as error:  # too many verifications in a row had no answer
-            raise RefusedError(503, error) from None
+        return (await run_in_threadpool(self._pools[session.environment].verify, [asked]))[0]
 
     async def _verify(self, request: Request) -> Response:
         """The reward of an episode, whose session ends."""
@@ -158,7 +156,8 @@ class GymServer:
 
     async def _health(self, request: Request) -> Response:
         faults = {name: dict(pool.faults) for name, pool in self._pools.items()}
-        return JSONResponse({"status": "ok", "sessions": len(self._sessions), "faults": faults})
+        broken = [name for name, pool in self._pools.items() if pool.broken]
+        return JSONResponse({"status": "ok", "sessions": len(self._sessions), "faults": faults, "broken": broken})
 
 
 def _answered(found: Any) -> Response:
