@@ -131,8 +131,7 @@ def _activations(
 ) -> tuple[float, float]:
     """Bytes of the activations of all passes in flight on a stage's device, and on its host. kept: of each chunk."""
     if plan.stage == 1:
-        overlapping = min(plan.interleave, plan.microbatches)
-        return overlapping * kept[0][0], overlapping * kept[0][1]
+        return plan.overlapping * kept[0][0], plan.overlapping * kept[0][1]
     if alike:
         return max(device for device, _ in kept) * max(flight.slots), 0.0
     # Each pair in flight holds one of the stage's chunks.
