@@ -73,8 +73,9 @@ def require_flatbuffers() -> None:
 
 def _folder() -> Path:
     cache = getattr(jax.config, "jax_compilation_cache_dir", None)
-    local = cache and "://" not in cache  # jax's may be in a bucket
-    return Path(cache if local else compile_cache_folder()) / "programs"
+    if cache is None or "://" in cache:  # jax's may be in a bucket
+        return compile_cache_folder() / "programs"
+    return Path(cache) / "programs"
 
 
 def _read(file: Path) -> bytes | None:
