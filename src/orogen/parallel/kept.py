@@ -73,7 +73,7 @@ def require_flatbuffers() -> None:
 
 def _folder() -> Path:
     cache = getattr(jax.config, "jax_compilation_cache_dir", None)
-    if cache is None or "://" in cache:  # jax's may be in a bucket
+    if not cache or "://" in cache:  # jax's may be in a bucket
         return compile_cache_folder() / "programs"
     return Path(cache) / "programs"
 
