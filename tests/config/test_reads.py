@@ -156,7 +156,9 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *((f"plan__{f}", v, {"plan__stage": 2, "plan__schedule": "interleaved"}, {}, "PlanConfig.stage is 1")
       for f, v in (("schedule", "gpipe"), ("virtual", 1))),
     ("plan__stash", "in_place", {"plan__stage": 2}, {}, "PlanConfig.stage is 1"),
-    ("plan__interleave", 2, {}, {"plan__stage": 2}, "PlanConfig.stage is above 1"),
+    ("plan__interleave", 2, {"plan__microbatches": 2}, {"plan__microbatches": 2, "plan__stage": 2},
+     "PlanConfig.stage is above 1"),
+    ("plan__interleave", 2, {"plan__microbatches": 2}, {}, "PlanConfig.microbatches is 1"),
     ("plan__stream", "whole", {"plan__tensor": 2}, {}, "PlanConfig.tensor is 1"),
     ("plan__logit_rows", 8, {}, {"plan__cross_entropy": "full"}, "PlanConfig.cross_entropy is not 'chunked'"),
     ("plan__quantize", "triton", {"pattern": "M-M", "plan__linear": "fp8"}, {}, "PlanConfig.linear is not 'fp8'"),

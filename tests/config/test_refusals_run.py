@@ -51,6 +51,13 @@ def test_a_whole_stream_must_divide_over_tensor_only_with_experts(pattern, expec
     assert str(caught.value) == message
 
 
+def test_overlapping_microbatches_leave_no_rest():
+    run({"microbatches": 6, "interleave": 3}).check()
+    with pytest.raises(ConfigError) as caught:
+        run({"microbatches": 6, "interleave": 4}).check()
+    assert str(caught.value) == "PlanConfig.interleave is 4; expected a divisor of microbatches = 6"
+
+
 @pytest.mark.parametrize(("tensor", "pieces"), [(1, 2), (2, 2), (5, 10)])
 def test_sequence_must_divide_into_two_parts_per_context_rank(tensor, pieces):
     plan = {"context": 3, "tensor": tensor}

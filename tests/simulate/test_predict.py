@@ -17,6 +17,7 @@ from orogen.simulate.budget import best_interval, goodput
 from orogen.simulate.hardware import machine
 from orogen.simulate.predict import Step, predict
 from orogen.simulate.routing import Routing, read_routing
+from orogen.simulate.shown import prediction_lines
 
 MEASURED = pathlib.Path(__file__).parents[2] / "experiments" / "two_gpus" / "results.jsonl"
 NANO = load(["gin_configs/models/nemotron3_nano_30b_a3b.gin"])[0].model
@@ -53,6 +54,13 @@ def test_the_parts_of_the_step_add_up_and_the_numbers_agree():
 )
 def test_what_slows_a_step_is_seen(cluster, routing):
     assert predict(nano(), ClusterConfig(**cluster), routing=routing).step_seconds > predict(nano()).step_seconds
+
+
+def test_what_overlapping_microbatches_hide_is_said_to_be_left_out():
+    one, two = (predict(nano(microbatches=2, interleave=n)) for n in (1, 2))
+    assert one.left_out == "" and one.step_seconds == two.step_seconds
+    assert two.left_out in prediction_lines(two) and "2 overlapping microbatches" in two.left_out
+    assert two.memory[0].parts["activations"] == 2 * one.memory[0].parts["activations"]
 
 
 def test_stragglers_slow_compute_alone():

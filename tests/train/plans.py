@@ -91,7 +91,8 @@ def random_run(rng: random.Random, devices: int, *, stages: bool = False, short:
             seed = rng.randrange(1000)
             # gpipe uses as many slots as there are microbatches.
             in_place = seed % 2 * (plan.get("schedule") != "gpipe")
-            plan |= {"stash": STASHES[in_place]} if stages else {"interleave": 1 + seed % 2}
+            interleave = 1 + seed % 2 * (plan["microbatches"] % 2 == 0)
+            plan |= {"stash": STASHES[in_place]} if stages else {"interleave": interleave}
             pattern = {"pattern": SHORT[name]} if short else {}
             model = hybrid(**MODELS[name] | pattern, vocab_size=VOCABULARIES[seed % len(VOCABULARIES)])
             run = run_config(model, plan=plan, batch_size=rows, sequence_length=length, seed=seed).check()

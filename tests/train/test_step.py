@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.helpers import hybrid, run_config
+from tests.helpers import hybrid, run_config, several_devices
 
 from orogen.checkpoint.steps import Checkpoints, with_shardings
 from orogen.model.lm import build
@@ -81,6 +81,18 @@ def test_microbatches_add_up_to_the_batch(model):
     # By leaf: an element's error follows from the terms of its sum, and those of a small element may be large.
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+
+
+@several_devices
+@pytest.mark.parametrize(("devices", "passes"), [(1, 2), (2, 1)])
+def test_microbatches_overlap_but_not_on_several_cpu_devices(devices, passes):
+    """There, the collectives of one could run beside those of another."""
+    sizes = {"microbatches": 4, "interleave": 2, "data": devices}
+    run = Run(run_config(hybrid(pattern="-", mtp_depths=0), batch_size=8, plan=sizes))
+    function = gradients(run.built, NEXT_TOKENS, run.config.model, run.plan, "float32")
+    traced = str(jax.make_jaxpr(function)(run.state.params, run.state.buffers, run.batch))
+    (loop,) = re.findall(r"length=4\s.*?unroll=(\d+)", traced, re.DOTALL)
+    assert int(loop) == passes
 
 
 def test_a_bias_moves_once_a_global_batch_towards_experts_with_less_than_their_share():

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +11,18 @@ from orogen.config.checks import ConfigError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, even after a crash, finds either all of the old content or all of the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a file so that a reader, even after a crash, finds either all of the old content or all of the new,
+    whichever other processes write it too. A crash may leave a file of another name, which ends in `.tmp`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -62,9 +62,10 @@ class PlanConfig:
     too. A layer with an offloaded activation recomputes all arrays that have no name.
     interleave: one iteration of the loop over microbatches has the passes of so many. They do not depend on each other,
     so XLA can put the exchanges of one beside the computation of another. The model is compiled as often, and the
-    activations of as many are held.
-    stash: in place, nothing is copied, but each slot that a stage uses takes a program of its own, so that compiling
-    takes longer (for 2 stages half as many programs again).
+    activations of as many are held. Several CPU devices run them in turn all the same (train/whole.py).
+    stash: in place, residuals are not copied, but each slot that a stage uses takes a program of its own, and every
+    device holds the arrays of all stages' slots. Where all chunks differ, 1F1B has 3, 10 and 36 of them on 2, 4 and 8
+    stages instead of 2, 4 and 8 slots; 2 interleaved stages of 2 chunks with 8 microbatches have 16 instead of 5.
     linear: fp8 is not used in the first layer, the last layer and the MTP block, nor where the output is too narrow to
     gain. It is the only choice that changes results by more than rounding in the compute dtype.
     unroll: unrolled layers take longer to compile and run faster: a loop copies residuals and gradients into stacks.
@@ -118,7 +119,9 @@ class PlanConfig:
         str, "how a stage keeps what its backward passes need: copied (all slots share a program) or in_place"
     ] = "copied"
     microbatches: Annotated[int, "parts of a batch that are processed one after another"] = 1
-    interleave: Annotated[int, "up to this many microbatches overlap: one computes while another communicates"] = 1
+    interleave: Annotated[
+        int, "so many microbatches may overlap: one computes while another communicates; a divisor of them all"
+    ] = 1
     # memory and compilation
     unroll: Annotated[int, "up to this many repetitions of layers are unrolled, not looped over"] = 2
     logit_rows: Annotated[int, "tokens whose logits the chunked loss computes at once on one device"] = 1024
@@ -229,6 +232,11 @@ class PlanConfig:
     def devices(self) -> int:
         """How many devices the plan runs on."""
         return self.stage * self.data * self.context * self.tensor
+
+    @property
+    def overlapping(self) -> int:
+        """How many microbatches one iteration of the loop over them has."""
+        return min(self.interleave, self.microbatches)
 
     def vocab_rows(self, vocab_size: int) -> int:
         """Rows of embedding and head: those of the vocabulary, padded to a multiple of `tensor`."""

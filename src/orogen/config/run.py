@@ -231,6 +231,8 @@ class RunConfig:
             for shape in dict.fromkeys((one.batch_size, one.sequence_length) for one in self.stretches()):
                 self._check_shape(*shape)
             self.plan.require_half_precision(self.train.compute_dtype)
+            whole = self.plan.stage > 1 or self.plan.microbatches % self.plan.overlapping == 0
+            require(whole, self.plan, "interleave", f"a divisor of microbatches = {self.plan.microbatches}")
         if self.lora is not None and self.elastic is not None:
             raise ConfigError("LoraConfig and ElasticConfig both have bindings; expected one: masks know no adapters")
         if self.lora is not None and self.model is not None and self.model.score_head and self.optimizer is not None:

@@ -6,12 +6,16 @@ loading what the cache has. A file holds a program as StableHLO (jax.export); wh
 A file is found by a digest of all that a program depends on: this package's code, the versions of what traces it,
 jax's settings, XLA's flags, the devices, the shapes and shardings of the arguments, and a text by which the caller
 names the rest. So a program must depend on nothing else: no constants from data.
+
+A program that is read is run, like those of jax's own cache: who can write the cache can run code. So its folder is the
+user's alone, and files of another owner, or that others may write, are not read. The checksum is against damage.
 """
 
 import functools
 import hashlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -37,31 +41,56 @@ def kept_program(
 ) -> Any:
     """The exported `function` of flat arrays like `arguments`, whose results are arrays in lists, tuples, dicts or
     registered named tuples. It is read from its file; if there is none, or a damaged one, it is traced and written.
+    A file that cannot be read or written costs one printed line.
 
-    name: a text that determines the function, code aside. folder: by default a part of the compile cache. Raises
-    ConfigError without the package flatbuffers, in which jax writes programs.
+    name: a text that determines the function, code aside. folder: by default a part of jax's compile cache. Raises
+    ConfigError as `require_flatbuffers` does.
     """
     from jax import export
 
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise ConfigError("the package flatbuffers is not installed; expected it where programs are kept in files")
+    require_flatbuffers()
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)) for x in arguments]
-    file = (folder or compile_cache_folder() / "programs") / f"{_digest(name, types)}.program"
+    file = (folder or _folder()) / f"{_digest(name, types)}.program"
     if (written := _read(file)) is not None:
         return export.deserialize(bytearray(written))
     checks = [export.DisabledSafetyCheck.custom_call(call) for call in CALLS]
     made = export.export(jax.jit(function), disabled_checks=checks)(*types)
     payload = bytes(made.serialize())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, hashlib.sha256(payload).digest() + payload)
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(file, hashlib.sha256(payload).digest() + payload)
+        file.chmod(0o600)
+    except OSError as error:  # a full disk, or one that is read only
+        print(f"{file}: {error.strerror or error}; the step's program is not kept", file=sys.stderr)
     return made
 
 
+def require_flatbuffers() -> None:
+    """Raises ConfigError without the package flatbuffers, in which jax writes programs."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ConfigError("the package flatbuffers is not installed; expected it where programs are kept in files")
+
+
+def _folder() -> Path:
+    cache = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if not cache or "://" in cache:  # jax's may be in a bucket
+        return compile_cache_folder() / "programs"
+    return Path(cache) / "programs"
+
+
 def _read(file: Path) -> bytes | None:
-    """The program in a file, if it is there and as it was written."""
+    """The program in a file, if it is there, as it was written, and nobody else's."""
     try:
-        found = file.read_bytes()
+        with file.open("rb") as opened:
+            facts = os.fstat(opened.fileno())
+            if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+                print(f"{file} is another user's, or others may write it; it is not read", file=sys.stderr)
+                return None
+            found = opened.read()
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        print(f"{file}: {error.strerror or error}; the step's program is traced again", file=sys.stderr)
         return None
     payload = found[DIGEST:]
     return payload if hashlib.sha256(payload).digest() == found[:DIGEST] else None
@@ -70,7 +99,8 @@ def _read(file: Path) -> bytes | None:
 def _digest(name: str, types: Sequence[Any]) -> str:
     facts = [name, _code(), os.environ.get("XLA_FLAGS", ""), *map(repr, types)]
     facts += [f"{package} {_version(package)}" for package in VERSIONED]
-    # Where caches are, and how much is logged, changes no program.
+    # Where caches are, and how much is logged, changes no program. jax_optimization_level and jax_memory_fitting_level
+    # are for XLA, which compiles a program after it is read.
     facts += [
         f"{key} {value}" for key, value in sorted(jax.config.values.items()) if not key.endswith(("_dir", "_level"))
     ]

@@ -113,6 +113,7 @@ def _short(value: float) -> str:
 
 def _note(prediction: Prediction) -> str:
     text = f"Predicted from the config, not measured. Limited by: {prediction.limit}."
+    text += f" {prediction.left_out}" if prediction.left_out else ""
     if any(line.unit == "E" for line in prediction.rooflines):
         share = f"the busiest expert rank has {prediction.imbalance:.2f} times its even share"
         text += f" Routing is assumed to be {prediction.routing}: {share}."

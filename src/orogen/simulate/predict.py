@@ -163,6 +163,7 @@ class Step:
             seconds=seconds,
             limit=_limit(seconds, step, self._rooflines()),
             goodput=good,
+            overlapping=self.plan.overlapping if self.plan.stage == 1 else 1,
             budget=budget(self.cluster, self.hardware, devices, train.steps * step / good),
         )
 

@@ -92,6 +92,7 @@ class Prediction:
     seconds: step_seconds by TIME_PARTS. limit: what limits the plan, in words.
     goodput: share of the time that makes progress, with the failures of the cluster; 1 without.
     shapes: of the run's batches, by sequence length; memory is that of the shape that needs most, budget of them all.
+    overlapping: microbatches whose activations are held at once; that they hide each other's exchanges is not counted.
     """
 
     step_seconds: float
@@ -116,11 +117,19 @@ class Prediction:
     goodput: float = 1.0
     budget: Mapping[str, float] = dataclasses.field(default_factory=dict)
     shapes: tuple[PredictedShape, ...] = ()
+    overlapping: int = 1
 
     @property
     def fits(self) -> bool:
         """Whether the fullest stage fits into a device's memory."""
         return self.device_memory_bytes <= self.memory_limit_bytes
+
+    @property
+    def left_out(self) -> str:
+        """A sentence on what of the plan is not counted; empty if all is."""
+        if self.overlapping == 1:
+            return ""
+        return f"The activations of {self.overlapping} overlapping microbatches are counted, not what they hide."
 
     def facts(self) -> dict[str, Any]:
         """The prediction as JSON can hold it; properties are among the keys."""

@@ -40,6 +40,7 @@ def _doubled(config: RunConfig, *, grow: bool) -> Iterator[RunConfig]:
             return
         scaled = dataclasses.replace(plan, data=plan.data * factor, microbatches=plan.microbatches // fewer)
         odd = scaled.schedule == "interleaved" and scaled.microbatches % scaled.stage  # no such schedule
+        odd = odd or scaled.stage == 1 and scaled.microbatches % scaled.overlapping
         if odd or not fits(scaled, config.model):
             return
         more = dataclasses.replace(train, batch_size=train.batch_size * (factor if grow else 1))

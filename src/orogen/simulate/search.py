@@ -156,7 +156,8 @@ def _with_microbatches(
             if virtual > 1 and (microbatches % stage or virtual * stage > len(config.model.layers.main)):
                 continue
             schedule = {"schedule": "interleaved", "virtual": virtual} if virtual > 1 else {}
-            yield dataclasses.replace(base, **{**fields, **schedule}, microbatches=microbatches)
+            overlapping = math.gcd(base.interleave, microbatches)
+            yield dataclasses.replace(base, **{**fields, **schedule}, microbatches=microbatches, interleave=overlapping)
 
 
 def _smallest(config: RunConfig) -> int:

@@ -20,6 +20,7 @@ def prediction_lines(found: Prediction) -> list[str]:
         f"{found.tflops_per_device:,.4g} TFLOP/s per device",
         "FLOPs per step: " + ", ".join(f"{name} {flops:.4g}" for name, flops in found.flops.items()),
         f"limited by {found.limit}",
+        *([found.left_out] if found.left_out else []),
         "",
         "seconds of a step, on the stage that is busy longest",
         *(f"  {part:12} {n:>12.4g}  {100 * n / seconds:>5.1f} %" for part, n in found.seconds.items() if n),

@@ -10,6 +10,7 @@ from orogen.config.run import RunConfig
 from orogen.data.packing import Batch
 from orogen.model.lm import Built
 from orogen.parallel import distributed
+from orogen.parallel.kept import require_flatbuffers
 from orogen.parallel.plan import Plan
 from orogen.train.formats import in_formats, is_switched
 from orogen.train.kept_step import KeptStep
@@ -40,6 +41,8 @@ class StepPrograms:
         alone = objective is NEXT_TOKENS and frozen is None and submodels is None and distributed.count() == 1
         fits = alone or not config.train.keep_program
         require(fits, config.train, "keep_program", "False where a run has another task than next tokens, or processes")
+        if config.train.keep_program:
+            require_flatbuffers()
         self._steps: dict[bool, Callable[..., Any]] = {}
         self._compiled: set[tuple[bool, tuple[int, ...]]] = set()
         self._measures: dict[bool, Callable[..., Any] | None] = {}

@@ -54,7 +54,10 @@ class WholePass:
         if self.parts == 1:
             (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], self.inputs))
             return loss, grads, sums._replace(**jax.tree.map(lambda x: x[None], _of_each(sums)))
-        interleave = self.plan.config.interleave
+        # On XLA:CPU no collective may run beside a loop that contains some (parallel/runtime.py), and barriers are gone
+        # when its programs are ordered. So several CPU devices run microbatches in turn.
+        in_turn = jax.default_backend() == "cpu" and self.plan.config.devices > 1
+        interleave = 1 if in_turn else self.plan.config.overlapping
         (loss, sums, grads), of_each = _accumulated(gradient, varied, self.inputs, interleave=interleave)
         return loss, grads, sums._replace(**of_each)
 

@@ -83,10 +83,10 @@ def near(o: ByChunk, dy_bthp: Array, sums_bhcq: Sequence[Array], *, launch: Laun
     token_spec = pl.BlockSpec((None, per_group, chunks, width), lambda i, g, b: (b, g, 0, 0))
     runs_spec = pl.BlockSpec((None, chunks, width), lambda i, g, b: (b, 0, 0))
     scores_spec = pl.BlockSpec((None, None, chunks, width, width), lambda i, g, b: (b, g, 0, 0, 0))
-    share_spec = pl.BlockSpec((None, per_group, chunks, len(tiles), rows), lambda i, g, b: (b, g, 0, 0, 0))
+    tile_spec = pl.BlockSpec((None, per_group, chunks, len(tiles), rows), lambda i, g, b: (b, g, 0, 0, 0))
     outputs = {
         "scores": ((batch, groups, chunks, width, width), x_bthp.dtype, scores_spec),
-        **dict.fromkeys(("received", "given"), ((batch, heads, chunks, len(tiles), rows), jnp.float32, share_spec)),
+        **dict.fromkeys(("received", "given"), ((batch, heads, chunks, len(tiles), rows), jnp.float32, tile_spec)),
         **dict.fromkeys(("own", "skip"), (dt_bhcq.shape, jnp.float32, token_spec)),
     }
     if launch.exact:
