@@ -1,5 +1,6 @@
 """Rollouts beside the trainer: ahead of it in a thread, by a server, and the reference that adapters leave in place."""
 
+import concurrent.futures
 import dataclasses
 import json
 import shutil
@@ -133,6 +134,44 @@ def test_no_batch_begins_before_the_weights_that_bound_its_age():
     ahead.take(3, "w3", None, lambda: None)
     assert groups.begun == [0, 1, 2, 3]
     ahead.stop()
+
+
+def test_a_run_that_rolled_back_takes_more_batches_than_it_has_steps():
+    """As many as it needs, of which none is written that it may not need."""
+    rollouts = Rollouts()
+    groups = Slow(rollouts)
+    ahead = Ahead(rollouts, groups, most=2, total=3)
+    groups.may.release(30)
+    for number in range(3):
+        ahead.take(number, "w", None, lambda: None)
+    ahead.stop()  # as a position that is restored does
+    for number in (3, 4):
+        taken = in_time(lambda n=number: ahead.take(n, "w", None, lambda: None))
+        assert taken.curriculum == {"after": number}
+    assert groups.begun == [0, 1, 2, 3, 4]
+    ahead.stop()
+
+
+def test_a_thread_that_is_gone_is_not_waited_for():
+    rollouts = Rollouts()
+    ahead = Ahead(rollouts, Slow(rollouts), most=1, total=3)
+    ahead._thread = threading.Thread(target=lambda: None)
+    with pytest.raises(RuntimeError, match="has ended; expected it to write batch 1"):
+        in_time(lambda: ahead.take(1, "w", None, lambda: None))
+
+
+def in_time(call):
+    """What the call returns or raises, unless it takes too long."""
+    found = concurrent.futures.Future()
+
+    def run():
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result(timeout=5)
 
 
 def test_what_a_batch_raises_is_raised_where_it_is_waited_for():

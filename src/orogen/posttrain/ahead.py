@@ -26,7 +26,8 @@ class _Newest(NamedTuple):
 
 
 class Ahead:
-    """Writes batches of rollouts, at most `most` ahead of the one that trains, and `total` in all."""
+    """Writes batches of rollouts, at most `most` ahead of the one that trains. None from number `total` on, where a run
+    usually ends, is written before it is taken: a run that rolled back takes more."""
 
     def __init__(self, rollouts: Rollouts, groups: Groups, *, most: int, total: int) -> None:
         self._rollouts, self._groups, self._most, self._total = rollouts, groups, most, total
@@ -45,13 +46,16 @@ class Ahead:
         Raises what the thread raised."""
         newest = _Newest(self._rollouts.copied(params, buffers), number)
         with self._changed:
-            self._newest, self._allowed = newest, number + self._most
+            self._newest = newest
+            self._allowed = max(number, min(number + self._most, self._total - 1))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, args=(number,), name="rollouts", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
             seen = self._rounds
             while number not in self._found and self._error is None:
+                if not self._thread.is_alive():
+                    raise RuntimeError(f"the thread of rollouts has ended; expected it to write batch {number}")
                 self._changed.wait(WAIT)
                 if self._rounds != seen:
                     seen = self._rounds
@@ -74,7 +78,7 @@ class Ahead:
 
     def _run(self, number: int) -> None:
         try:
-            while number < self._total and self._may_begin(number):
+            while self._may_begin(number):
                 with self._rollouts.lock:
                     newest = self._latest()
                     engine = self._rollouts.given(newest.weights, version=newest.version)
