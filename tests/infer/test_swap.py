@@ -89,6 +89,27 @@ def test_answers_go_on_with_weights_that_are_handed_over(model):
     assert told(engine.run(requests())) == before
 
 
+def test_later_requests_begin_with_nothing_that_earlier_weights_cached(model):
+    """Though the version be the same, and others still run; by the same weights, prefixes are shared again."""
+    engine, prompt = Engine(model, CONFIG), asked(range(60, 95), 6, Sampling(seed=9))
+    for _ in range(2):
+        engine.run([prompt])
+    assert (cached := engine.stats.cached_tokens) > 0
+    running = engine.submit(asked([3], 40, ignore_eos=True))
+    found = {running: engine.step()}
+    engine.swap(*others(model), version=0)
+    number = engine.submit(prompt)
+    found[number] = []
+    while engine.busy:
+        for output in engine.step():
+            found[output.number].append(output)
+    assert engine.stats.cached_tokens == cached and len(told(found.values())[0]) == 40
+    new = Engine(model._replace(params=others(model)[0]), CONFIG)
+    assert told([found[number]]) == told(new.run([prompt]))
+    engine.run([prompt])
+    assert engine.stats.cached_tokens > cached
+
+
 @pytest.fixture
 def server(model, tmp_path, monkeypatch):
     """A server whose engine may be given weights, and what it was opened with."""
