@@ -143,6 +143,12 @@ def test_a_server_writes_what_an_engine_of_this_process_does(server, model):
         assert text(one) == text(other) and [o[-1].finish for o in one] == [o[-1].finish for o in other]
         assert {o.version for outputs in one for o in outputs if o.tokens} == {version}
     assert set(rounds) == {0, 1} and len(list(server.folder.iterdir())) == 2
+    after_a_kill = remote_engine(server, model)  # by a process that may have the same id
+    after_a_kill.give(model.params, model.buffers, version=0, in_flight=False)
+    after_a_kill.close()
+    assert len(list(server.folder.iterdir())) == 2
+    far.close()
+    assert not list(server.folder.iterdir()) and told(far.run(asked_for[:1], lambda: None))
 
 
 @pytest.mark.parametrize(

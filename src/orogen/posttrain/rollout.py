@@ -48,7 +48,6 @@ SHORT = 256  # tokens of a text below which a piece is one page
 UNREADABLE = "unreadable"  # a conversation that cannot be continued, since its template or tokenizer fails at it
 READ = 2048  # prompt tokens that are read at a time
 
-
 Weights = tuple[Any, Any]  # parameters and buffers, as an engine reads them
 
 
@@ -103,14 +102,15 @@ class Rollouts:
         self.settings = _engine_config(config, self._plan.config)
         self._engine: Engine | None = None
         self._server: RemoteEngine | None = None
+        self._stops: list[Callable[[], None]] = []
         if self.rl.server is None:
             sizes_of(config.model, self._plan.config, self.settings)
         else:
             self._server = RemoteEngine(self.rl, base_of(config.model), tokenizer)
+            self.on_close(self._server.close)
         self._unreadable = 0
         self.spent = Spent()
         self.lock = threading.RLock()  # held while the engine or the verifiers are used, if several threads do
-        self._stops: list[Callable[[], None]] = []
         self._pools: dict[str, Pool] = {}
         try:
             for one in self.rl.environments:
@@ -129,14 +129,14 @@ class Rollouts:
         return found
 
     def close(self) -> None:
-        """Ends the processes that verify."""
-        for stop in self._stops:
+        """Ends the processes that verify, and what `on_close` named."""
+        for stop in reversed(self._stops):
             stop()
         for pool in self._pools.values():
             pool.close()
 
     def on_close(self, stop: Callable[[], None]) -> None:
-        """Calls `stop` before the verifiers end."""
+        """Calls `stop` before the verifiers end, and before what was to be called earlier."""
         self._stops.append(stop)
 
     def take(self, params: Any, buffers: Any) -> Answering:
