@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import http.client
 import json
+import time
 from types import SimpleNamespace
 
 import jax
@@ -210,6 +211,23 @@ def test_a_server_that_refuses_or_is_not_there(server, model, monkeypatch):
     monkeypatch.delenv(remote.API_KEY)
     with pytest.raises(ConfigError, match="OROGEN_API_KEY is not; expected the key"):
         remote_engine(server, model)
+
+
+def test_a_failure_of_one_answer_is_heard_before_the_others_are_asked_for(server, model, monkeypatch):
+    """Here the first of 40, of which three are under way at once."""
+    far, asked_for = remote_engine(server, model), []
+
+    def answer(number, request):
+        asked_for.append(number)
+        if number == 0:
+            raise remote.ServerError("gone")
+        time.sleep(0.05)
+        return []
+
+    monkeypatch.setattr(far, "_answer", answer)
+    with pytest.raises(remote.ServerError, match="gone"):
+        far.run([asked([5], 1)] * 40, lambda: None)
+    assert len(asked_for) < 20
 
 
 def test_a_server_without_permission_takes_no_weights(model):

@@ -79,7 +79,9 @@ class RemoteEngine:
             left = set(asked)
             try:
                 while left:
-                    _, left = wait(left, timeout=LOOK, return_when=FIRST_COMPLETED)
+                    done, left = wait(left, timeout=LOOK, return_when=FIRST_COMPLETED)
+                    for one in done:
+                        one.result()  # what it raises ends the others
                     progress()
             except BaseException:
                 for one in left:
