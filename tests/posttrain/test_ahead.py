@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from orogen.infer.engine import Engine
 from orogen.infer.serve.weights import Weights
 from orogen.layers.adapter import apart, merged
 from orogen.model.lm import initial_state
-from orogen.posttrain import rl
+from orogen.posttrain import heldout_tasks, rl
 from orogen.posttrain.ahead import Ahead
 from orogen.posttrain.groups import Written
 from orogen.posttrain.likelihood import Likelihoods
@@ -77,7 +78,7 @@ class Rollouts:
 
     def __init__(self):
         self.lock, self.version, self.stops = threading.RLock(), None, []
-        self.given_at, self.swapped = [], []
+        self.given_at, self.swapped, self.rounds = [], [], 0
 
     def on_close(self, stop):
         self.stops.append(stop)
@@ -172,6 +173,32 @@ def in_time(call):
 
     threading.Thread(target=run, daemon=True).start()
     return found.result(timeout=5)
+
+
+def test_an_evaluation_that_waits_for_the_thread_tells_its_progress(monkeypatch):
+    """And none of a thread that hangs."""
+    monkeypatch.setattr(heldout_tasks, "WAIT", 0.01)
+    rollouts, told = Rollouts(), []
+    groups = Slow(rollouts)
+    ahead = Ahead(rollouts, groups, most=1, total=2)
+    groups.may.release(3)
+    ahead.take(0, "w", None, lambda: None)
+    until(lambda: groups.begun == [0, 1])  # which holds the lock
+    heldout = heldout_tasks.HeldoutTasks(rollouts, {"a": [1]}, count=1)
+    heldout.progress = lambda: told.append(rollouts.rounds)
+    rollouts.take = lambda *weights: "engine"
+    monkeypatch.setattr(heldout, "_means", lambda engine, tasks: [0.5])
+    waiting = threading.Thread(target=lambda: heldout.full(SimpleNamespace(params=0, buffers=0)))
+    waiting.start()
+    time.sleep(0.3)
+    assert told == []
+    for calls in (1, 2):
+        groups.may.release()
+        until(lambda n=calls: len(told) == n)
+    groups.may.release()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    ahead.stop()
 
 
 def test_what_a_batch_raises_is_raised_where_it_is_waited_for():

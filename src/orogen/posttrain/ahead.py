@@ -34,7 +34,7 @@ class Ahead:
         self._changed = threading.Condition()
         self._newest: _Newest | None = None
         self._given = -1  # the version that the engine has
-        self._allowed, self._rounds = -1, 0
+        self._allowed = -1
         self._found: dict[int, Written] = {}
         self._error: BaseException | None = None
         self._closing = False
@@ -52,13 +52,13 @@ class Ahead:
                 self._thread = threading.Thread(target=self._run, args=(number,), name="rollouts", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-            seen = self._rounds
+            seen = self._rollouts.rounds
             while number not in self._found and self._error is None:
                 if not self._thread.is_alive():
                     raise RuntimeError(f"the thread of rollouts has ended; expected it to write batch {number}")
                 self._changed.wait(WAIT)
-                if self._rounds != seen:
-                    seen = self._rounds
+                if self._rollouts.rounds != seen:
+                    seen = self._rollouts.rounds
                     progress()
             if self._error is not None:
                 raise self._error
@@ -109,7 +109,7 @@ class Ahead:
         """What happens between two calls of the engine."""
         if self._closing:
             raise _Closed
-        self._rounds += 1
+        self._rollouts.rounds += 1
         newest = self._latest()
         if newest.version != self._given:
             self._rollouts.swap(newest.weights, version=newest.version)
