@@ -184,7 +184,7 @@ class Engine:
 
     def swap(self, params: Any, buffers: Any, *, version: int) -> None:
         """As `give`, between two steps and while requests run: these, and those that wait, go on with what earlier
-        weights cached, later ones do not. version: told with each token that the weights choose. Raises EngineFailed."""
+        weights cached; later ones do not. version: told with each token that weights choose. Raises EngineFailed."""
         self._require_sound()
         self._lane.settled()
         self.opened = prepared(self._bare._replace(params=params, buffers=buffers), self.config, release=False)

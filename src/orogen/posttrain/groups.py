@@ -52,8 +52,8 @@ class Groups:
         return Written(samples, measures, self.curriculum.state())
 
     def _groups(self, number: int, engine: Answering, progress: Callable[[], None]) -> tuple[list[Sample], int]:
-        """The judged samples of the batch's tasks, and how many groups were replaced because they had no gradient. Those
-        of an environment with a teacher learn from it, whatever their rewards are."""
+        """The judged samples of the batch's tasks, and how many groups were replaced because they had no gradient.
+        Those of an environment with a teacher learn from it, whatever their rewards are."""
         taught = {one.name for one in self._rl.environments if one.teacher is not None}
         write = functools.partial(self._write, number=number, engine=engine, progress=progress)
         samples = write(self.curriculum.draw(number), round_=0)

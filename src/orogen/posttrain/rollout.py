@@ -1,10 +1,10 @@
-"""Rollouts: episodes that the training weights themselves write, by Orogen's engine in the same process.
+"""Rollouts: episodes that the training weights write, by an engine in the same process unless `server` is set.
 
-On one plan the engine reads the very arrays that train, without a copy (in bfloat16, the working copies that a step
-would make too). A plan with stages, on which no engine runs, or with context, which does nothing for short prompts, is
-left for one whose devices are data ranks, and the weights are laid out anew there. Turns of all episodes are written
-together, then verified together: what runs beside a request depends on no clock, so that a repeated rollout is equal to
-the bit.
+On one plan, without staleness, that engine reads the very arrays that train, no copy (in bfloat16, the working copies
+that a step would make too). A plan with stages, on which no engine runs, or with context, which does nothing for short
+prompts, is left for one whose devices are data ranks, and the weights are laid out anew there. Turns of all episodes
+are written together, then verified together. Without staleness what runs beside a request depends on no clock: a
+repeated rollout is equal to the bit.
 """
 
 import dataclasses
