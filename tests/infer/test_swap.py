@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import http.client
 import json
+import time
 from types import SimpleNamespace
 
 import jax
@@ -89,6 +90,27 @@ def test_answers_go_on_with_weights_that_are_handed_over(model):
     assert told(engine.run(requests())) == before
 
 
+def test_later_requests_begin_with_nothing_that_earlier_weights_cached(model):
+    """Though the version be the same, and others still run; by the same weights, prefixes are shared again."""
+    engine, prompt = Engine(model, CONFIG), asked(range(60, 95), 6, Sampling(seed=9))
+    for _ in range(2):
+        engine.run([prompt])
+    assert (cached := engine.stats.cached_tokens) > 0
+    running = engine.submit(asked([3], 40, ignore_eos=True))
+    found = {running: engine.step()}
+    engine.swap(*others(model), version=0)
+    number = engine.submit(prompt)
+    found[number] = []
+    while engine.busy:
+        for output in engine.step():
+            found[output.number].append(output)
+    assert engine.stats.cached_tokens == cached and len(told(found.values())[0]) == 40
+    new = Engine(model._replace(params=others(model)[0]), CONFIG)
+    assert told([found[number]]) == told(new.run([prompt]))
+    engine.run([prompt])
+    assert engine.stats.cached_tokens > cached
+
+
 @pytest.fixture
 def server(model, tmp_path, monkeypatch):
     """A server whose engine may be given weights, and what it was opened with."""
@@ -122,6 +144,12 @@ def test_a_server_writes_what_an_engine_of_this_process_does(server, model):
         assert text(one) == text(other) and [o[-1].finish for o in one] == [o[-1].finish for o in other]
         assert {o.version for outputs in one for o in outputs if o.tokens} == {version}
     assert set(rounds) == {0, 1} and len(list(server.folder.iterdir())) == 2
+    after_a_kill = remote_engine(server, model)  # by a process that may have the same id
+    after_a_kill.give(model.params, model.buffers, version=0, in_flight=False)
+    after_a_kill.close()
+    assert len(list(server.folder.iterdir())) == 2
+    far.close()
+    assert not list(server.folder.iterdir()) and told(far.run(asked_for[:1], lambda: None))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +211,23 @@ def test_a_server_that_refuses_or_is_not_there(server, model, monkeypatch):
     monkeypatch.delenv(remote.API_KEY)
     with pytest.raises(ConfigError, match="OROGEN_API_KEY is not; expected the key"):
         remote_engine(server, model)
+
+
+def test_a_failure_of_one_answer_is_heard_before_the_others_are_asked_for(server, model, monkeypatch):
+    """Here the first of 40, of which three are under way at once."""
+    far, asked_for = remote_engine(server, model), []
+
+    def answer(number, request):
+        asked_for.append(number)
+        if number == 0:
+            raise remote.ServerError("gone")
+        time.sleep(0.05)
+        return []
+
+    monkeypatch.setattr(far, "_answer", answer)
+    with pytest.raises(remote.ServerError, match="gone"):
+        far.run([asked([5], 1)] * 40, lambda: None)
+    assert len(asked_for) < 20
 
 
 def test_a_server_without_permission_takes_no_weights(model):

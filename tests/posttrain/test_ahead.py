@@ -1,10 +1,12 @@
 """Rollouts beside the trainer: ahead of it in a thread, by a server, and the reference that adapters leave in place."""
 
+import concurrent.futures
 import dataclasses
 import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ from orogen.infer.engine import Engine
 from orogen.infer.serve.weights import Weights
 from orogen.layers.adapter import apart, merged
 from orogen.model.lm import initial_state
-from orogen.posttrain import rl
+from orogen.posttrain import heldout_tasks, rl
 from orogen.posttrain.ahead import Ahead
 from orogen.posttrain.groups import Written
 from orogen.posttrain.likelihood import Likelihoods
@@ -76,7 +78,7 @@ class Rollouts:
 
     def __init__(self):
         self.lock, self.version, self.stops = threading.RLock(), None, []
-        self.given_at, self.swapped = [], []
+        self.given_at, self.swapped, self.rounds = [], [], 0
 
     def on_close(self, stop):
         self.stops.append(stop)
@@ -135,6 +137,70 @@ def test_no_batch_begins_before_the_weights_that_bound_its_age():
     ahead.stop()
 
 
+def test_a_run_that_rolled_back_takes_more_batches_than_it_has_steps():
+    """As many as it needs, of which none is written that it may not need."""
+    rollouts = Rollouts()
+    groups = Slow(rollouts)
+    ahead = Ahead(rollouts, groups, most=2, total=3)
+    groups.may.release(30)
+    for number in range(3):
+        ahead.take(number, "w", None, lambda: None)
+    ahead.stop()  # as a position that is restored does
+    for number in (3, 4):
+        taken = in_time(lambda n=number: ahead.take(n, "w", None, lambda: None))
+        assert taken.curriculum == {"after": number}
+    assert groups.begun == [0, 1, 2, 3, 4]
+    ahead.stop()
+
+
+def test_a_thread_that_is_gone_is_not_waited_for():
+    rollouts = Rollouts()
+    ahead = Ahead(rollouts, Slow(rollouts), most=1, total=3)
+    ahead._thread = threading.Thread(target=lambda: None)
+    with pytest.raises(RuntimeError, match="has ended; expected it to write batch 1"):
+        in_time(lambda: ahead.take(1, "w", None, lambda: None))
+
+
+def in_time(call):
+    """What the call returns or raises, unless it takes too long."""
+    found = concurrent.futures.Future()
+
+    def run():
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result(timeout=5)
+
+
+def test_an_evaluation_that_waits_for_the_thread_tells_its_progress(monkeypatch):
+    """And none of a thread that hangs."""
+    monkeypatch.setattr(heldout_tasks, "WAIT", 0.01)
+    rollouts, told = Rollouts(), []
+    groups = Slow(rollouts)
+    ahead = Ahead(rollouts, groups, most=1, total=2)
+    groups.may.release(3)
+    ahead.take(0, "w", None, lambda: None)
+    until(lambda: groups.begun == [0, 1])  # which holds the lock
+    heldout = heldout_tasks.HeldoutTasks(rollouts, {"a": [1]}, count=1)
+    heldout.progress = lambda: told.append(rollouts.rounds)
+    rollouts.take = lambda *weights: "engine"
+    monkeypatch.setattr(heldout, "_means", lambda engine, tasks: [0.5])
+    waiting = threading.Thread(target=lambda: heldout.full(SimpleNamespace(params=0, buffers=0)))
+    waiting.start()
+    time.sleep(0.3)
+    assert told == []
+    for calls in (1, 2):
+        groups.may.release()
+        until(lambda n=calls: len(told) == n)
+    groups.may.release()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    ahead.stop()
+
+
 def test_what_a_batch_raises_is_raised_where_it_is_waited_for():
     class Broken(Slow):
         def write(self, number, engine, progress):
@@ -172,7 +238,7 @@ def test_a_run_by_a_server_is_the_run_in_one_process(recipe, plain, tmp_path, mo
         )  # fmt: skip
         found, lines = run(recipe, tmp_path / "run", *bindings)
     _, alone, expected = plain
-    assert lines == expected
+    assert lines == expected and not list((tmp_path / "weights").iterdir())
     for one, other in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(alone.state.params), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 

@@ -1,7 +1,9 @@
 """`orogen rl` on a tiny model: records, tables, resuming to the bit, and what is refused."""
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from orogen.checkpoint.open import open_model
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.load import load
+from orogen.config.rl import EnvironmentConfig
 from orogen.model.lm import initial_state
 from orogen.posttrain import rl, rollout
 from orogen.posttrain.environments.pool import Pool
@@ -191,6 +194,21 @@ def test_a_run_does_not_go_on_with_another_reference(recipe, tmp_path, monkeypat
     with pytest.raises(ConfigError, match="seed and the model of KL must be those of the run"):
         source_of("4").restore(position)
     corpus.close()
+
+
+def test_a_run_goes_on_with_its_servers_elsewhere(recipe):
+    """Or without the one that wrote its rollouts."""
+    config, _ = load([recipe])
+    gym = EnvironmentConfig(name="g", kind="nemo_gym", corpus="c.jsonl", url="http://a:1")
+    corpus = SimpleNamespace(content_hash="h", tokenizer=SimpleNamespace(fingerprint="f"))
+
+    def identity(url, samples=3, **server):
+        environments = (dataclasses.replace(gym, url=url),)
+        one = dataclasses.replace(config.rl, environments=environments, samples=samples, **server)
+        return rl._identity(dataclasses.replace(config, rl=one), corpus)
+
+    here = identity("http://a:1")
+    assert identity("https://b:2", server="http://c:3", server_weights="/d") == here != identity("http://a:1", 4)
 
 
 def test_verifying_processes_end_with_the_command(recipe, tmp_path, monkeypatch, capsys):

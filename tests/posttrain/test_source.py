@@ -55,6 +55,21 @@ def test_equal_rewards_with_unequal_lengths_are_a_gradient():
     assert found["zero_gradient_groups"] == 0.5
 
 
+def test_what_a_teacher_judges_is_not_drawn_again():
+    """Of two groups of equal rewards, that of the environment without a teacher alone."""
+    drawn = []
+
+    def write(draws, engine, **more):
+        drawn.append([(draw.environment, draw.number) for draw in draws])
+        return [Sample(d.environment, d.number, d.group, "k", "p", reward=1.0, longest=1) for d in draws]
+
+    curriculum = SimpleNamespace(draw=lambda n: [("a", 7), ("b", 8)], more=lambda name, count, n: [9])
+    two = (dataclasses.replace(ONE, teacher="x"), dataclasses.replace(ONE, name="b"))
+    rl = dataclasses.replace(RL, resample=1, environments=two)
+    groups(_rl=rl, _rollouts=SimpleNamespace(write=write), curriculum=curriculum)._groups(0, None, lambda: None)
+    assert drawn == [[("a", 7)] * 2 + [("b", 8)] * 2, [("b", 9)] * 2]
+
+
 def test_faults_are_those_of_this_rollout():
     rollouts = SimpleNamespace(spent=Spent(), take=lambda *weights: None, faults={"timeout": 3, "crash": 1})
 

@@ -111,7 +111,8 @@ class EnvironmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    """Group-relative policy optimisation on environments, with rollouts by Orogen's own engine in the same process.
+    """Group-relative policy optimisation on environments, with rollouts by Orogen's own engine: in the same process
+    unless `server` is set.
 
     algorithm: grpo (arXiv:2402.03300, with Nemotron 3 Nano's settings), dapo (arXiv:2503.14476) or gspo
     (arXiv:2507.18071). It decides clip_low, clip_high, mean, overlong and resample where these are None.

@@ -62,7 +62,7 @@ class Engine:
         self._slots: dict[int, Slot] = {}
         self._waiting: dict[int, tuple[Request, TextStream | None, Any]] = {}
         self._dispatched: collections.deque[Dispatched] = collections.deque()
-        self._failure, self.version = None, 0
+        self._failure, self.version, self._swaps = None, 0, 0
         self._outputs: list[Output] = []
         self._texts = Texts(opened.tokenizer) if opened.tokenizer is not None else None
         self._constraints: Any = None
@@ -80,13 +80,13 @@ class Engine:
         return self.scheduler.busy or bool(self._outputs)
 
     def submit(self, request: Request, *, salt: str = "") -> int:
-        """Queues a request and returns its number. Requests of different salts share no cached prefix.
+        """Queues a request and returns its number. Those of different salts, or weights, share no cached prefix.
 
         Raises ConfigError for one that this engine can never answer, Full if too many wait, EngineFailed.
         """
         self._require_sound()
         self._check(request)
-        number = self.scheduler.submit(request, salt=salt)
+        number = self.scheduler.submit(request, salt=f"{self._swaps}/{salt}")
         try:
             text = self._texts and self._texts.stream(after=request.prompt, stops=request.stop, shown=request.shown)
             matcher = self._matcher(request)
@@ -183,13 +183,13 @@ class Engine:
         self.scheduler = Scheduler(self.sizes.capacity(self.config))
 
     def swap(self, params: Any, buffers: Any, *, version: int) -> None:
-        """As `give`, between two steps and while requests run: these go on with what earlier weights cached. version:
-        reported with each token that the weights choose. Raises EngineFailed."""
+        """As `give`, between two steps and while requests run: these, and those that wait, go on with what earlier
+        weights cached; later ones do not. version: told with each token that weights choose. Raises EngineFailed."""
         self._require_sound()
         self._lane.settled()
         self.opened = prepared(self._bare._replace(params=params, buffers=buffers), self.config, release=False)
         self.programs.take(self.opened)
-        self.version = version
+        self.version, self._swaps = version, self._swaps + 1
 
     def close(self) -> None:
         """Ends the process that compiles grammars, if there is one."""

@@ -48,18 +48,19 @@ of batches (`source.py`) draws tasks (`curriculum.py`), lets the weights that ar
 several times (`groups.py`, `rollout.py`), has the answers verified, and packs them with their advantages
 (`advantages.py`, `samples.py`) for the objective (`objective.py`); step, loop and plans are those of every task.
 
-- *One model for both sides.* The engine reads the arrays that train, so nothing is sent and no weight is copied on one
-  plan. Before each update the trainer computes the log-probabilities of all chosen tokens itself (`likelihood.py`); the
-  difference from the rollout's is in every record (`mismatch_mean`, `mismatch_max`), and corrects or masks tokens by
-  `RLConfig.importance` and `sequence_error`. With `RLConfig.exact` these log-probabilities come from programs that
-  round as decoding does (`infer/exact_scores.py`), and the difference is exactly 0 in float32. The pass that makes the
-  gradient is over packed rows and still differs by rounding: `gap` says by how much.
+- *One model for both sides.* Without staleness, and unless `server` is set, the engine reads the arrays that train, so
+  nothing is sent and no weight is copied on one plan. Before each update the trainer computes the log-probabilities of
+  all chosen tokens itself (`likelihood.py`); the difference from the rollout's is in every record (`mismatch_mean`,
+  `mismatch_max`), and corrects or masks tokens by `RLConfig.importance` and `sequence_error`. With `RLConfig.exact`
+  these log-probabilities come from programs that round as decoding does (`infer/exact_scores.py`), and the difference
+  is exactly 0 in float32. The pass that makes the gradient is over packed rows and still differs by rounding: `gap`
+  says by how much.
 - *Distillation on policy* (`teachers.py`), as of Nemotron 3 Ultra (MOPD): an environment may name the checkpoint of
   its teacher. The policy then learns log π_teacher - log π of each token that it wrote there, in place of rewards,
   under the same clips and masks; `teacher_divergence` says how far it is. Other environments keep their rewards.
-- *A run that is killed goes on to the bit* and counts no sample twice: seeds derive from the run's seed, the number of
-  the rollout, and the place in it; the engine takes new weights as if it were new. Batches that are left of a rollout
-  with several updates are part of the checkpoint.
+- *A run that is killed goes on to the bit*, without staleness, and counts no sample twice: seeds derive from the run's
+  seed, the number of the rollout, and the place in it; the engine takes new weights as if it were new. Batches that are
+  left of a rollout with several updates are part of the checkpoint.
 - *Held-out tasks* ask no question that is trained on (`task_split.py`), unless an environment has fewer than 20
   different ones: `env.json` and the log then say so.
 - *What has no gradient is counted*: groups with equal rewards (`zero_gradient_groups`), failed verifications and

@@ -26,14 +26,15 @@ class _Newest(NamedTuple):
 
 
 class Ahead:
-    """Writes batches of rollouts, at most `most` ahead of the one that trains, and `total` in all."""
+    """Writes batches of rollouts, at most `most` ahead of the one that trains. None from number `total` on, where a run
+    usually ends, is written before it is taken: a run that rolled back takes more."""
 
     def __init__(self, rollouts: Rollouts, groups: Groups, *, most: int, total: int) -> None:
         self._rollouts, self._groups, self._most, self._total = rollouts, groups, most, total
         self._changed = threading.Condition()
         self._newest: _Newest | None = None
         self._given = -1  # the version that the engine has
-        self._allowed, self._rounds = -1, 0
+        self._allowed = -1
         self._found: dict[int, Written] = {}
         self._error: BaseException | None = None
         self._closing = False
@@ -45,16 +46,19 @@ class Ahead:
         Raises what the thread raised."""
         newest = _Newest(self._rollouts.copied(params, buffers), number)
         with self._changed:
-            self._newest, self._allowed = newest, number + self._most
+            self._newest = newest
+            self._allowed = max(number, min(number + self._most, self._total - 1))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, args=(number,), name="rollouts", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-            seen = self._rounds
+            seen = self._rollouts.rounds
             while number not in self._found and self._error is None:
+                if not self._thread.is_alive():
+                    raise RuntimeError(f"the thread of rollouts has ended; expected it to write batch {number}")
                 self._changed.wait(WAIT)
-                if self._rounds != seen:
-                    seen = self._rounds
+                if self._rollouts.rounds != seen:
+                    seen = self._rollouts.rounds
                     progress()
             if self._error is not None:
                 raise self._error
@@ -74,7 +78,7 @@ class Ahead:
 
     def _run(self, number: int) -> None:
         try:
-            while number < self._total and self._may_begin(number):
+            while self._may_begin(number):
                 with self._rollouts.lock:
                     newest = self._latest()
                     engine = self._rollouts.given(newest.weights, version=newest.version)
@@ -105,7 +109,7 @@ class Ahead:
         """What happens between two calls of the engine."""
         if self._closing:
             raise _Closed
-        self._rounds += 1
+        self._rollouts.rounds += 1
         newest = self._latest()
         if newest.version != self._given:
             self._rollouts.swap(newest.weights, version=newest.version)

@@ -52,13 +52,17 @@ class Groups:
         return Written(samples, measures, self.curriculum.state())
 
     def _groups(self, number: int, engine: Answering, progress: Callable[[], None]) -> tuple[list[Sample], int]:
-        """The judged samples of the batch's tasks, and how many groups were replaced because they had no gradient."""
+        """The judged samples of the batch's tasks, and how many groups were replaced because they had no gradient.
+        Those of an environment with a teacher learn from it, whatever their rewards are."""
+        taught = {one.name for one in self._rl.environments if one.teacher is not None}
         write = functools.partial(self._write, number=number, engine=engine, progress=progress)
         samples = write(self.curriculum.draw(number), round_=0)
         replaced = 0
         for round_ in range(1, int(self._rl.chosen("resample")) + 1):
             groups = by_group(samples)
-            dull = [place for place, group in enumerate(groups) if is_flat(group)]
+            dull = [
+                place for place, group in enumerate(groups) if group[0].environment not in taught and is_flat(group)
+            ]
             if not dull:
                 break
             names = [groups[place][0].environment for place in dull]

@@ -8,6 +8,7 @@ import numpy as np
 from orogen.config.streams import say
 from orogen.posttrain.rollout import Answering, Draw, Rollouts
 
+WAIT = 1.0  # seconds between two looks at whether a thread makes progress
 REWARD, FAILURE, WHOLE = "heldout_reward", "heldout_failure", "whole_"
 
 
@@ -43,11 +44,22 @@ class HeldoutTasks:
             names_of = ", ".join(self._repeated)
             say(f"held-out tasks of {names_of} repeat questions of training: they have too few different ones")
             self._repeated = ()
-        with self._rollouts.lock:
+        self._acquire()
+        try:
             engine = self._rollouts.take(state.params, state.buffers)
             means = self._means(engine, tasks)
+        finally:
+            self._rollouts.lock.release()
         reward = float(np.mean(means))
         return dict(zip(names, [1 - reward, reward, *means], strict=True))
+
+    def _acquire(self) -> None:
+        """Waits until a thread that writes ahead is done with its batch: progress, as long as it makes any."""
+        seen = self._rollouts.rounds
+        while not self._rollouts.lock.acquire(timeout=WAIT):
+            if self._rollouts.rounds != seen:
+                seen = self._rollouts.rounds
+                self.progress()
 
     def _means(self, engine: Answering, tasks: Mapping[str, Sequence[int]]) -> list[float]:
         """The mean reward of each environment."""

@@ -1,6 +1,7 @@
 """Rollouts by a server: `orogen serve --weights FOLDER --api_key KEY`, perhaps on other devices or another host.
 
-The weights go through FOLDER, which both see: a checkpoint folder per version, of which the last ones are kept. Prompts
+The weights go through FOLDER, which both see: a checkpoint folder per version, of which the last ones are kept until
+the run ends; those of a run that is killed stay. Prompts
 and answers are token ids, so nothing is tokenised twice; seeds are those of rollouts in one process, whose answers are
 the same where the server's engine has the same settings.
 """
@@ -9,6 +10,7 @@ import base64
 import http.client
 import json
 import os
+import secrets
 import shutil
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
@@ -53,17 +55,22 @@ class RemoteEngine:
             raise ConfigError(f"RLConfig.server_weights is {rl.server_weights!r}; expected a folder that exists")
         self._texts, self._ends, self._most = Texts(tokenizer), tokenizer.end_ids, rl.slots
         self._more = {"return_routed_experts": True} if rl.router_replay else {}
-        self._pushed = 0
+        # Not of the process's id, which another container on the same folder may have, or this one's next run.
+        self._name, self._pushed = f"weights-{secrets.token_hex(8)}", 0
 
     def give(self, params: nnx.State, buffers: nnx.State, *, version: int, in_flight: bool) -> None:
         """Has the server answer by these weights of the whole model from now on. Raises ServerError, and ConfigError
         for what it refuses."""
         self._pushed += 1
-        name = f"weights-{os.getpid()}-{self._pushed}"
+        name = f"{self._name}-{self._pushed}"
         write_folder(self._folder / name, self._model, params, buffers)
         self._post("/v1/weights", {"folder": name, "version": version, "in_flight": in_flight})
-        old = self._folder / f"weights-{os.getpid()}-{self._pushed - KEPT}"
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._folder / f"{self._name}-{self._pushed - KEPT}", ignore_errors=True)
+
+    def close(self) -> None:
+        """Removes the weights of this run, which the server holds in memory, from the folder."""
+        for one in self._folder.glob(f"{self._name}-*"):
+            shutil.rmtree(one, ignore_errors=True)
 
     def run(self, requests: Iterable[Request], progress: Callable[[], None]) -> list[list[Output]]:
         """The outputs of each request, at most `RLConfig.slots` at a time. Raises as `give`."""
@@ -72,7 +79,9 @@ class RemoteEngine:
             left = set(asked)
             try:
                 while left:
-                    _, left = wait(left, timeout=LOOK, return_when=FIRST_COMPLETED)
+                    done, left = wait(left, timeout=LOOK, return_when=FIRST_COMPLETED)
+                    for one in done:
+                        one.result()  # what it raises ends the others
                     progress()
             except BaseException:
                 for one in left:

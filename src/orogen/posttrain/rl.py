@@ -174,18 +174,12 @@ def _open_tasks(config: RunConfig, tokenizer: Tokenizer, template: str | dict[st
 def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
     """What a position belongs to."""
     rl = json.loads(json.dumps(dataclasses.asdict(config.rl)))
-    for free in ("slots", "workers", "table_rows"):  # these change no sample
+    for free in ("slots", "workers", "table_rows", "server", "server_weights"):  # speed, and a place
         del rl[free]
     for one in rl["environments"]:
         del one["teacher"]  # known by what it computes
-        if one["url"] is None:  # positions of earlier versions do not name it
-            del one["url"]
-    for later in (
-        "router_replay",
-        "staleness",
-        "server",
-        "server_weights",
-    ):  # positions of earlier versions do not name them
+        del one["url"]  # where a verifier listens; what it judges are the tasks
+    for later in ("router_replay", "staleness"):  # positions of earlier versions do not name them
         if not rl[later]:
             del rl[later]
     return {

@@ -1,10 +1,10 @@
-"""Rollouts: episodes that the training weights themselves write, by Orogen's engine in the same process.
+"""Rollouts: episodes that the training weights write, by an engine in the same process unless `server` is set.
 
-On one plan the engine reads the very arrays that train, without a copy (in bfloat16, the working copies that a step
-would make too). A plan with stages, on which no engine runs, or with context, which does nothing for short prompts, is
-left for one whose devices are data ranks, and the weights are laid out anew there. Turns of all episodes are written
-together, then verified together: what runs beside a request depends on no clock, so that a repeated rollout is equal to
-the bit.
+On one plan, without staleness, that engine reads the very arrays that train, no copy (in bfloat16, the working copies
+that a step would make too). A plan with stages, on which no engine runs, or with context, which does nothing for short
+prompts, is left for one whose devices are data ranks, and the weights are laid out anew there. Turns of all episodes
+are written together, then verified together. Without staleness what runs beside a request depends on no clock: a
+repeated rollout is equal to the bit.
 """
 
 import dataclasses
@@ -47,7 +47,6 @@ PAGE, PIECE = 16, 64  # tokens of a page, and of a piece of a prompt where texts
 SHORT = 256  # tokens of a text below which a piece is one page
 UNREADABLE = "unreadable"  # a conversation that cannot be continued, since its template or tokenizer fails at it
 READ = 2048  # prompt tokens that are read at a time
-
 
 Weights = tuple[Any, Any]  # parameters and buffers, as an engine reads them
 
@@ -103,14 +102,15 @@ class Rollouts:
         self.settings = _engine_config(config, self._plan.config)
         self._engine: Engine | None = None
         self._server: RemoteEngine | None = None
+        self._stops: list[Callable[[], None]] = []
         if self.rl.server is None:
             sizes_of(config.model, self._plan.config, self.settings)
         else:
             self._server = RemoteEngine(self.rl, base_of(config.model), tokenizer)
+            self.on_close(self._server.close)
         self._unreadable = 0
-        self.spent = Spent()
+        self.spent, self.rounds = Spent(), 0  # rounds: calls of the engine and looks at verifiers, of another thread
         self.lock = threading.RLock()  # held while the engine or the verifiers are used, if several threads do
-        self._stops: list[Callable[[], None]] = []
         self._pools: dict[str, Pool] = {}
         try:
             for one in self.rl.environments:
@@ -129,14 +129,14 @@ class Rollouts:
         return found
 
     def close(self) -> None:
-        """Ends the processes that verify."""
-        for stop in self._stops:
+        """Ends the processes that verify, and what `on_close` named."""
+        for stop in reversed(self._stops):
             stop()
         for pool in self._pools.values():
             pool.close()
 
     def on_close(self, stop: Callable[[], None]) -> None:
-        """Calls `stop` before the verifiers end."""
+        """Calls `stop` before the verifiers end, and before what was to be called earlier."""
         self._stops.append(stop)
 
     def take(self, params: Any, buffers: Any) -> Answering:

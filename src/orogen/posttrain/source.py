@@ -1,4 +1,5 @@
-"""Batches that the weights about to train on them have written: the source of a run of reinforcement learning.
+"""Batches that the weights about to train on them, or with staleness earlier ones, have written: the source of a run of
+reinforcement learning.
 
 Letters: b batch, t time, n samples of a group.
 """
@@ -32,11 +33,12 @@ Reference = Callable[[Any], tuple[Any, Any]]
 
 
 class RolloutSource:
-    """An endless stream of batches. In each, `prompts` tasks are answered `samples` times by the weights that train.
+    """An endless stream of batches. In each, `prompts` tasks are answered `samples` times, without staleness by the
+    weights that train, else also by earlier ones (`ahead.py`).
 
-    All randomness derives from the seed, the number of the rollout and the place in it, so a run that is killed and
-    resumed writes the same samples again. With several updates per rollout, the batches that are left are part of the
-    position, since later weights could not write them again.
+    All randomness derives from the seed, the number of the rollout and the place in it, so without staleness a run that
+    is killed and resumed writes the same samples again. With several updates per rollout, the batches that are left are
+    part of the position, since later weights could not write them again.
     """
 
     def __init__(

@@ -51,8 +51,9 @@ class Weights:
 
 
 async def load_weights(request: HttpRequest) -> Response:
-    """The route. in_flight: requests that run go on with the new weights, and with what older ones cached; otherwise
-    none may run. version: told with each token that the weights choose, as `token_versions`."""
+    """The route. in_flight: requests that are there go on with the new weights, and with what older ones cached, which
+    later requests do not see; otherwise none may be there. version: told with each token that the weights choose, as
+    `token_versions`."""
     parts = request.app.state.parts
     body, unknown = await read_body(request, FORM)
     weights: Weights | None = parts.weights
