@@ -74,9 +74,9 @@ def answers_html(run_dir: Path) -> str:
 
 
 def _row(row: dict[str, Any]) -> str:
-    said = "\n\n".join(row["said"]) + ("" if row["fault"] is None else f"\n\n[{row['fault']}]")
+    said = _short("\n\n".join(row["said"])) + ("" if row["fault"] is None else f"\n\n[{row['fault']}]")
     cells = f"<td>{html.escape(row['environment'])} {html.escape(str(row['key']))}</td>"
-    cells += "".join(f"<td><pre>{html.escape(_short(text))}</pre></td>" for text in (row["prompt"], said))
+    cells += "".join(f"<td><pre>{html.escape(text)}</pre></td>" for text in (_short(row["prompt"]), said))
     reward = "–" if row["reward"] is None else f"{row['reward']:.3g}"
     numbers = (reward, f"{row['advantage']:+.3g}", f"{row['tokens']:,}")
     cells += "".join(f'<td class="number">{number}</td>' for number in numbers)
