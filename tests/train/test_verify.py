@@ -75,8 +75,8 @@ def test_a_fault_of_adding_up_microbatches_is_seen(monkeypatch):
     """Only one side has microbatches, recomputation and kernels, so their faults show as differences."""
     honest = whole._accumulated
 
-    def shrinks(*arguments):
-        (loss, sums, grads), kept = honest(*arguments)
+    def shrinks(*arguments, **named):
+        (loss, sums, grads), kept = honest(*arguments, **named)
         return (loss, sums, whole.jax.tree.map(lambda g: g * 0.99, grads)), kept
 
     monkeypatch.setattr(whole, "_accumulated", shrinks)
