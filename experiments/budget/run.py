@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.sft.run import NEW, Answerer, Questions, Size, questions, right, tuned, write_chats
+from experiments.sft.run import NEW, Answerer, Questions, Size, questions, record, right, tuned, write_chats
 
 from orogen.infer.request import Budget
 from orogen.posttrain.environments.interface import Example
@@ -118,12 +118,7 @@ def main() -> None:
         lines = [json.loads(line) for line in options.record.read_text().splitlines()]
         print("\n".join(table(lines, family, field) for field in ("accuracy", "leaked") for family in LEVELS))
         return
-    for seed in (0,) if options.quick else options.seeds:
-        for line in trial(options.out / f"seed{seed}", seed, options.arms, QUICK if options.quick else WHOLE):
-            print(json.dumps(line), flush=True)
-            if not options.quick:
-                with options.record.open("a") as file:
-                    print(json.dumps(line), file=file)
+    record(trial, options, QUICK if options.quick else WHOLE)
 
 
 if __name__ == "__main__":

@@ -184,6 +184,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def record(trial: Callable[..., Iterator[dict[str, Any]]], options: argparse.Namespace, size: Size) -> None:
+    """Runs the trial of each seed and prints its lines, which the record gets too unless the run is a quick one."""
+    for seed in (0,) if options.quick else options.seeds:
+        for line in trial(options.out / f"seed{seed}", seed, options.arms, size):
+            print(json.dumps(line), flush=True)
+            if not options.quick:
+                with options.record.open("a") as file:
+                    print(json.dumps(line), file=file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/sft"), help="a new folder")
@@ -196,12 +206,7 @@ def main() -> None:
     if options.table:
         print(table([json.loads(line) for line in options.record.read_text().splitlines()]))
         return
-    for seed in (0,) if options.quick else options.seeds:
-        for line in trial(options.out / f"seed{seed}", seed, options.arms, QUICK if options.quick else WHOLE):
-            print(json.dumps(line), flush=True)
-            if not options.quick:
-                with options.record.open("a") as file:
-                    print(json.dumps(line), file=file)
+    record(trial, options, QUICK if options.quick else WHOLE)
 
 
 if __name__ == "__main__":

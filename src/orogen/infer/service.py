@@ -140,9 +140,11 @@ class Service:
         done: Future[None] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():  # who asked for it has gone
+                return
             try:
                 done.set_result(action())
-            except Exception as error:
+            except Exception as error:  # of any type: whoever waits is told
                 done.set_exception(error)
 
         self._command(run)

@@ -1,9 +1,9 @@
 """Rollouts by a server: `orogen serve --weights FOLDER --api_key KEY`, perhaps on other devices or another host.
 
-The weights go through FOLDER, which both see: a checkpoint folder per version, of which the last ones are kept until
-the run ends; those of a run that is killed stay. Prompts
-and answers are token ids, so nothing is tokenised twice; seeds are those of rollouts in one process, whose answers are
-the same where the server's engine has the same settings.
+Trainer and server both see FOLDER. The trainer writes each version of the weights there as a checkpoint folder, keeps
+the last ones, and removes them when the run ends; those of a run that is killed stay. Prompts and answers are token
+ids, so nothing is tokenised twice. Seeds are those of rollouts in one process, whose answers are the same where the
+server's engine has the same settings.
 """
 
 import base64

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from orogen.config.files import write_atomically
 from orogen.data.readers import opened
 
 LEVEL = 3  # of Zstandard: 300 MB/s a core
@@ -108,12 +109,4 @@ def write_arrays(path: Path, **arrays: Any) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, content)
