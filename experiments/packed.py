@@ -26,7 +26,9 @@ import numpy as np
 import optax
 from jax import Array
 
+from orogen.config.checks import ConfigError
 from orogen.config.load import load_sweep
+from orogen.config.precision import PrecisionConfig
 from orogen.config.run import OptimizerConfig, RunConfig
 from orogen.cost.assemble import assemble
 from orogen.data.loader import Corpus, open_corpus
@@ -70,6 +72,8 @@ class Packed:
     """The compiled programs of one arm, and its runs. example: the config of any run of the arm."""
 
     def __init__(self, example: RunConfig, corpus: Corpus):
+        if example.precision != PrecisionConfig():
+            raise ConfigError(f"PrecisionConfig.recipe={example.precision.recipe!r}; expected runs of plain numbers")
         # What differs between runs of an arm must not be in a program: steps, rate, schedule and seed.
         alike = OptimizerConfig(**{
             **vars(example.optimizer), "learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0,

@@ -1,21 +1,19 @@
-"""Times the new runs on one GPU: `python experiments/predicted_and_measured/measure.py >> measured.jsonl`.
+"""Times the new runs on one GPU, and appends to `measured.jsonl` those that it lacks.
 
-Each that `measured.jsonl` lacks is compiled by a process of its own, all at once; then they are timed one after
-another, alone on the GPU.
+Each is compiled by a process of its own, all at once; then they are timed one after another, alone on the GPU.
 """
 
+import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from orogen.bench.turns import Turn, in_turn
 from orogen.bench.workload import Workload
 
 STEPS = 10
-PATIENCE = 300.0  # seconds
 MEASURED = Path(__file__).parent / "measured.jsonl"
 # Widths of published models of which no run is in the other experiments, a few layers deep, and lengths that none has.
 NEW: dict[str, dict[str, Any]] = {
@@ -63,35 +61,36 @@ def workload(name: str) -> Workload:
     return Workload(**NEW[name])
 
 
-def time_one(name: str) -> dict[str, Any]:
-    """Compiles, says so on a line, waits for a line on stdin, and times."""
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+def time_one(turn: Turn) -> dict[str, Any]:
+    """Compiles the run of that number in NEW, waits for its turn, and times it."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all are compiled at once
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.95"
     from orogen.bench.train import prepare, summarise, timed
     from orogen.parallel.runtime import configure
 
     configure()
+    name = list(NEW)[int(turn.name)]
     work = workload(name)
-    prepared = prepare(work, work.config())
-    print("ready", flush=True)
-    sys.stdin.readline()
+    prepared = prepare(work, work.config(), ready=turn.wait)
     return {"name": name, **summarise(prepared, timed(prepared.start, STEPS), work.config())}
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        print(json.dumps(time_one(sys.argv[1])), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=MEASURED, help="where those lines go that MEASURED lacks")
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        turn = Turn(options.one[0], Path(options.one[1]))
+        turn.answer([time_one(turn)])
         return
-    began = time.monotonic()
     done = {json.loads(line)["name"] for line in MEASURED.read_text().splitlines()}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = {name: subprocess.Popen([sys.executable, __file__, name], **pipes) for name in NEW if name not in done}
-    ready = {name: process for name, process in started.items() if process.stdout.readline() == "ready\n"}
-    print(f"{len(ready)} of {len(started)} are compiled after {time.monotonic() - began:.0f} s", file=sys.stderr)
-    for process in ready.values():
-        print(process.communicate("go\n", timeout=PATIENCE)[0], end="", flush=True)
-    failed = [name for name, process in started.items() if process.wait()]
-    if failed:
-        raise RuntimeError(f"these runs failed: {', '.join(failed)}")
+    missing = [str(number) for number, name in enumerate(NEW) if name not in done]  # names of runs are too long
+    results, failures = in_turn(missing, [sys.executable, __file__])
+    with options.out.open("a") as file:
+        file.writelines(f"{json.dumps(row)}\n" for row in results)
+    for number, why in failures.items():
+        print(f"{list(NEW)[int(number)]} failed: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":
