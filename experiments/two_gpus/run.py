@@ -23,7 +23,7 @@ from orogen.bench.turns import Turn, in_turn
 HERE = Path(__file__).parent
 PATTERN = "MEMEM*E"
 TRACED = 2  # steps
-PARSERS = 4  # processes that read traces
+PARSERS = 8  # processes that read traces
 LINK_BYTES = 402_653_184  # of each rank's operand: 98,304 rows of 2048 numbers of 16 bits
 
 
