@@ -2,8 +2,8 @@
 
 A weight in 8 bits is decoded in memory before its product where the plan has no kernel for it, its scales are finer
 than the kernels take, a whole matrix is to multiply more than ROWS_IN_8_BITS rows, or the GPU is of compute capability
-below 8.9, where Triton cannot convert E4M3. The kernels that read E4M3 have been interpreted and lowered for a GPU, but
-have not run on one yet.
+below 8.9, where Triton cannot convert E4M3. With R1 on one H200 the kernels that read E4M3 make a step 1.1 to 1.2 times
+as long as bfloat16 weights of twice the bytes (`experiments/decode_throughput`).
 
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert.
 """
