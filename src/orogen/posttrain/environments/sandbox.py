@@ -27,17 +27,23 @@ MOST_ERRORS = 2**16  # bytes of stderr that are read
 # Of the sandbox: each may take all of the memory that one program may.
 MOST_PROCESSES = 8
 START_SECONDS = 20.0
-# Runs first in the sandbox. Limits of processes would else count those outside of it.
+# Begins in the sandbox: limits of processes would else count those outside of it. The program then runs in the same
+# interpreter, whose start costs more than most programs, and finds nothing of this in its namespace.
 STARTED = b"started\n"
 _LIMITED = f"""
-import json, os, resource, sys
-for name, most in json.loads(sys.argv[1]).items():
-    kind = getattr(resource, "RLIMIT_" + name)
-    hard = resource.getrlimit(kind)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (most, most))
-os.write(1, {STARTED!r})
-os.execv(sys.argv[2], sys.argv[2:])
+def begun():
+    import json, os, resource, sys
+    for name, most in json.loads(sys.argv[1]).items():
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+    os.write(1, {STARTED!r})
+    del sys.argv[:2]
+    globals()["__file__"] = sys.argv[0]
+    with open(sys.argv[0], "rb") as file:
+        return compile(file.read(), sys.argv[0], "exec", dont_inherit=True)
+exec(globals().pop("begun")())
 """
 # What a program of ours needs to start: the interpreter's own folders and the system's libraries.
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
@@ -113,7 +119,7 @@ class Sandbox:
 
     def _command(self, folder: str) -> list[str]:
         python = [sys.executable, "-I", "-S", "-B"]
-        limited = [*python, "-c", _LIMITED, json.dumps(self._limits()), *python]
+        limited = [*python, "-c", _LIMITED, json.dumps(self._limits())]
         if self._bwrap is None:
             return [*limited, f"{folder}/main.py"]
         own = {sys.base_prefix, sys.prefix, sysconfig.get_paths()["stdlib"], str(Path(sys.executable).resolve().parent)}
