@@ -10,6 +10,10 @@ import builtins
 import json
 import os
 
+TYPE_CHECKING = False  # as type checkers know it: to import `typing` would take a program's time
+if TYPE_CHECKING:
+    from typing import Any
+
 NOT_DUMPABLE = 4  # PR_SET_DUMPABLE: with 0, no process of this user reads this one's memory or open files
 MOST_LINE = 2**20
 
@@ -30,7 +34,7 @@ def packed(x):
     raise TypeError(f"{type(x).__name__} is no plain value")
 
 
-def unpacked(x):
+def unpacked(x: "Any") -> "Any":
     """The inverse of `packed`."""
     if not isinstance(x, list):
         return x
@@ -74,7 +78,7 @@ class Remote:
 
     def namespace(self):
         """What the check sees of the program: its functions and plain values; built-in names are the check's own."""
-        found = {"__name__": "check"}
+        found: dict = {"__name__": "check"}
         for name, value in self.names.items():
             if not hasattr(builtins, name) and not name.startswith("__"):
                 found[name] = self._function(name) if value is None else unpacked(value[0])
@@ -125,7 +129,7 @@ def serve(calls, answers):
         answers.write(json.dumps(message).encode() + b"\n")
         answers.flush()
 
-    held = {"__name__": "__main__"}
+    held: dict = {"__name__": "__main__"}
     exec(compile(json.loads(calls.readline()), "program", "exec", dont_inherit=True), held)
     say(shown(held))
     for line in calls:
