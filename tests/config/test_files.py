@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from orogen.config.files import write_atomically
+from orogen.train.run_folder import describe_run
 
 
 def test_an_atomic_write_replaces_the_whole_file(tmp_path):
@@ -35,3 +36,18 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError):
         write_atomically(tmp_path / "page", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["page"]
+
+
+def test_a_run_removes_what_a_killed_one_has_not_finished(tmp_path, monkeypatch):
+    """Files of other names stay."""
+    (tmp_path / "rollouts").mkdir()
+    kept = {"rollouts/1.jsonl", "mine.tmp", ".lock.0a1b.tmp", "config.gin", "env.json"}
+    for name in ("rollouts/1.jsonl", "mine.tmp", ".lock.0a1b.tmp"):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.setattr(Path, "replace", lambda *_: None)  # as if the process ended before it
+    for name in ("rollouts/1.jsonl", "report.html"):
+        write_atomically(tmp_path / name, b"half")
+    monkeypatch.undo()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 5
+    describe_run(tmp_path, "", {})
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == kept

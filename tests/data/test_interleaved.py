@@ -92,3 +92,25 @@ def test_archives_and_tables_that_are_none_are_refused(tmp_path):
         parts(tar(tmp_path, {b"\xff.png".decode("utf-8", "surrogateescape"): A, "\udcff.txt": b"x"}))
     with pytest.raises(ConfigError, match="does not exist"):
         parts(tmp_path / "nowhere")
+
+
+def test_a_damaged_table_is_one_line_wherever_it_is_damaged(tmp_path):
+    """pyarrow raises OSError for some bytes, and UnicodeDecodeError for a text that is none."""
+    table = pyarrow.table({"image": [A] * 30, "caption": [f"seven{n:03}" for n in range(30)]})
+    parquet.write_table(table, tmp_path / "whole.parquet", compression="none", use_dictionary=False)
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    pages = bytes(b ^ 0x40 if 4 <= n < 30 else b for n, b in enumerate(whole))  # headers of the pages of images
+    for name, data in (("text", whole.replace(b"seven007", b"seven\xff07")), ("pages", pages)):
+        (tmp_path / f"{name}.parquet").write_bytes(data)
+        with pytest.raises(ConfigError, match=f"{name}.parquet: .*; expected a Parquet file") as caught:
+            parts(tmp_path / f"{name}.parquet")
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    """It is sparse here: to read it would end this process."""
+    with (tmp_path / "x.png").open("wb") as file:
+        file.truncate(2**42)
+    (tmp_path / "c.jsonl").write_text('{"image": "x.png", "caption": "y"}')
+    with pytest.raises(ConfigError, match="image 'x.png' has 4,398,046,511,104 bytes; expected at most 100,000,000"):
+        parts(tmp_path / "c.jsonl")

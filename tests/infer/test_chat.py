@@ -11,6 +11,7 @@ from tests.infer.chats import SPECIALS, WEATHER, backend, ids_of, tokenizer
 
 from orogen.config.checks import ConfigError
 from orogen.data.tokenizer import Tokenizer
+from orogen.infer import render
 from orogen.infer.chat import _STAND_INS, Chat, find_template, own_template
 from orogen.infer.render import Renderer
 
@@ -241,3 +242,15 @@ def compare(mine, peer, template, tools, chat):
             given = {"tools": tools, "add_generation_prompt": generate, "chat_template": template}
             assert found.text == peer.apply_chat_template(messages, tokenize=False, **given)
             assert found.ids == peer.apply_chat_template(messages, tokenize=True, return_dict=False, **given)
+
+
+def test_the_start_of_a_template_s_process_is_no_part_of_its_time(monkeypatch, tmp_path):
+    """A worker that takes a second to start, and templates that have less."""
+    slow = tmp_path / "worker.py"
+    slow.write_text(f"import runpy, time\ntime.sleep(1)\nrunpy.run_path({str(render.WORKER)!r}, run_name='__main__')\n")
+    monkeypatch.setattr(render, "WORKER", slow)
+    made = Renderer(seconds=0.9)
+    try:
+        assert made.render("{{ a }}", {"a": "b"}) == "b"
+    finally:
+        made.close()

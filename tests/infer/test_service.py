@@ -101,6 +101,36 @@ def test_a_client_that_vanishes_while_its_request_is_handed_over_leaves_none_beh
     assert not engine.busy
 
 
+def test_a_caller_who_is_gone_when_the_engine_answers_does_not_end_its_thread():
+    """Cancelled while the action runs, or before it begins, which it then does not."""
+    begun, goes_on, done = threading.Event(), threading.Event(), []
+
+    def slow():
+        begun.set()
+        assert goes_on.wait(10)
+        done.append("slow")
+
+    async def use(service):
+        callers = [asyncio.create_task(service.between(slow))]
+        await asyncio.to_thread(begun.wait, 10)
+        callers.append(asyncio.create_task(service.between(lambda: done.append("late"))))
+        await asyncio.sleep(0)
+        for caller in callers:
+            caller.cancel()
+        assert all(
+            isinstance(one, asyncio.CancelledError) for one in await asyncio.gather(*callers, return_exceptions=True)
+        )
+        goes_on.set()
+        async with asyncio.timeout(10):
+            await service.between(lambda: done.append("next"))
+            with pytest.raises(ValueError, match="no"):
+                await service.between(lambda: int("no"))
+            return await ids(await service.submit(ask(5)))
+
+    assert serve(FakeEngine(), use) == [5, 5, 5]
+    assert done == ["slow", "next"]
+
+
 def test_a_request_that_fails_leaves_the_others():
     async def use(service):
         bad, good = await service.submit(ask(7)), await service.submit(ask(5))

@@ -176,6 +176,16 @@ def test_calls_keep_their_thinking_in_several_steps_and_results_share_a_turn():
     assert past in say(NANO, [user("a"), *steps, user("b")])
 
 
+@pytest.mark.parametrize("before", [[], [system("S")]])
+def test_a_result_that_nothing_precedes_opens_no_turn(before):
+    """Nor does it in the models' own templates."""
+    text = say(NANO, [*before, tool("x"), tool("y"), user("a")])
+    opened = (
+        "<tool_response>\nx\n</tool_response>\n<tool_response>\ny\n</tool_response>\n<|im_end|>\n<|im_start|>user\na"
+    )
+    assert f"{'S' if before else ''}<|im_end|>\n{opened}" in text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "past"),
     [

@@ -82,3 +82,16 @@ def test_faults_are_those_of_this_rollout():
     found = made.write(0, None, lambda: None).measures
     faults = {name: count for name, count in found.items() if name.startswith("faults/")}
     assert faults == {"faults/timeout": pytest.approx(2)}
+
+
+def test_a_server_that_names_parts_anew_floods_no_record():
+    """The parts that most samples have are told."""
+    rewards = [{"same": 1.0, **{f"{n} of {number}": 0.0 for n in range(30)}} for number in range(8)]
+    samples = [sample(number, 1.0, 1) for number in range(8)]
+    for one, parts in zip(samples, rewards, strict=True):
+        one.rewards = parts
+    name = samples[0].environment
+    rl = dataclasses.replace(RL, environments=(dataclasses.replace(ONE, name=name),))
+    found = measured(samples, [samples], Mismatch(), rl)
+    parts = [key for key in found if key.startswith(f"reward/{name}/")]
+    assert len(parts) == 32 and found[f"reward/{name}/same"] == 1

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,15 @@ def write_recipe(folder: Path, model: str = HYBRID) -> Path:
 
 
 def run(
-    recipe: Path, run_dir: Path, prepare: Callable[[], None] = lambda: None, *, log: Path | None = None
+    recipe: Path,
+    run_dir: Path,
+    prepare: Callable[[], None] = lambda: None,
+    *,
+    log: Path | None = None,
+    task: str = "train",
+    options: Sequence[str] = (),
 ) -> tuple[int, str]:
-    """The exit status of `orogen train --resume` in a process of its own, and its output, which goes to the file
+    """The exit status of `orogen TASK --resume` in a process of its own, and its output, which goes to the file
     `log`; None: a file beside the run folder."""
     said = run_dir.with_suffix(".log") if log is None else log
     child = os.fork()
@@ -102,7 +108,7 @@ def run(
             from orogen.cli import main
 
             prepare()
-            status = main(["train", "--gin_file", str(recipe), "--run", str(run_dir), "--resume"])
+            status = main([task, "--gin_file", str(recipe), "--run", str(run_dir), "--resume", *options])
             sys.stdout.flush()
         except BaseException:
             traceback.print_exc()
@@ -115,9 +121,16 @@ def run(
 def interrupt(moment: str, name: str, call: int, seconds: float, *, before: Callable[[], None] = lambda: None) -> None:
     """Makes this process receive the signal `name`, `seconds` after the given call of the moment's function. before:
     is called then."""
+    module, path, _, _ = MOMENTS[moment]
+    signal_after(module, path, name, call, seconds, before=before)
+
+
+def signal_after(
+    module: str, path: str, name: str, call: int, seconds: float, *, before: Callable[[], None] = lambda: None
+) -> None:
+    """`interrupt`, by the module and the path of a function in it."""
     import importlib
 
-    module, path, _, _ = MOMENTS[moment]
     owner: Any = importlib.import_module(module)
     *parents, last = path.split(".")
     for parent in parents:

@@ -118,7 +118,19 @@ def test_a_damaged_database_is_refused(tmp_path):
     (here / "records.jsonl").write_bytes(whole[:-5])
     with pytest.raises(ConfigError, match="cut short"):
         Database(tmp_path / "db")
+    for damaged in (whole.replace(b'"caption"', b'"captain"', 1), whole.replace(b'"', b"\xff", 1)):
+        (here / "records.jsonl").write_bytes(damaged)
+        opened = Database(tmp_path / "db")
+        assert opened.entry(1).caption == NAMED[1]
+        with pytest.raises(ConfigError, match="records.jsonl, entry 0") as caught:
+            list(opened.entries())
+        assert "\n" not in str(caught.value)
     (here / "records.jsonl").write_bytes(whole)
+    kept = (here / "ids.npy").read_bytes()
+    (here / "ids.npy").write_bytes(kept.replace(b"}", b"(", 1))  # in numpy's header
+    with pytest.raises(ConfigError, match="ids.npy cannot be read"):
+        Database(tmp_path / "db")
+    (here / "ids.npy").write_bytes(kept)
     np.save(here / "embeddings.npy", PLACE_NE[:3])
     with pytest.raises(ConfigError, match=r"float32 \[3, 3\]; expected float32 \[4, 3\]"):
         Database(tmp_path / "db")

@@ -144,6 +144,13 @@ def test_every_kind_of_image_becomes_rgb():
     assert np.asarray(decode(saved(grey))).tolist() == np.full((3, 5, 3), 77).tolist()
     deep = Image.fromarray(np.full((3, 5), 77 * 257, np.uint16))
     assert np.asarray(decode(saved(deep)))[0, 0].tolist() == [77] * 3
+    dark = Image.fromarray(np.full((3, 5), 200, np.uint16))
+    assert np.asarray(decode(saved(dark)))[0, 0].tolist() == [0] * 3, "200 of 65,535"
+    for most in (1, 255, 65535):
+        light_yx = np.array([[0, 0.2, 1, np.nan, -np.inf, np.inf]], np.float32) * most
+        light_yx[0, 5] = np.inf if most == 65535 else most
+        found = np.asarray(decode(saved(Image.fromarray(light_yx), "TIFF")))[0, :, 0]
+        assert found.tolist() == [0, 51, 255, 0, 0, 255]
     clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
     assert np.asarray(decode(saved(clear)))[0, 0].tolist() == [255] * 3
     ink = decode(saved(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG"))

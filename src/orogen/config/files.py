@@ -3,11 +3,14 @@
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from orogen.config.checks import ConfigError
+
+_UNFINISHED = re.compile(r".+\.\d+\.[0-9a-f]{8}\.tmp")  # as `write_atomically` names files on the way
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,6 +26,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what writers that were killed have left in a folder and in its folders. No other may write there."""
+    for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

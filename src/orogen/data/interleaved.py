@@ -9,6 +9,7 @@
 A folder is read file by file, by name. Paths that lead out of the folder are refused.
 """  # noqa: E501
 
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_ENDINGS = ("txt", "caption")
 FORMS = (".jsonl", ".parquet", ".tar")
 ROWS = 64  # of a Parquet file that are in memory at a time
-MAX_MEMBER = 100_000_000  # bytes of a file in an archive
+MAX_MEMBER = 100_000_000  # bytes of an image's file, or of any file in an archive
 _PAIR = Record({"image": object, "caption": str})
 _LISTS = Record({"images": ListOf(object), "texts": ListOf((str, None))})
 
@@ -53,6 +54,14 @@ def read_interleaved(corpus: str | Path) -> Iterator[Interleaved]:
         yield from READERS[file.suffix](file, name)
 
 
+def read_image(file: Path, what: str) -> bytes:
+    """The bytes of an image's file. what: its name in the error. Raises ConfigError for one of more than MAX_MEMBER."""
+    with file.open("rb") as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > MAX_MEMBER:
+            raise ConfigError(f"{what} has {size:,} bytes; expected at most {MAX_MEMBER:,}")
+        return stream.read()
+
+
 def _jsonl(file: Path, name: str) -> Iterator[Interleaved]:
     folder = file.parent.resolve()
 
@@ -67,7 +76,7 @@ def _jsonl(file: Path, name: str) -> Iterator[Interleaved]:
             raise ConfigError(f"{where}: image {path!r} is outside the folder of the file; expected a path inside it")
         if not target.is_file():
             raise ConfigError(f"{where}: image {path!r} does not exist; expected a file")
-        return target.read_bytes()
+        return read_image(target, f"{where}: image {path!r}")
 
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -93,7 +102,9 @@ def _parquet(file: Path, name: str) -> Iterator[Interleaved]:
             for row in batch.to_pylist():
                 number += 1
                 yield _document(f"{name}:{number}", row, load, f"{file}, row {number}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # pyarrow's own, which mean a damaged file, have none
+            raise
         raise ConfigError(f"{file}: {' '.join(str(error).split())}; expected a Parquet file") from error
 
 

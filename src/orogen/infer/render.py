@@ -15,6 +15,7 @@ from orogen.infer.template_worker import LENGTH, MOST_TEXT, written
 
 WORKER = Path(__file__).with_name("template_worker.py")
 SECONDS = 10.0  # for one prompt; that of a long chat takes milliseconds
+START_SECONDS = 60.0  # for Python and the import of jinja2, which take long on a crowded host
 # A character takes 6 bytes at most, escaped as JSON has it, or 12 as a pair of surrogates.
 MOST_ANSWER = 12 * MOST_TEXT + 2**16
 
@@ -52,9 +53,14 @@ class Renderer:
             self._end()
 
     def _ask(self, data: bytes) -> dict[str, str]:
-        process = self._started()
+        if self._process is None or self._process.poll() is not None:
+            # Its start is no part of a template's time.
+            self._exchange(self._started(), written({"template": "", "variables": {}}), START_SECONDS)
+        return self._exchange(self._started(), data, self._seconds)
+
+    def _exchange(self, process: "subprocess.Popen[bytes]", data: bytes, seconds: float) -> dict[str, str]:
         assert process.stdin is not None and process.stdout is not None
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + seconds
         # The process reads a whole request before it renders, so that this waits for no template.
         process.stdin.write(data)
         process.stdin.flush()

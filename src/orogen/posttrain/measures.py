@@ -1,11 +1,13 @@
 """What a rollout says for the record of its step."""
 
+import collections
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from orogen.config.rl import RLConfig
+from orogen.posttrain.environments.interface import MOST_PARTS
 from orogen.posttrain.samples import Mismatch, Sample
 
 
@@ -55,7 +57,9 @@ def _of(samples: Sequence[Sample], suffix: str) -> dict[str, float]:
         return {}
     rewards = [sample.reward for sample in samples if not math.isnan(sample.reward)]
     found = {f"reward{suffix}": float(np.mean(rewards))} if rewards else {}
-    for name in sorted({name for sample in samples for name in sample.rewards}) if suffix else ():
+    # A server may name the parts of every reward anew: of more than MOST_PARTS, those of the most samples.
+    parts = collections.Counter(name for sample in samples for name in sample.rewards).most_common(MOST_PARTS)
+    for name in sorted(name for name, _ in parts) if suffix else ():
         known = [sample.rewards[name] for sample in samples if name in sample.rewards]
         found[f"reward{suffix}/{name}"] = float(np.mean(known))
     chosen = [sum(track.chosen) and sum(track.rollout) for sample in samples for track in sample.tracks]

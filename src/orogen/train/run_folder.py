@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from orogen.config.checks import ConfigError
-from orogen.config.files import write_atomically
+from orogen.config.files import remove_unfinished, write_atomically
 from orogen.config.load import load_saved
 from orogen.config.run import RunConfig
 from orogen.config.text import parts_of
@@ -79,8 +79,10 @@ def _left_by_a_start(path: Path) -> bool:
 
 
 def describe_run(run_dir: Path, text: str, facts: dict[str, Any]) -> None:
-    """Writes `config.gin` and `env.json`."""
+    """Writes `config.gin` and `env.json`, and removes what a process that was killed has not finished. The caller holds
+    the folder's lock."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(run_dir)
     write_atomically(run_dir / "config.gin", text.encode())
     write_atomically(run_dir / "env.json", (json.dumps(facts, indent=2) + "\n").encode())
 

@@ -129,9 +129,10 @@ def generate(options: argparse.Namespace) -> int:
         _refuse_sight(options, "--image")
         return infer.generate(options)
     _refuse_unread(options)
+    from orogen.data.interleaved import read_image
     from orogen.infer.sight import TOKENS
 
-    said: list[str | bytes] = [file.read_bytes() for file in options.image]
+    said: list[str | bytes] = [read_image(file, f"image {str(file)!r}") for file in options.image]
     said += [options.prompt] if options.prompt else []
     seen = _sight(options)(said, options.tokens or TOKENS)
     facts = {"images": [str(file) for file in options.image], "prompt": options.prompt or "", "text": seen.text,

@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import shutil
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import numpy as np
 
 from orogen.config.checks import ConfigError
 from orogen.config.files import locked, write_atomically
-from orogen.config.json_file import Record, Whole, read_json
+from orogen.config.json_file import Record, Whole, read_json, read_object
 from orogen.vision.encoder import Encoder
 
 FACTS, EMBEDDINGS, IDS, RECORDS, OFFSETS, INDEX = (
@@ -34,6 +35,7 @@ FLAT, IVF, HNSW = KINDS = ("flat", "ivf", "hnsw")
 FORMAT = 1
 FORM = Record({"format": Whole(1, 1), "version": Whole(0), "encoder": str, "encoder_name": str, "index": str,
                "dimension": Whole(1, 2**16), "entries": Whole(0), "next_id": Whole(0), "content": str})  # fmt: skip
+RECORD = Record({"caption": str, "source": str})
 LOCK = "database.lock"
 BLOCK = 65536  # embeddings that an exact search multiplies at a time
 QUERIES = 256  # that are searched for at a time: their scores of a block take 64 MiB
@@ -114,9 +116,10 @@ class Database:
         return self.facts.entries
 
     def entry(self, place: int) -> Entry:
-        """The entry at an index, from 0."""
+        """The entry at an index, from 0. Raises ConfigError for one that is damaged."""
         start, stop = self._offset_n[place : place + 2]
-        found = json.loads(self._records[start:stop])
+        where = f"{self.folder / _version(self.facts.version) / RECORDS}, entry {place}"
+        found = read_object(bytes(self._records[start:stop]), RECORD, where=where)
         return Entry(found["caption"], found["source"])
 
     def entries(self) -> Iterator[Entry]:
@@ -284,8 +287,9 @@ def _version(number: int) -> str:
 def _load(file: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     try:
         found = np.load(file, mmap_mode="r" if shape[0] else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); expected an array {list(shape)}") from error
+    except (OSError, ValueError, EOFError, tokenize.TokenError) as error:  # the last, of damaged headers
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{file} cannot be read ({why}); expected an array {list(shape)}") from error
     if found.shape != shape or found.dtype != dtype:
         raise ConfigError(f"{file} is {found.dtype} {list(found.shape)}; expected {np.dtype(dtype)} {list(shape)}")
     return found
@@ -333,7 +337,7 @@ def _read_index(file: Path, facts: Facts) -> Any:
     faiss = _faiss()
     try:
         index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); expected an index") from error
     if (index.ntotal, index.d) != (facts.entries, facts.dimension):
         raise ConfigError(

@@ -12,7 +12,7 @@ from orogen.checkpoint.open import open_model
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import Record, Whole, read_json
 from orogen.config.streams import say
-from orogen.data.interleaved import read_interleaved
+from orogen.data.interleaved import read_image, read_interleaved
 from orogen.vision.captioning import SEEN
 from orogen.vision.database import Database, Entry, Hit
 from orogen.vision.describe import Captioner, Prompt
@@ -130,7 +130,7 @@ def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpu
     if most is not None and settings.retrieved > most:
         raise ConfigError(f"retrieved is {settings.retrieved}; expected at most {most}, which the model encodes")
     broken: dict[str, str] = {}
-    named = ((str(file), file.read_bytes(), None) for file in images) if corpus is None else _pairs(corpus, broken)
+    named = _named(images) if corpus is None else _pairs(corpus, broken)
     items: list[Captioned] = []
     for part in _parts(named, encoder, broken):
         items += _captioned(part, model, database, examples, settings)
@@ -183,6 +183,12 @@ def _prompt(hits: Sequence[Hit], shots: Sequence[Shot], features_pv: np.ndarray,
     if model.opened.config.retrieved_captions is not None:
         return Prompt(prompt(0, (), pairs, model.tokenizer), features, {0: captions})
     return Prompt(prompt(0, captions, pairs, model.tokenizer), features)
+
+
+def _named(images: Sequence[Path]) -> Iterator[tuple[str, bytes, None]]:
+    """The files of images."""
+    for file in images:
+        yield str(file), read_image(file, f"image {str(file)!r}"), None
 
 
 def _pairs(corpus: Path, broken: dict[str, str]) -> Iterator[tuple[str, bytes, str | None]]:

@@ -125,15 +125,24 @@ def decode(data: bytes) -> Any:
 
 
 def _rgb(image: Any, Image: Any) -> Any:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):  # Pillow would cut values off at 255
-        values_yx = np.asarray(image, np.float64)
-        most = 65535 if values_yx.max(initial=0) > 255 else 255
-        return Image.fromarray(np.clip(values_yx * 255 / most, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would cut values off at 255
+        values_yx = np.nan_to_num(np.asarray(image, np.float64), nan=0.0)
+        bytes_yx = np.clip(values_yx * (255 / _white(image.mode, values_yx)), 0, 255).astype(np.uint8)
+        return Image.fromarray(bytes_yx).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _white(mode: str, values_yx: np.ndarray) -> float:
+    """The value of white: the most that 16 bits hold. Those of 32 bits and floats do not say; it is the least of 1 (of
+    floats), 255 and 65535 that no value exceeds."""
+    if mode.startswith("I;16"):
+        return 65535.0
+    brightest = values_yx.max(initial=0)
+    return 1.0 if mode == "F" and brightest <= 1 else 255.0 if brightest <= 255 else 65535.0
 
 
 def pillow() -> tuple[Any, Any]:

@@ -102,6 +102,18 @@ def test_the_last_turn_s_calls_are_carried_out_and_parts_that_do_not_add_up_are_
     assert turn.rewards == {"reward": 2.0} and not turn.replies
 
 
+@pytest.mark.parametrize("names", ["", "a\nb", "x" * 101, "\x1b[2J", [str(n) for n in range(33)]])
+def test_parts_that_cannot_be_metrics_are_one_reward(tmp_path, names):
+    names = [names] if isinstance(names, str) else names
+
+    def answer(handler, path, body):
+        return say(handler, {"reward": 1.0, "reward_components": {name: 1 / len(names) for name in names}})
+
+    with served(answer) as (url, _):
+        far = NemoGym(environment(tmp_path, url))
+        assert far.step(far.example(0), far.start(far.example(0)), Said("x", "x")).rewards == {"reward": 1.0}
+
+
 def drip(handler):
     """A byte at a time, each within any timeout of a socket, for ever."""
     handler.send_response(200)
@@ -159,9 +171,9 @@ def test_a_turn_whose_time_is_over_before_a_post_is_a_timeout():
 
 
 def test_faults_are_counted_and_a_server_that_is_gone_ends_the_run(tmp_path, monkeypatch):
-    """In a process of its own, as in a run; NaN is no reward either."""
+    """In a process of its own, as in a run; nor is NaN a reward, or what would leave no sum of rewards finite."""
     monkeypatch.setattr("orogen.posttrain.environments.pool.GIVE_UP", 2)
-    verdicts = iter([{"reward": float("nan")}, {"reward": "?"}, {"reward": 1.0}])
+    verdicts = iter([{"reward": float("nan")}, {"reward": "?"}, {"reward": -1e308}, {"reward": 1.0}])
 
     def answer(handler, path, body):
         say(handler, {} if path == "/seed_session" else next(verdicts))
@@ -169,9 +181,9 @@ def test_faults_are_counted_and_a_server_that_is_gone_ends_the_run(tmp_path, mon
     with served(answer) as (url, _):
         pool = Pool(environment(tmp_path, url, seconds=5.0), workers=1)
         ask = Asked(0, {"cookies": None, "items": [], "turns": 0}, Said("x", "x"))
-        found = pool.verify([ask] * 3)
-    assert [one.kind for one in found if isinstance(one, Fault)] == ["nan", "raised"]
-    assert found[2].rewards == {"reward": 1.0} and dict(pool.faults) == {"nan": 1, "raised": 1}
+        found = pool.verify([ask] * 4)
+    assert [one.kind for one in found if isinstance(one, Fault)] == ["nan", "raised", "nan"]
+    assert found[3].rewards == {"reward": 1.0} and dict(pool.faults) == {"nan": 2, "raised": 1}
     with pytest.raises(ConfigError, match="environment 'far': 2 verifications in a row had no answer"):
         pool.verify([ask] * 3)
     assert pool.faults["crash"] == 2

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 import time
 
 import pytest
@@ -140,6 +141,25 @@ def test_a_program_keeps_to_its_limits(source, end):
     found = box.run(source)
     assert found.end == end and len(found.output) <= sandbox.MOST_OUTPUT
     assert time.monotonic() - began < 20
+
+
+def test_a_program_finds_itself_alone_in_main():
+    """Though the interpreter has set its limits before."""
+    source = """
+        from __future__ import annotations
+        import dataclasses, pickle, sys
+        print(sorted(name for name in globals() if not name.startswith("__")), __name__, sys.argv == [__file__])
+        @dataclasses.dataclass
+        class Point:
+            x: list[int]
+        print(pickle.loads(pickle.dumps(Point([3]))), sys.modules["__main__"].Point is Point)
+        def f(n): return 0 if n == 0 else 1 + f(n - 1)
+        print(f(900))
+        """
+    box = sandbox.Sandbox(seconds=5, memory=2**28, unsandboxed=True)
+    lines = box.run(textwrap.dedent(source)).output.decode().splitlines()
+    assert lines[0] == "['annotations', 'dataclasses', 'pickle', 'sys'] __main__ True"
+    assert lines[1:] == ["Point(x=[3]) True", "900"]
 
 
 def test_children_of_a_program_end_with_it(tmp_path):

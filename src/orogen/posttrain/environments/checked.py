@@ -1,17 +1,18 @@
 """Runs in the sandbox, alone, as main.py: a check of a program that holds neither the check nor the verdict.
 
 stdin is JSON {"program", "check"}. The check runs in the first process, whose status is the verdict; the program in
-a child, which gets its own source and, one JSON line each, calls of its functions. Arguments and results are plain
-values (None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict), as copies.
+a child, forked before stdin is read, which gets its own source and, one JSON line each, calls of its functions.
+Arguments and results are plain values (None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict),
+as copies.
 """
 
 import builtins
-import ctypes
 import json
 import os
-import subprocess
-import sys
-from typing import Any
+
+TYPE_CHECKING = False  # as type checkers know it: to import `typing` would take a program's time
+if TYPE_CHECKING:
+    from typing import Any
 
 NOT_DUMPABLE = 4  # PR_SET_DUMPABLE: with 0, no process of this user reads this one's memory or open files
 MOST_LINE = 2**20
@@ -33,7 +34,7 @@ def packed(x):
     raise TypeError(f"{type(x).__name__} is no plain value")
 
 
-def unpacked(x: Any) -> Any:
+def unpacked(x: "Any") -> "Any":
     """The inverse of `packed`."""
     if not isinstance(x, list):
         return x
@@ -50,16 +51,18 @@ def unpacked(x: Any) -> Any:
 class Remote:
     """The program, in its own process."""
 
-    def __init__(self, program):
-        command = [sys.executable, "-I", "-S", "-B", __file__, "program"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, calls, answers):
+        """Of the pipe that the program reads, and of the one that it writes."""
+        self._calls, self._answers = os.fdopen(calls, "wb"), os.fdopen(answers, "rb")
+
+    def start(self, program):
+        """Runs the program, which tells its names."""
         self.names = self._exchange(program)
 
     def _exchange(self, message):
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline(MOST_LINE)
+        self._calls.write(json.dumps(message).encode() + b"\n")
+        self._calls.flush()
+        line = self._answers.readline(MOST_LINE)
         if not line.endswith(b"\n"):
             raise EOFError("the program ended, or said too much")
         return json.loads(line)
@@ -68,14 +71,14 @@ class Remote:
         """What the program's function returns. Raises what it raised, by the name of a built-in error."""
         found = self._exchange([name, packed(args), packed(named)])
         if "raised" in found:
-            kind: Any = getattr(builtins, str(found["raised"]), RuntimeError)
+            kind = getattr(builtins, str(found["raised"]), RuntimeError)
             known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
             raise (kind if known else RuntimeError)("in the program")
         return unpacked(found["value"])
 
     def namespace(self):
         """What the check sees of the program: its functions and plain values; built-in names are the check's own."""
-        found: dict[str, Any] = {"__name__": "check"}
+        found: dict = {"__name__": "check"}
         for name, value in self.names.items():
             if not hasattr(builtins, name) and not name.startswith("__"):
                 found[name] = self._function(name) if value is None else unpacked(value[0])
@@ -87,26 +90,47 @@ class Remote:
 
 def check():
     """Ends with status 0 if the check runs to its end."""
-    given = json.loads(sys.stdin.buffer.read())
-    os.close(0)
+    program = started()
+    import ctypes  # the program needs none of it
+
+    with os.fdopen(0, "rb") as stdin:
+        given = json.loads(stdin.read())
     os.open(os.devnull, os.O_RDONLY)
     if ctypes.CDLL(None).prctl(NOT_DUMPABLE, 0, 0, 0, 0):
         raise OSError("prctl failed")
-    exec(compile(given["check"], "check", "exec"), Remote(given["program"]).namespace())
+    program.start(given["program"])
+    exec(compile(given["check"], "check", "exec", dont_inherit=True), program.namespace())
 
 
-def serve():
+def started():
+    """The process of the program, which waits for it."""
+    (calls, asks), (tells, answers) = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(calls)
+        os.close(answers)
+        return Remote(asks, tells)
+    status = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # where the check still lies
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the program prints is nothing here
+        os.close(asks)
+        os.close(tells)
+        serve(calls, answers)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def serve(calls, answers):
     """Runs the program, then its functions."""
-    calls, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    for descriptor, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY)):  # what the program reads and prints is nothing here
-        os.dup2(os.open(os.devnull, mode), descriptor)
+    calls, answers = os.fdopen(calls, "rb"), os.fdopen(answers, "wb")
 
     def say(message):
         answers.write(json.dumps(message).encode() + b"\n")
         answers.flush()
 
-    held: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(json.loads(calls.readline()), "program", "exec"), held)
+    held: dict = {"__name__": "__main__"}
+    exec(compile(json.loads(calls.readline()), "program", "exec", dont_inherit=True), held)
     say(shown(held))
     for line in calls:
         name, args, named = json.loads(line)
@@ -131,4 +155,4 @@ def shown(held):
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] else check()
+    check()

@@ -25,13 +25,24 @@ from orogen.config.rl import EnvironmentConfig
 from orogen.infer.items import ITEM, TOOL, chat_tool, messages_of, said_items
 from orogen.infer.messages import check_messages
 from orogen.posttrain.environments.files import lines_of
-from orogen.posttrain.environments.interface import CRASH, FLOOD, RAISED, TIMEOUT, Example, FaultError, Said, Turn
+from orogen.posttrain.environments.interface import (
+    CRASH,
+    FLOOD,
+    MOST_PARTS,
+    RAISED,
+    TIMEOUT,
+    Example,
+    FaultError,
+    Said,
+    Turn,
+)
 
 ASKED = "responses_create_params"
 PARAMS = Record({"input": (str, ListOf(ITEM))}, {"instructions": (str, None), "tools": (ListOf(TOOL), None)})
 _TASK = Record({ASKED: PARAMS})
 MOST_OUTPUT = 2**18  # bytes of what a tool answers
 MOST_VERDICT = 2**24  # bytes of what the verifier answers, which repeats the whole episode
+MOST_NAME = 100  # characters of a part of a reward
 EARLIER = 0.9  # of the deadline, after which the process that verifies would be ended
 
 
@@ -110,12 +121,13 @@ def _rewards(verdict: dict[str, Any]) -> dict[str, float]:
 
 
 def _numbers(parts: Any) -> dict[str, float]:
-    """The parts of a reward; none if one of them is no number."""
-    if not isinstance(parts, dict) or any(
-        isinstance(x, bool) or not isinstance(x, int | float) for x in parts.values()
-    ):
+    """The parts of a reward; none if one is no number, or if they cannot be metrics of every step: too many, or with
+    names that are no short printable words."""
+    if not isinstance(parts, dict) or len(parts) > MOST_PARTS:
         return {}
-    return {str(name): float(value) for name, value in parts.items()}
+    plain = all(0 < len(name) <= MOST_NAME and name.isprintable() for name in parts)
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in parts.values())
+    return {name: float(value) for name, value in parts.items()} if plain and numbers else {}
 
 
 class _Server:

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple, Protocol
 # What can become of a verification, beside a turn.
 TIMEOUT, CRASH, FLOOD, RAISED, NAN = FAULTS = ("timeout", "crash", "flood", "raised", "nan")
 
+# In size: with larger ones, the sums and gradients of all other samples of a batch would not be finite either.
+MOST_REWARD = 1e9
+MOST_PARTS = 32  # of a reward; each is a metric of every step
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:

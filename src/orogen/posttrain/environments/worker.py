@@ -8,7 +8,6 @@ nowhere.
 
 import dataclasses
 import json
-import math
 import os
 import resource
 import struct
@@ -17,8 +16,9 @@ import threading
 import time
 from typing import Any, BinaryIO
 
+from orogen.config.checks import shown
 from orogen.config.rl import EnvironmentConfig
-from orogen.posttrain.environments.interface import FaultError, Said
+from orogen.posttrain.environments.interface import MOST_REWARD, FaultError, Said
 from orogen.posttrain.environments.make import make_environment
 
 LENGTH = struct.Struct(">Q")
@@ -69,8 +69,9 @@ def _answered(environment: Any, request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # a verifier may raise anything: it is told to whoever asked
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     rewards = turn.rewards and {name: float(value) for name, value in turn.rewards.items()}
-    if rewards and not all(map(math.isfinite, rewards.values())):
-        return {"error": f"a reward is no finite number: {rewards}", "kind": "nan"}
+    if rewards and not all(abs(value) <= MOST_REWARD for value in rewards.values()):  # nor is NaN
+        expected = f"expected at most {MOST_REWARD:g} in size"
+        return {"error": f"a reward is no finite number: {shown(rewards)}; {expected}", "kind": "nan"}
     return {"state": turn.state, "replies": list(turn.replies), "rewards": rewards}
 
 
