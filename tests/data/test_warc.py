@@ -19,8 +19,8 @@ def record(kind, content_type, body, length=None):
     return head.encode() + body + b"\r\n\r\n"
 
 
-def response(status, content_type, body):
-    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n\r\n".encode()
+def response(status, content_type, body, fields=""):
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n{fields}\r\n".encode()
     return record("response", "application/http; msgtype=response", head + body)
 
 
@@ -97,3 +97,38 @@ def test_damage_is_named_after_the_records_before_it(tmp_path, name, data, whole
         assert not broken
     else:
         assert reason in broken[-1].reason
+
+
+def chunked(data):
+    return b"".join(b"%x\r\n%s\r\n" % (len(data[i : i + 30]), data[i : i + 30]) for i in range(0, len(data), 30)) + (
+        b"0\r\n\r\n"
+    )
+
+
+LATIN = {"iso-8859-1": "latin-1", "no-such-set": "utf-8", '"UTF-8"': "utf-8"}
+
+
+@pytest.mark.parametrize("charset", LATIN)
+@pytest.mark.parametrize("kind", ["text/html", "text/plain"])
+def test_a_stated_character_set_is_followed_and_an_unknown_one_is_none(tmp_path, kind, charset):
+    text = PAGE if kind == "text/html" else "Größe of a page"
+    data = response(200, f"{kind}; charset={charset}", text.encode(LATIN[charset]))
+    (tmp_path / "a.warc").write_bytes(data + WET[3])
+    assert found(tmp_path / "a.warc") == [("1", "Größe of a page"), ("2", "third")]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_bodies_are_decoded_and_a_damaged_one_is_named(tmp_path, damaged):
+    body = gzip.compress(PAGE.encode())[: -9 if damaged else None]
+    fields = "Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n"
+    data = response(200, "text/html", chunked(body), fields)
+    (tmp_path / "a.warc").write_bytes(data + WET[3])
+    first, last = found(tmp_path / "a.warc")
+    assert last == ("2", "third")
+    assert "expected a whole body in the coding 'gzip'" in first[1] if damaged else first == ("1", "Größe of a page")
+
+
+def test_a_response_without_a_status_is_named(tmp_path):
+    (tmp_path / "a.warc").write_bytes(record("response", "application/http", PAGE.encode()) + WET[3])
+    first, last = found(tmp_path / "a.warc")
+    assert "a.warc:1: has no status of HTTP" in first[1] and last == ("2", "third")

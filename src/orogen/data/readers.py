@@ -180,19 +180,19 @@ def _rows(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[
 
 
 def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
-    from orogen.data.warc import read_warc  # here, so that only readers of WARC need its library
+    from orogen.data.warc import Page, main_text, read_warc  # here, so that only readers of WARC need its library
 
     del text_field, part
     with opened(file) as stream:
         for number, found in read_warc(stream, file, max_bytes=MAX_TEXT_BYTES, damage=DAMAGE):
-            name = f"{key}:{number}"
-            try:
-                if isinstance(found, ConfigError):
-                    raise found
-                text = decode(found, where=f"{file}:{number}") if isinstance(found, bytes) else found
-                yield Document(name, text)
-            except ConfigError as error:
-                yield Broken(name, str(error))
+            name, where = f"{key}:{number}", f"{file}:{number}"
+            if isinstance(found, Page):
+                try:
+                    yield Document(name, checked_text(main_text(found), "text", where=where))
+                except ValueError as error:
+                    yield Broken(name, f"{where}: {error}; expected HTML")
+            elif found is not None:
+                yield Broken(name, f"{where}: {found.detail}")
 
 
 def _read_array_record(

@@ -1,24 +1,48 @@
-"""Texts of WARC and WET files (ISO 28500), by fastwarc; of HTML pages, by resiliparse.
+"""Pages and texts of WARC and WET files (ISO 28500), by fastwarc.
 
-A document is a record of plain text (a WET's `conversion`), or the main text of an HTML page (a `response`). Responses
-of other status than 200, records of other types of content, requests and metadata are not documents.
+A record has a text if it is plain text (a WET's `conversion`, or a page) or HTML (a `response` or `resource`).
+Responses of other status than 200, records of other types of content, requests, revisits and metadata have none. The
+type is what the archive identified (WARC-Identified-Payload-Type), else what the server stated.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
+from orogen.data.http_body import content
 
 HTML = ("text/html", "application/xhtml+xml")
+PLAIN = "text/plain"
+_CHARSET = re.compile(r"charset=([^;]+)", re.IGNORECASE)
+_MARKUP = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
+_SNIFFED = 2**12  # bytes of a page of unknown type
+_MEDIA = re.compile(r"(image|audio|video|font)/|application/(pdf|zip|gzip|x-)")
+
+
+class Page(NamedTuple):
+    """The text of a record, its markup included if it is HTML, and what the record says of its origin."""
+
+    text: str
+    is_html: bool
+    url: str
+    date: str
+
+
+class Unusable(NamedTuple):
+    """A record that should have a text. reason: one of few. detail: what is particular to it, and what was expected."""
+
+    reason: str
+    detail: str
 
 
 def read_warc(
     stream: Any, file: Path, *, max_bytes: int, damage: tuple[type[Exception], ...]
-) -> Iterator[tuple[int, str | bytes | ConfigError]]:
-    """The text of each record that has one (of plain text, its bytes), with the record's number in the file, from 1; a
-    ConfigError in place of one that cannot be used. damage: errors of a damaged stream, which is read up to
-    there. Raises them or ValueError if the file is damaged, and ConfigError without the library."""
+) -> Iterator[tuple[int, Page | Unusable | None]]:
+    """Each record by its number in the file, from 1; None for one that is no document. damage: errors of a damaged
+    stream, which is read up to there. Raises them or ValueError if the file is damaged, and ConfigError without the
+    library."""
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError:
@@ -30,14 +54,22 @@ def read_warc(
     try:
         for record in ArchiveIterator(kept, WarcRecordType.any_type):
             number += 1
-            if record.record_type & kinds:
-                found = _text(record, f"{file}:{number}", max_bytes)
-                if found is not None:
-                    yield number, found
+            is_response = record.record_type == WarcRecordType.response
+            found = _found(record, is_response=is_response, max_bytes=max_bytes) if record.record_type & kinds else None
+            if failure and isinstance(found, Unusable):
+                break  # the damage, which is named below, is in this record
+            yield number, found
     except (OSError, ValueError) as error:
         raise failure[0] if failure else ValueError(f"{error} after record {number}") from None
     if failure:
         raise failure[0]
+
+
+def main_text(page: Page) -> str:
+    """The text without markup. Raises ValueError."""
+    from resiliparse.extract.html2text import extract_plain_text
+
+    return extract_plain_text(page.text, main_content=True) if page.is_html else page.text
 
 
 class _Kept:
@@ -65,28 +97,55 @@ class _Kept:
         self._stream.close()
 
 
-def _text(record: Any, where: str, max_bytes: int) -> str | bytes | ConfigError | None:
-    """The text of a record; None if it is of another kind; ConfigError if it cannot be read."""
-    length = record.content_length
-    kind = record.http_content_type if record.is_http else (record.headers.get("Content-Type") or "").split(";")[0]
-    kind = (kind or "").strip().lower()
-    if record.is_http and record.http_headers is not None and record.http_headers.status_code != 200:
+def _found(record: Any, *, is_response: bool, max_bytes: int) -> Page | Unusable | None:
+    """What is in a record of a kind that may have a text."""
+    if is_response and (record.headers.get("WARC-Target-URI") or "").lower().startswith(("http:", "https:")):
+        status = record.http_headers.status_code if record.http_headers is not None else None
+        if not status:
+            return Unusable("malformed record", "has no status of HTTP; expected one, in a record of application/http")
+        if status != 200:
+            return None
+    stated = record.http_content_type if record.is_http else record.headers.get("Content-Type")
+    media = (record.headers.get("WARC-Identified-Payload-Type") or stated or "").split(";")[0].strip().lower()
+    if media and media != PLAIN and media not in HTML:
         return None
-    if kind != "text/plain" and kind not in HTML:
-        return None
-    if length > max_bytes:
-        return ConfigError(f"{where} has {length} bytes; expected at most {max_bytes}")
-    data = record.reader.read()
+    if record.content_length > max_bytes:
+        return Unusable("too long", f"has {record.content_length} bytes; expected at most {max_bytes}")
+    length, data = record.content_length, record.reader.read()
     if len(data) < length:
-        return ConfigError(f"{where} has {len(data)} of the {length} bytes that it announces; expected a whole record")
+        expected = f"has {len(data)} of the {length} bytes that it announces; expected a whole record"
+        return Unusable("truncated record", expected)
     try:
-        return data if kind == "text/plain" else _main_text(data, record.http_charset)
-    except ValueError as error:
-        return ConfigError(f"{where}: {error}; expected HTML")
+        if record.is_http:
+            data = content(data, record.http_headers, max_bytes=max_bytes)
+    except ConfigError as error:
+        return Unusable("damaged content", str(error))
+    return _page(data, media, record)
 
 
-def _main_text(data: bytes, charset: str | None) -> str:
-    from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+def _page(data: bytes, media: str, record: Any) -> Page | Unusable | None:
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, detect_mime
 
-    return extract_plain_text(bytes_to_str(data, charset or detect_encoding(data) or "utf-8"), main_content=True)
+    is_html = media in HTML if media else _MARKUP.match(data[:_SNIFFED]) is not None
+    if not (is_html or media) or (is_html and _MEDIA.match(detect_mime(data))):
+        return None
+    charset = _charset(record)
+    if is_html:
+        text = bytes_to_str(data, charset or detect_encoding(data) or "utf-8")
+    else:
+        name = charset or "utf-8"
+        try:
+            text = data.decode(name)
+        except UnicodeDecodeError as error:
+            shown = name.upper()
+            return Unusable("not text", f"byte {error.start} is not {shown}: expected {shown} text")
+    return Page(text, is_html, record.headers.get("WARC-Target-URI") or "", record.headers.get("WARC-Date") or "")
+
+
+def _charset(record: Any) -> str | None:
+    """Python's name of the character set that a record states; None if it states none, or one that is unknown."""
+    from resiliparse.parse.encoding import map_encoding_to_html5
+
+    stated = record.http_headers.get("Content-Type") if record.is_http else record.headers.get("Content-Type")
+    found = _CHARSET.search(stated or "")
+    return map_encoding_to_html5(found[1].strip("\"' ").lower(), fallback_utf8=False) if found else None

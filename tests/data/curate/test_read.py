@@ -144,3 +144,12 @@ def test_of_a_truncated_or_damaged_archive_the_whole_records_are_read(tmp_path):
     assert len(documents) == 2 and broken == [("", "damaged file")]
     (tmp_path / "b.warc").write_bytes(b"nothing of the kind\r\n\r\n")
     assert read_all(tmp_path / "b.warc") == ([], [("", "damaged file")])
+
+
+def test_errors_are_no_pages_and_code_in_a_wet_is_text(tmp_path):
+    path, pages = tmp_path / "a.warc", [("conversion", b"#!/bin/sh\necho hello\n", {}), ("response", PAGE.encode(), {})]
+    warc(path, [*pages, ("conversion", b"{}", {}), ("conversion", b"\x81\xff", {})])
+    path.write_bytes(path.read_bytes().replace(b"HTTP/1.0 200 OK", b"HTTP/1.0 404 No"))
+    documents, broken = read_all(path)
+    assert [(d.id, d.text[:9]) for d in documents] == [("a.warc:1", "#!/bin/sh"), ("a.warc:3", "{}")]
+    assert broken == [("4", "not text")]

@@ -10,6 +10,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.json_file import parse_json
 from orogen.data.curate.inputs import HTML, Input
 from orogen.data.readers import DAMAGE, MAX_LINE_BYTES, checked_text, opened
+from orogen.data.warc import Page, read_warc
 
 SEPARATOR = "\x1e"  # the record separator of ASCII
 PIECE = 2**20  # bytes at a time of a line too long to keep
@@ -172,12 +173,21 @@ def _read_parquet(file: Input, text_field: str | None, report: Report) -> Iterat
 
 
 def _read_warc(file: Input, text_field: str | None, report: Report) -> Iterator[Document]:
-    from orogen.data.curate.warc import read_records
-
+    """One document per page or text. Pages stay HTML. Metadata: url, date, and HTML for pages."""
     del text_field
     _check_unchanged(file)
+    number = 0
     with opened(Path(file.path)) as stream:
-        yield from read_records(stream, file.key, lambda *found: report(Broken(file.key, *found)))
+        for number, found in read_warc(stream, Path(file.path), max_bytes=MAX_LINE_BYTES, damage=DAMAGE):
+            if isinstance(found, Page):
+                metadata: dict[str, Any] = {"url": found.url, "date": found.date}
+                if found.is_html:
+                    metadata[HTML] = True
+                yield Document(found.text, f"{file.key}:{number}", metadata=metadata)
+            elif found is not None:
+                report(Broken(file.key, str(number), found.reason, found.detail[:SHOWN]))
+    if not number:
+        report(Broken(file.key, "", "empty file", "no record of WARC"))
 
 
 _READERS: dict[str, Callable[[Input, str | None, Report], Iterator[Document]]] = {
