@@ -213,8 +213,9 @@ def _read_array_record(
 def _read_indexed(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Record]:
     del text_field
     start, stop = (0, None) if part is None else part[:2]
-    for number, ids_t in enumerate(indexed_documents(file, start, stop), start + 1):
-        yield Tokens(f"{key}:{number}", ids_t)
+    for number, found in enumerate(indexed_documents(file, start, stop), start + 1):
+        name = f"{key}:{number}"
+        yield Broken(name, str(found)) if isinstance(found, ConfigError) else Tokens(name, found)
 
 
 # TFDS and MaxText number the files of a set behind the ending.
