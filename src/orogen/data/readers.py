@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import parse_json
@@ -151,32 +151,56 @@ def checked_text(text: object, text_field: str, *, where: str) -> str:
 
 
 def _read_parquet(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
+    for number, record in parquet_rows(file, text_field, part, columns=[text_field]):
+        name = f"{key}:{number}"
+        try:
+            if isinstance(record, ConfigError):
+                raise record
+            yield Document(name, checked_text(record[text_field], text_field, where=f"{file}:{number}"))
+        except ConfigError as error:
+            yield Broken(name, str(error))
+
+
+def parquet_rows(
+    file: Path, text_field: str | None, part: Part | None, *, columns: list[str] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file by their numbers, from 1; in place of the rest of a row group that is damaged, a
+    ConfigError. columns: None reads all. Raises ConfigError without the column `text_field`, ValueError for a file that
+    is damaged, OSError."""
     import pyarrow  # here, because importing it takes longer than reading most corpora
-
-    try:
-        yield from _rows(file, key, text_field, part)
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
-    except OSError as error:  # pyarrow's own, which have no errno, mean a damaged file
-        raise error if error.errno else ValueError(str(error)) from error
-
-
-def _rows(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(file) as table:
+    with (
+        _damage_named(pyarrow.ArrowException),
+        parquet.ParquetFile(file, page_checksum_verification=True) as table,
+    ):
         names = table.schema_arrow.names
-        if text_field not in names:
+        if text_field is not None and text_field not in names:
             raise ConfigError(f"{file}: found the columns {shown(names)}: expected a column {text_field!r}")
-        number, groups = (0, None) if part is None else (part.before, range(part.start, part.stop))
-        for chunk in table.iter_batches(columns=[text_field], row_groups=groups, batch_size=1024):
-            for value in chunk.column(0).to_pylist():
-                number += 1
-                name = f"{key}:{number}"
-                try:
-                    yield Document(name, checked_text(value, text_field, where=f"{file}:{number}"))
-                except ConfigError as error:
-                    yield Broken(name, str(error))
+        number, groups = (0, range(table.num_row_groups)) if part is None else (part.before, range(*part[:2]))
+        for group in groups:
+            end = number + table.metadata.row_group(group).num_rows
+            try:
+                with _damage_named(pyarrow.ArrowException):
+                    for chunk in table.iter_batches(columns=columns, row_groups=[group], batch_size=1024):
+                        for record in chunk.to_pylist():
+                            number += 1
+                            yield number, record
+            except ValueError as error:
+                expected = f"expected the rows from there to {end} in an undamaged row group"
+                yield number + 1, ConfigError(f"{file}:{number + 1}: {error}: {expected}")
+            number = end
+
+
+@contextlib.contextmanager
+def _damage_named(kind: type[Exception]) -> Iterator[None]:
+    """Makes ValueErrors of one line of pyarrow's errors, of which `kind` is the class."""
+    try:
+        yield
+    except (kind, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # pyarrow's own have none, and mean a damaged file
+            raise
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:

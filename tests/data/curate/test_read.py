@@ -11,6 +11,7 @@ from orogen.data.curate import read
 from orogen.data.curate.inputs import HTML
 from orogen.data.curate.read import SEPARATOR, read_input
 
+from ..test_broken_records import grouped
 from .corpora import input_of, warc, write_jsonl
 
 
@@ -95,6 +96,13 @@ def test_rows_of_parquet_keep_their_other_columns(tmp_path):
     assert read_all(path, text_field="body") == ([], [("", "no text field")])
     path.write_bytes(path.read_bytes()[:-20])
     assert read_all(path) == ([], [("", "damaged file")])
+
+
+def test_rows_beside_a_damaged_row_group_are_read(tmp_path):
+    (path := tmp_path / "a.parquet").write_bytes(grouped(1))
+    documents, broken = read_all(path)
+    assert [d.text[:6].strip() for d in documents] == [f"row {i}" for i in (*range(10), *range(20, 30))]
+    assert documents[-1].id == "a.parquet:30" and broken == [("11", "damaged rows")]
 
 
 def test_without_a_field_every_string_of_a_record_is_read(tmp_path):

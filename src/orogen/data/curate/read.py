@@ -9,7 +9,7 @@ from datatrove.data import Document
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import parse_json
 from orogen.data.curate.inputs import HTML, Input
-from orogen.data.readers import DAMAGE, MAX_LINE_BYTES, checked_text, opened
+from orogen.data.readers import DAMAGE, MAX_LINE_BYTES, checked_text, opened, parquet_rows
 from orogen.data.warc import Page, read_warc
 
 SEPARATOR = "\x1e"  # the record separator of ASCII
@@ -151,25 +151,17 @@ def _document(record: Any, text_field: str | None, key: str) -> Document:
 
 def _read_parquet(file: Input, text_field: str | None, report: Report) -> Iterator[Document]:
     """One document per row. Other columns become metadata."""
-    import pyarrow
-    from pyarrow import parquet
-
     _check_unchanged(file)
     try:
-        with parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            if text_field is not None and text_field not in names:
-                raise Unreadable("no text field", f"no column {text_field!r} in {', '.join(names)[:SHOWN]}")
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    try:
-                        yield _document(record, text_field, f"{file.key}:{number}")
-                    except Unreadable as error:
-                        report(Broken(file.key, str(number), *error.args))
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
+        for number, record in parquet_rows(Path(file.path), text_field, None):
+            try:
+                if isinstance(record, ConfigError):
+                    raise Unreadable("damaged rows", str(record)[:SHOWN])
+                yield _document(record, text_field, f"{file.key}:{number}")
+            except Unreadable as error:
+                report(Broken(file.key, str(number), *error.args))
+    except ConfigError as error:
+        raise Unreadable("no text field", str(error)[:SHOWN]) from None
 
 
 def _read_warc(file: Input, text_field: str | None, report: Report) -> Iterator[Document]:
