@@ -124,6 +124,19 @@ def test_a_run_stopped_before_its_last_file_ends_the_same(sources, tmp_path):
     assert everything(out) == everything(tmp_path / "whole")
 
 
+def test_parts_of_files_that_a_kill_left_are_no_output(sources, tmp_path):
+    config = CurateConfig(sources=sources, stages=(DEDUP,))
+    run(config, tmp_path / "whole")
+    work = prepare(config, repr(config), out := tmp_path / "out")
+    work.documents.mkdir(parents=True)
+    for part in (work.documents / ".000000.jsonl.zst.7.tmp", out / "report.json.7.abcd.tmp"):
+        part.write_bytes(b"half")
+    run(config, out)
+    tidy(out)
+    tidy(tmp_path / "whole")
+    assert everything(out) == everything(tmp_path / "whole")
+
+
 def test_a_file_that_vanishes_before_its_pass_is_named(sources, tmp_path):
     config = CurateConfig(sources=sources, stages=(DEDUP,))
     prepare(config, repr(config), tmp_path / "out")
