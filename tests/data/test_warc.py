@@ -5,6 +5,7 @@ import gzip
 import pytest
 
 from orogen.config.checks import ConfigError
+from orogen.data import warc_stream
 from orogen.data.readers import Broken, read_records
 from orogen.data.sources import read_documents
 
@@ -82,8 +83,8 @@ def test_a_small_corpus_may_be_a_warc_and_stops_at_what_is_broken(tmp_path):
         ("cut.wet", b"".join(WET)[:-9], 1, "has 0 of the 5 bytes that it announces; expected a whole record"),
         ("cut.wet.gz", b"".join(map(gzip.compress, WET))[:-30], 1, "expected a whole, undamaged file"),
         ("garbage.wet", b"\x00\x01" * 500, 0, "Invalid WARC header after record 0: expected a whole, undamaged file"),
-        ("between.wet", WET[1] + b"garbage\r\n\r\n" + WET[3], 1, "Invalid WARC header after record 1: expected a"),
-        ("length.wet", record("conversion", "text/plain", b"hello", 2) + WET[3], 1, "Invalid WARC header after record"),
+        ("between.wet", WET[1] + b"garbage\r\n\r\n" + WET[3], 2, "2: Invalid WARC header after record 1; expected one"),
+        ("length.wet", record("conversion", "text/plain", b"hello", 2) + WET[3], 1, "has a Content-Length that is not"),
         ("empty.wet", b"", 0, None),
     ],
 )
@@ -132,3 +133,41 @@ def test_a_response_without_a_status_is_named(tmp_path):
     (tmp_path / "a.warc").write_bytes(record("response", "application/http", PAGE.encode()) + WET[3])
     first, last = found(tmp_path / "a.warc")
     assert "a.warc:1: has no status of HTTP" in first[1] and last == ("2", "third")
+
+
+FIRST, THIRD = (record("conversion", "text/plain", text) for text in (b"first", b"third"))
+WRONG = {
+    "short": record("conversion", "text/plain", b"second", 2),
+    "long": record("conversion", "text/plain", b"second", 99),
+    "beyond the end": record("conversion", "text/plain", b"second", 10**6),
+    "more than a text may have": record("conversion", "text/plain", b"second", 10**12),
+    "negative": record("conversion", "text/plain", b"second", -5),
+    "no number": record("conversion", "text/plain", b"second", "x"),
+    "none": record("conversion", "text/plain", b"second").replace(b"Content-Length: 6\r\n", b""),
+    "of a request": record("request", "application/http", b"GET", 1),
+    "garbage": bytes(range(256)) * 300 + b"\r\n",
+    "no type": record("conversion", "text/plain", b"second").replace(b"WARC-Type: conversion\r\n", b""),
+}
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_damaged_record_costs_itself_alone(tmp_path, wrong, packing):
+    """Whatever its length says: the records behind it are read, with their numbers, and no part of it is a text."""
+    mention = record("conversion", "text/plain", b"about\nWARC/1.0\r\nWARC-Type: x\r\n")
+    data = FIRST + WRONG[wrong] + THIRD + WRONG[wrong] + mention + THIRD
+    (tmp_path / f"a.wet{packing}").write_bytes(gzip.compress(data) if packing else data)
+    records = found(tmp_path / f"a.wet{packing}")
+    assert [number for number, _ in records] == ["1", "2", "3", "4", "5", "6"]
+    assert [text for _, text in records[::2]] == ["first", "third", "about\nWARC/1.0\r\nWARC-Type: x\r\n"]
+    assert records[5][1] == "third" and all("a.wet" in records[k][1] and "expected" in records[k][1] for k in (1, 3))
+
+
+def test_what_is_kept_for_a_second_look_is_bounded(tmp_path, monkeypatch):
+    """A record of more than that, whole or not, does not end the file's reading."""
+    monkeypatch.setattr(warc_stream, "MOST_BYTES", 1000)
+    long, wrong = (record("conversion", "text/plain", b"x" * 70_000, n) for n in (None, 69_000))
+    (tmp_path / "a.wet").write_bytes(FIRST + long + wrong + THIRD)
+    assert [(number, text[:5]) for number, text in found(tmp_path / "a.wet") if "expected" not in text] == [
+        ("1", "first"), ("2", "xxxxx"), ("4", "third"),
+    ]  # fmt: skip

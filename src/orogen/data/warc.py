@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
 from orogen.data.http_body import content
+from orogen.data.warc_stream import KeptStream
 
 HTML = ("text/html", "application/xhtml+xml")
 PLAIN = "text/plain"
@@ -19,6 +20,10 @@ _CHARSET = re.compile(r"charset=([^;]+)", re.IGNORECASE)
 _MARKUP = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
 _SNIFFED = 2**12  # bytes of a page of unknown type
 _MEDIA = re.compile(r"(image|audio|video|font)/|application/(pdf|zip|gzip|x-)")
+
+
+TRUNCATED, LONG = "truncated record", "too long"
+CUT = (TRUNCATED, LONG)  # of a record that may only say that it goes on to the end of the file
 
 
 class Page(NamedTuple):
@@ -37,32 +42,53 @@ class Unusable(NamedTuple):
     detail: str
 
 
+_LENGTH = Unusable("malformed record", "has a Content-Length that is not its length; expected the right one")
+
+
 def read_warc(
     stream: Any, file: Path, *, max_bytes: int, damage: tuple[type[Exception], ...]
 ) -> Iterator[tuple[int, Page | Unusable | None]]:
-    """Each record by its number in the file, from 1; None for one that is no document. damage: errors of a damaged
-    stream, which is read up to there. Raises them or ValueError if the file is damaged, and ConfigError without the
-    library."""
+    """Each record by its number in the file, from 1; None for one that is no document. Behind a record that is damaged,
+    or longer or shorter than it says, reading goes on with the next one. damage: errors of a damaged stream, which is
+    read up to there. Raises them or ValueError if the rest of the file is damaged, and ConfigError without the library.
+    """
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError:
         raise ConfigError(f"{file} needs fastwarc and resiliparse; expected pip install 'orogen[warc]'") from None
     kinds = WarcRecordType.conversion | WarcRecordType.resource | WarcRecordType.response
-    failure: list[Exception] = []
-    kept: Any = _Kept(stream, failure, damage)
+    kept: Any = KeptStream(stream, damage)
     number = 0
-    try:
-        for record in ArchiveIterator(kept, WarcRecordType.any_type):
-            number += 1
-            is_response = record.record_type == WarcRecordType.response
-            found = _found(record, is_response=is_response, max_bytes=max_bytes) if record.record_type & kinds else None
-            if failure and isinstance(found, Unusable):
-                break  # the damage, which is named below, is in this record
-            yield number, found
-    except (OSError, ValueError) as error:
-        raise failure[0] if failure else ValueError(f"{error} after record {number}") from None
-    if failure:
-        raise failure[0]
+    while True:
+        # The last record waits until it is known that it is as long as it says.
+        start, waiting, error = kept.tell(), [], None
+        try:
+            for record in ArchiveIterator(kept, WarcRecordType.any_type):
+                yield from waiting
+                kept.forget(start := record.stream_pos)
+                number, is_response = number + 1, record.record_type == WarcRecordType.response
+                wanted = record.record_type & kinds or "WARC-Type" not in record.headers
+                waiting = [(number, _found(record, is_response=is_response, max_bytes=max_bytes) if wanted else None)]
+        except (OSError, ValueError) as raised:
+            error = raised
+        cut = any(isinstance(found, Unusable) and found.reason in CUT for _, found in waiting)
+        if kept.failure is not None:
+            yield from [] if cut else waiting  # what is cut off there is named by the failure
+            raise kept.failure
+        if error is None and not cut:
+            yield from waiting
+            return
+        if waiting and (end := kept.end_of(start)) is None:
+            goes_on = kept.go_on(start)
+            yield from waiting if cut and not goes_on else [(number, _LENGTH)]
+            if not goes_on:
+                return
+            continue
+        yield from waiting
+        if not kept.go_on(end if waiting else start):
+            raise ValueError(f"{error} after record {number}")
+        number += 1
+        yield number, Unusable("damaged record", f"{error} after record {number - 1}; expected one")
 
 
 def main_text(page: Page) -> str:
@@ -72,33 +98,10 @@ def main_text(page: Page) -> str:
     return extract_plain_text(page.text, main_content=True) if page.is_html else page.text
 
 
-class _Kept:
-    """A stream that ends where it is damaged, and keeps the error: the records before it are whole."""
-
-    def __init__(self, stream: Any, failure: list[Exception], damage: tuple[type[Exception], ...]):
-        self._stream, self._failure, self._damage = stream, failure, damage
-
-    def read(self, size: int = -1) -> bytes:
-        if self._failure:
-            return b""
-        try:
-            return self._stream.read1(size)  # no more than one block, which the damage is in or not
-        except self._damage as error:
-            self._failure.append(error)
-            return b""
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def seek(self, place: int) -> None:
-        self._stream.seek(place)
-
-    def close(self) -> None:
-        self._stream.close()
-
-
 def _found(record: Any, *, is_response: bool, max_bytes: int) -> Page | Unusable | None:
-    """What is in a record of a kind that may have a text."""
+    """What is in a record of a kind that may have a text, or of none."""
+    if "WARC-Type" not in record.headers:
+        return Unusable("malformed record", "has no WARC-Type; expected one")
     if is_response and (record.headers.get("WARC-Target-URI") or "").lower().startswith(("http:", "https:")):
         status = record.http_headers.status_code if record.http_headers is not None else None
         if not status:
@@ -110,11 +113,11 @@ def _found(record: Any, *, is_response: bool, max_bytes: int) -> Page | Unusable
     if media and media != PLAIN and media not in HTML:
         return None
     if record.content_length > max_bytes:
-        return Unusable("too long", f"has {record.content_length} bytes; expected at most {max_bytes}")
+        return Unusable(LONG, f"has {record.content_length} bytes; expected at most {max_bytes}")
     length, data = record.content_length, record.reader.read()
     if len(data) < length:
         expected = f"has {len(data)} of the {length} bytes that it announces; expected a whole record"
-        return Unusable("truncated record", expected)
+        return Unusable(TRUNCATED, expected)
     try:
         if record.is_http:
             data = content(data, record.http_headers, max_bytes=max_bytes)
