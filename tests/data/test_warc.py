@@ -1,11 +1,12 @@
 """Texts of WARC and WET files, whole, compressed and damaged."""
 
 import gzip
+import random
 
 import pytest
 
 from orogen.config.checks import ConfigError
-from orogen.data import warc_stream
+from orogen.data import gzip_members, warc_stream
 from orogen.data.readers import Broken, read_records
 from orogen.data.sources import read_documents
 
@@ -171,3 +172,50 @@ def test_what_is_kept_for_a_second_look_is_bounded(tmp_path, monkeypatch):
     assert [(number, text[:5]) for number, text in found(tmp_path / "a.wet") if "expected" not in text] == [
         ("1", "first"), ("2", "xxxxx"), ("4", "third"),
     ]  # fmt: skip
+
+
+def flipped(packed, place):
+    return packed[:place] + bytes([packed[place] ^ 0x55]) + packed[place + 1 :]
+
+
+DAMAGE = {
+    "of its text": lambda packed: flipped(packed, len(packed) // 2),
+    "of its checksum": lambda packed: flipped(packed, len(packed) - 6),
+    "of its first byte": lambda packed: flipped(packed, 0),
+    "of its end": lambda packed: packed[:-12],
+    "of its start": lambda packed: packed[30:],
+    "of all": lambda packed: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_member_of_gzip_costs_its_own_record(tmp_path, damage):
+    """No text is read whose checksum is not that of the file."""
+    texts = [random.Random(number).randbytes(300).hex() for number in range(6)]
+    members = [gzip.compress(record("conversion", "text/plain", text.encode())) for text in texts]
+    members[2] = DAMAGE[damage](members[2])
+    (tmp_path / "a.warc.wet.gz").write_bytes(b"\0\0".join(members) + bytes(20_000))
+    records = found(tmp_path / "a.warc.wet.gz")
+    assert [text for _, text in records if text in texts] == texts[:2] + texts[3:]
+    wrong = [(number, text) for number, text in records if text not in texts]
+    assert damage == "of all" or (wrong[0][0] == "3" and "after record 2" in wrong[0][1] and len(wrong) == 1)
+
+
+def test_of_a_damaged_member_with_many_records_those_before_the_damage_are_read(tmp_path):
+    texts = [random.Random(number).randbytes(9000).hex() for number in range(6)]
+    records = [record("conversion", "text/plain", text.encode()) for text in texts]
+    many = flipped(gzip.compress(b"".join(records[:5])), 40_000)
+    (tmp_path / "a.wet.gz").write_bytes(many + gzip.compress(records[5]))
+    good = [text for _, text in found(tmp_path / "a.wet.gz") if text in texts]
+    assert good[0] == texts[0] and good[-1] == texts[5] and 3 <= len(good) <= 5
+
+
+def test_a_member_longer_than_what_is_held_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(gzip_members, "HELD_BYTES", 1000)
+    texts = [random.Random(number).randbytes(40_000).hex() for number in range(3)]
+    members = [gzip.compress(record("conversion", "text/plain", text.encode())) for text in texts]
+    (tmp_path / "a.wet.gz").write_bytes(b"".join(members))
+    assert [text for _, text in found(tmp_path / "a.wet.gz")] == texts
+    (tmp_path / "a.wet.gz").write_bytes(members[0] + flipped(members[1], 20_000) + members[2])
+    first, *_, last = found(tmp_path / "a.wet.gz")
+    assert (first[1], last[1]) == (texts[0], texts[2])

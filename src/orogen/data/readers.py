@@ -10,9 +10,10 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from orogen.config.checks import ConfigError, shown
@@ -79,14 +80,14 @@ def read_records(
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed as its name says."""
+def opened(file: Path, *, openers: Mapping[str, Callable] = MappingProxyType({})) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed as its name says. openers: by ending, in place of the usual ones."""
     packing = next((packing for packing in _OPENERS if file.name.endswith(packing)), None)
     with file.open("rb") as stream:
         if packing is None:
             yield stream
         else:
-            with _OPENERS[packing](stream) as lines:
+            with (openers.get(packing) or _OPENERS[packing])(stream) as lines:
                 yield lines
 
 
@@ -207,16 +208,15 @@ def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iter
     from orogen.data.warc import Page, main_text, read_warc  # here, so that only readers of WARC need its library
 
     del text_field, part
-    with opened(file) as stream:
-        for number, found in read_warc(stream, file, max_bytes=MAX_TEXT_BYTES, damage=DAMAGE):
-            name, where = f"{key}:{number}", f"{file}:{number}"
-            if isinstance(found, Page):
-                try:
-                    yield Document(name, checked_text(main_text(found), "text", where=where))
-                except ValueError as error:
-                    yield Broken(name, f"{where}: {error}; expected HTML")
-            elif found is not None:
-                yield Broken(name, f"{where}: {found.detail}")
+    for number, found in read_warc(file, max_bytes=MAX_TEXT_BYTES):
+        name, where = f"{key}:{number}", f"{file}:{number}"
+        if isinstance(found, Page):
+            try:
+                yield Document(name, checked_text(main_text(found), "text", where=where))
+            except ValueError as error:
+                yield Broken(name, f"{where}: {error}; expected HTML")
+        elif found is not None:
+            yield Broken(name, f"{where}: {found.detail}")
 
 
 def _read_array_record(

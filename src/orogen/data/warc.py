@@ -5,13 +5,16 @@ Responses of other status than 200, records of other types of content, requests,
 type is what the archive identified (WARC-Identified-Payload-Type), else what the server stated.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
+from orogen.data.gzip_members import GzipMembers
 from orogen.data.http_body import content
+from orogen.data.readers import DAMAGE, opened
 from orogen.data.warc_stream import KeptStream
 
 HTML = ("text/html", "application/xhtml+xml")
@@ -45,19 +48,20 @@ class Unusable(NamedTuple):
 _LENGTH = Unusable("malformed record", "has a Content-Length that is not its length; expected the right one")
 
 
-def read_warc(
-    stream: Any, file: Path, *, max_bytes: int, damage: tuple[type[Exception], ...]
-) -> Iterator[tuple[int, Page | Unusable | None]]:
+def read_warc(file: Path, *, max_bytes: int) -> Iterator[tuple[int, Page | Unusable | None]]:
     """Each record by its number in the file, from 1; None for one that is no document. Behind a record that is damaged,
-    or longer or shorter than it says, reading goes on with the next one. damage: errors of a damaged stream, which is
-    read up to there. Raises them or ValueError if the rest of the file is damaged, and ConfigError without the library.
-    """
+    or longer or shorter than it says, reading goes on with the next one. Raises one of DAMAGE if the rest of the file
+    is damaged, and ConfigError without the library."""
+    with opened(file, openers={".gz": lambda stream: io.BufferedReader(GzipMembers(stream))}) as stream:
+        yield from _records(KeptStream(stream, DAMAGE), file, max_bytes)
+
+
+def _records(kept: Any, file: Path, max_bytes: int) -> Iterator[tuple[int, Page | Unusable | None]]:
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError:
         raise ConfigError(f"{file} needs fastwarc and resiliparse; expected pip install 'orogen[warc]'") from None
     kinds = WarcRecordType.conversion | WarcRecordType.resource | WarcRecordType.response
-    kept: Any = KeptStream(stream, damage)
     number = 0
     while True:
         # The last record waits until it is known that it is as long as it says.
@@ -78,14 +82,15 @@ def read_warc(
         if error is None and not cut:
             yield from waiting
             return
-        if waiting and (end := kept.end_of(start)) is None:
+        end = kept.end_of(start) if waiting else start
+        if end is None:
             goes_on = kept.go_on(start)
             yield from waiting if cut and not goes_on else [(number, _LENGTH)]
             if not goes_on:
                 return
             continue
         yield from waiting
-        if not kept.go_on(end if waiting else start):
+        if not kept.go_on(end):
             raise ValueError(f"{error} after record {number}")
         number += 1
         yield number, Unusable("damaged record", f"{error} after record {number - 1}; expected one")

@@ -8,7 +8,7 @@ import re
 from collections import deque
 from typing import Any
 
-# Kept of one record and behind it; behind more than that the rest of the file is lost with a damaged record.
+# Kept of one record and what is behind it: in a longer one that is damaged, no record is looked for before that.
 MOST_BYTES = 2**27
 OVERLAP = 100  # bytes searched twice, since two blocks may share the start of a record
 _BEGIN = re.compile(rb"\nWARC/\d\.\d+\r?\n[A-Za-z-]+:")

@@ -169,15 +169,14 @@ def _read_warc(file: Input, text_field: str | None, report: Report) -> Iterator[
     del text_field
     _check_unchanged(file)
     number = 0
-    with opened(Path(file.path)) as stream:
-        for number, found in read_warc(stream, Path(file.path), max_bytes=MAX_LINE_BYTES, damage=DAMAGE):
-            if isinstance(found, Page):
-                metadata: dict[str, Any] = {"url": found.url, "date": found.date}
-                if found.is_html:
-                    metadata[HTML] = True
-                yield Document(found.text, f"{file.key}:{number}", metadata=metadata)
-            elif found is not None:
-                report(Broken(file.key, str(number), found.reason, found.detail[:SHOWN]))
+    for number, found in read_warc(Path(file.path), max_bytes=MAX_LINE_BYTES):
+        if isinstance(found, Page):
+            metadata: dict[str, Any] = {"url": found.url, "date": found.date}
+            if found.is_html:
+                metadata[HTML] = True
+            yield Document(found.text, f"{file.key}:{number}", metadata=metadata)
+        elif found is not None:
+            report(Broken(file.key, str(number), found.reason, found.detail[:SHOWN]))
     if not number:
         report(Broken(file.key, "", "empty file", "no record of WARC"))
 
