@@ -37,6 +37,17 @@ def grouped(damaged, *, in_text=False):
     return bytes(data)
 
 
+def not_utf8():
+    """A Parquet file of three rows, the second of which is not UTF-8."""
+    offsets, data = (
+        pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 4, 6, 10))),
+        pa.py_buffer(b"good\xff\xfelast"),
+    )
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, data)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
 GOOD = [{"text": f"good {i} {'word ' * i}"} for i in range(40)]
 
 
@@ -77,6 +88,7 @@ def bad_corpora():
     yield "not gzip", "z.txt.gz", b"plain", 1, "expected a whole, undamaged file", 0
     yield "truncated Parquet", "z.parquet", content[:-20], 1, "expected a whole, undamaged file", 0
     yield "a damaged row group", "z.parquet", grouped(1), 1, "z.parquet:11: ", 20
+    yield "a row that is not UTF-8", "z.parquet", not_utf8(), 1, "z.parquet:2: 'text' cannot be read", 2
     yield "damaged text", "z.parquet", grouped(0, in_text=True), 1, "z.parquet:1: ", 20
     yield "a damaged last row group", "z.parquet", grouped(2), 1, "from there to 30 in an undamaged row group", 20
     yield "a null row", "z.parquet", content, 1, "z.parquet:10: 'text' is None: expected a string", 14

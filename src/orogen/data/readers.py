@@ -184,13 +184,45 @@ def parquet_rows(
             try:
                 with _damage_named(pyarrow.ArrowException):
                     for chunk in table.iter_batches(columns=columns, row_groups=[group], batch_size=1024):
-                        for record in chunk.to_pylist():
+                        for record in _records(chunk, text_field):
                             number += 1
-                            yield number, record
+                            wrong = isinstance(record, ConfigError)
+                            yield number, ConfigError(f"{file}:{number}: {record}") if wrong else record
             except ValueError as error:
                 expected = f"expected the rows from there to {end} in an undamaged row group"
                 yield number + 1, ConfigError(f"{file}:{number + 1}: {error}: {expected}")
             number = end
+
+
+def _records(chunk: Any, text_field: str | None) -> list[Any]:
+    """The rows of a pyarrow.RecordBatch. A value that Python has no type for, such as a time in nanoseconds or a date
+    of the year 12,000, becomes its text, or None if it has none; a text that is none makes its row a ConfigError."""
+    import pyarrow
+
+    wrong = (ValueError, OverflowError, pyarrow.ArrowException)
+    try:
+        return chunk.to_pylist()
+    except wrong:
+        pass
+
+    def value(name: str, scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except wrong as error:
+            if name == text_field:
+                raise ConfigError(f"{text_field!r} cannot be read ({error}): expected UTF-8 text") from None
+        with contextlib.suppress(*wrong):
+            return scalar.cast(pyarrow.string()).as_py()
+        return None
+
+    def row(number: int) -> Any:
+        names = chunk.schema.names
+        try:
+            return {name: value(name, column[number]) for name, column in zip(names, chunk.columns, strict=True)}
+        except ConfigError as error:
+            return error
+
+    return [row(number) for number in range(chunk.num_rows)]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from orogen.data.curate import read
 from orogen.data.curate.inputs import HTML
 from orogen.data.curate.read import SEPARATOR, read_input
 
-from ..test_broken_records import grouped
+from ..test_broken_records import grouped, not_utf8
 from .corpora import input_of, warc, write_jsonl
 
 
@@ -103,6 +103,21 @@ def test_rows_beside_a_damaged_row_group_are_read(tmp_path):
     documents, broken = read_all(path)
     assert [d.text[:6].strip() for d in documents] == [f"row {i}" for i in (*range(10), *range(20, 30))]
     assert documents[-1].id == "a.parquet:30" and broken == [("11", "damaged rows")]
+
+
+def test_values_of_other_columns_that_python_cannot_hold_cost_no_text(tmp_path):
+    times = {"ns": pyarrow.array([1, 2], pyarrow.timestamp("ns")), "far": pyarrow.array([2**62, 0], pyarrow.timestamp("us")),
+             "inside": pyarrow.array([{"a": 1}, None], pyarrow.struct([("a", pyarrow.timestamp("ns"))]))}  # fmt: skip
+    parquet.write_table(pyarrow.table({"text": ["one", "two"], **times}), tmp_path / "a.parquet")
+    (one, two), broken = read_all(tmp_path / "a.parquet")
+    assert not broken and (one.text, two.text, two.metadata["inside"]) == ("one", "two", None)
+    assert one.metadata["ns"] == "1970-01-01 00:00:00.000000001" and "out of range" in one.metadata["far"]
+
+
+def test_a_text_of_parquet_that_is_not_utf8_costs_itself(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(not_utf8())
+    documents, broken = read_all(tmp_path / "a.parquet")
+    assert [d.text for d in documents] == ["good", "last"] and broken == [("2", "damaged rows")]
 
 
 def test_without_a_field_every_string_of_a_record_is_read(tmp_path):

@@ -13,6 +13,7 @@ from orogen.data.curate.execute import Place, execute
 from orogen.data.curate.run import curate, is_whole, passes, prepare, tidy
 from orogen.data.curate.store import DocumentWriter, read_records
 from orogen.data.curate.tally import Tally, merged
+from orogen.data.readers import opened
 
 from .corpora import nearly, texts, write_jsonl
 
@@ -122,6 +123,15 @@ def test_a_run_stopped_before_its_last_file_ends_the_same(sources, tmp_path):
     assert not is_whole(out)
     run(config, out)
     assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    with DocumentWriter(tmp_path / "a.jsonl.zst") as out:
+        out.write({"text": "a", "metadata": {"x": [float("inf"), 1.5], "y": float("nan"), "z": b"\xff"}})
+    with opened(tmp_path / "a.jsonl.zst") as lines:
+        [line] = lines
+    found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert found["metadata"] == {"x": [None, 1.5], "y": None, "z": "b'\\xff'"}
 
 
 def test_parts_of_files_that_a_kill_left_are_no_output(sources, tmp_path):
