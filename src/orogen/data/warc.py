@@ -96,6 +96,13 @@ def _records(kept: Any, file: Path, max_bytes: int) -> Iterator[tuple[int, Page 
         yield number, Unusable("damaged record", f"{error} after record {number - 1}; expected one")
 
 
+def page_text(data: bytes, charset: str | None = None) -> str:
+    """An HTML page in the character set given or, without one, in that which its bytes or its markup suggest."""
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    return bytes_to_str(data, charset or detect_encoding(data) or "utf-8")
+
+
 def main_text(page: Page) -> str:
     """The text without markup. Raises ValueError."""
     from resiliparse.extract.html2text import extract_plain_text
@@ -132,14 +139,14 @@ def _found(record: Any, *, is_response: bool, max_bytes: int) -> Page | Unusable
 
 
 def _page(data: bytes, media: str, record: Any) -> Page | Unusable | None:
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, detect_mime
+    from resiliparse.parse.encoding import detect_mime
 
     is_html = media in HTML if media else _MARKUP.match(data[:_SNIFFED]) is not None
     if not (is_html or media) or (is_html and _MEDIA.match(detect_mime(data))):
         return None
     charset = _charset(record)
     if is_html:
-        text = bytes_to_str(data, charset or detect_encoding(data) or "utf-8")
+        text = page_text(data, charset)
     else:
         name = charset or "utf-8"
         try:

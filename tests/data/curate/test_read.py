@@ -76,6 +76,9 @@ def test_a_text_file_is_one_document_and_a_binary_one_is_none(tmp_path):
     assert read_all(tmp_path / "b.txt")[1] == [("", "not UTF-8")]
     assert read_all(tmp_path / "c.txt")[1] == [("", "NUL characters")]
     assert read_all(tmp_path / "d.html")[0][0].metadata == {HTML: True}
+    latin = '<html><head><meta charset="iso-8859-1"></head><body><p>Größe „café“</p></body></html>'
+    (tmp_path / "e.html").write_bytes(latin.encode("cp1252"))
+    assert read_all(tmp_path / "e.html")[0][0].text == latin
 
 
 def test_a_file_that_vanished_or_changed_is_named(tmp_path):
@@ -106,8 +109,9 @@ def test_rows_beside_a_damaged_row_group_are_read(tmp_path):
 
 
 def test_values_of_other_columns_that_python_cannot_hold_cost_no_text(tmp_path):
-    times = {"ns": pyarrow.array([1, 2], pyarrow.timestamp("ns")), "far": pyarrow.array([2**62, 0], pyarrow.timestamp("us")),
-             "inside": pyarrow.array([{"a": 1}, None], pyarrow.struct([("a", pyarrow.timestamp("ns"))]))}  # fmt: skip
+    ns, us = pyarrow.timestamp("ns"), pyarrow.timestamp("us")
+    times = {"ns": pyarrow.array([1, 2], ns), "far": pyarrow.array([2**62, 0], us)}
+    times["inside"] = pyarrow.array([{"a": 1}, None], pyarrow.struct([("a", ns)]))
     parquet.write_table(pyarrow.table({"text": ["one", "two"], **times}), tmp_path / "a.parquet")
     (one, two), broken = read_all(tmp_path / "a.parquet")
     assert not broken and (one.text, two.text, two.metadata["inside"]) == ("one", "two", None)

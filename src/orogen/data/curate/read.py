@@ -10,7 +10,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.json_file import parse_json
 from orogen.data.curate.inputs import HTML, Input
 from orogen.data.readers import DAMAGE, MAX_LINE_BYTES, checked_text, opened, parquet_rows
-from orogen.data.warc import Page, read_warc
+from orogen.data.warc import Page, page_text, read_warc
 
 SEPARATOR = "\x1e"  # the record separator of ASCII
 PIECE = 2**20  # bytes at a time of a line too long to keep
@@ -96,11 +96,14 @@ def _read_whole(file: Input, text_field: str | None, report: Report) -> Iterator
         data = stream.read(MAX_LINE_BYTES + 1)
     if len(data) > MAX_LINE_BYTES:
         raise Unreadable("too long", f"more than {MAX_LINE_BYTES} bytes")
+    is_html = file.kind == "html"
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unreadable("not UTF-8", f"byte {error.start}") from error
-    yield Document(text, file.key, metadata={HTML: True} if file.kind == "html" else {})
+        if not is_html:
+            raise Unreadable("not UTF-8", f"byte {error.start}") from error
+        text = page_text(data)
+    yield Document(text, file.key, metadata={HTML: True} if is_html else {})
 
 
 def _read_jsonl(file: Input, text_field: str | None, report: Report) -> Iterator[Document]:
