@@ -5,24 +5,17 @@ at the first one; `orogen tokenize` counts and names them all.
 """
 
 import contextlib
-import gzip
-import io
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import parse_json
+from orogen.data.compressed import DAMAGE, OPENERS, opened
 from orogen.data.tokenized import Tokens, array_records, content_of, indexed_documents
-from orogen.data.zstd import ZstdFrames
 
-# Errors that a damaged file raises.
-DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 # Both bound the memory that a small compressed file can expand to.
 MAX_LINE_BYTES = 2**28  # of a .jsonl
 MAX_TEXT_BYTES = 2**31  # of a .txt or a record of a WARC
@@ -61,7 +54,7 @@ def form_of(name: str) -> tuple[str, str] | None:
     another kind."""
     if _ARRAY_RECORD.search(name):
         return ".array_record", ""
-    packing = next((packing for packing in _OPENERS if name.endswith(packing)), "")
+    packing = next((packing for packing in OPENERS if name.endswith(packing)), "")
     form = next((form for form in _READERS if name.removesuffix(packing).endswith(form)), None)
     return None if form is None or (packing and form in _NEVER_PACKED) else (form, packing)
 
@@ -77,18 +70,6 @@ def read_records(
         yield Broken(key, str(error))
     except DAMAGE as error:
         yield Broken(key, f"{file}: {error}: expected a whole, undamaged file")
-
-
-@contextlib.contextmanager
-def opened(file: Path, *, openers: Mapping[str, Callable] = MappingProxyType({})) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed as its name says. openers: by ending, in place of the usual ones."""
-    packing = next((packing for packing in _OPENERS if file.name.endswith(packing)), None)
-    with file.open("rb") as stream:
-        if packing is None:
-            yield stream
-        else:
-            with (openers.get(packing) or _OPENERS[packing])(stream) as lines:
-                yield lines
 
 
 def decode(data: bytes, *, where: str) -> str:
@@ -200,10 +181,6 @@ def _records(chunk: Any, text_field: str | None) -> list[Any]:
     import pyarrow
 
     wrong = (ValueError, OverflowError, pyarrow.ArrowException)
-    try:
-        return chunk.to_pylist()
-    except wrong:
-        pass
 
     def value(name: str, scalar: Any) -> Any:
         try:
@@ -211,9 +188,13 @@ def _records(chunk: Any, text_field: str | None) -> list[Any]:
         except wrong as error:
             if name == text_field:
                 raise ConfigError(f"{text_field!r} cannot be read ({error}): expected UTF-8 text") from None
-        with contextlib.suppress(*wrong):
+            return text(scalar)
+
+    def text(scalar: Any) -> str | None:
+        try:
             return scalar.cast(pyarrow.string()).as_py()
-        return None
+        except wrong:
+            return None
 
     def row(number: int) -> Any:
         names = chunk.schema.names
@@ -222,7 +203,10 @@ def _records(chunk: Any, text_field: str | None) -> list[Any]:
         except ConfigError as error:
             return error
 
-    return [row(number) for number in range(chunk.num_rows)]
+    try:
+        return chunk.to_pylist()
+    except wrong:
+        return [row(number) for number in range(chunk.num_rows)]
 
 
 @contextlib.contextmanager
@@ -276,11 +260,6 @@ def _read_indexed(file: Path, key: str, text_field: str, part: Part | None) -> I
 
 # TFDS and MaxText number the files of a set behind the ending.
 _ARRAY_RECORD = re.compile(r"\.array_?record(-\d{5,}-of-\d{5,})?$")
-_OPENERS: dict[str, Callable] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".zst": lambda stream: io.BufferedReader(ZstdFrames(stream)),
-}
 _READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
@@ -292,5 +271,5 @@ _READERS: dict[str, Reader] = {
 }
 _NEVER_PACKED = (".parquet", ".array_record", ".idx")
 KINDS = ", ".join([form for form in _READERS if form not in _NEVER_PACKED]) + (
-    f" (each also with {', '.join(_OPENERS)}), .parquet, .array_record, or .idx with its .bin"
+    f" (each also with {', '.join(OPENERS)}), .parquet, .array_record, or .idx with its .bin"
 )

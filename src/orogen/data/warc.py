@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
+from orogen.data.compressed import DAMAGE, opened
 from orogen.data.gzip_members import GzipMembers
 from orogen.data.http_body import content
-from orogen.data.readers import DAMAGE, opened
 from orogen.data.warc_stream import KeptStream
 
 HTML = ("text/html", "application/xhtml+xml")

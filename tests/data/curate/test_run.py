@@ -8,12 +8,12 @@ import pytest
 
 from orogen.config.checks import ConfigError
 from orogen.config.curate import ClassifyConfig, CurateConfig, DecontaminateConfig, DedupConfig, LanguageConfig
+from orogen.data.compressed import opened
 from orogen.data.curate import steps
 from orogen.data.curate.execute import Place, execute
 from orogen.data.curate.run import curate, is_whole, passes, prepare, tidy
 from orogen.data.curate.store import DocumentWriter, read_records
 from orogen.data.curate.tally import Tally, merged
-from orogen.data.readers import opened
 
 from .corpora import nearly, texts, write_jsonl
 

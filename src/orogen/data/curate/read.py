@@ -8,8 +8,9 @@ from datatrove.data import Document
 
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import parse_json
+from orogen.data.compressed import DAMAGE, opened
 from orogen.data.curate.inputs import HTML, Input
-from orogen.data.readers import DAMAGE, MAX_LINE_BYTES, checked_text, opened, parquet_rows
+from orogen.data.readers import MAX_LINE_BYTES, checked_text, parquet_rows
 from orogen.data.warc import Page, page_text, read_warc
 
 SEPARATOR = "\x1e"  # the record separator of ASCII

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from orogen.config.files import write_atomically
-from orogen.data.readers import opened
+from orogen.data.compressed import opened
 
 LEVEL = 3  # of Zstandard: 300 MB/s a core
 
