@@ -56,6 +56,7 @@ def test_the_mean_is_that_of_the_files(folders, tmp_path, second, weights):
             ["one", "two", "--weights", "0,0"],
             "the weights are [0.0, 0.0]; expected numbers from 0, one",
         ),
+        (["one", "two", "--weights", "1e308,1e308"], "of a finite sum"),
         (["one", "run/checkpoints/4"], "holds no complete checkpoint; expected at least one"),
         (["one", "none"], "expected a run folder, an Orogen checkpoint folder or a Hugging Face folder"),
         (["one", "other"], "ModelConfig.chunk_size of"),

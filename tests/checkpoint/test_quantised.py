@@ -274,6 +274,11 @@ def group(**weights):
             COMPRESSED | {"transform_config": {"r": {"type": "hadamard"}}},
             "transform_config is {'r': {'type'",
         ),
+        (
+            COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config.format is 'sparse-24-bitmask'; expected 'dense'",
+        ),
+        (group(strategy="block", block_structure="128x"), "g.weights.strategy is 'block'; expected tensor, channel"),
         (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "kv_cache_scheme is {'num_bits': 8"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size is [128]; expected a list of 2"),
         ([1], "quantization_config.quant_method is [1]; expected one of modelopt"),
@@ -283,6 +288,15 @@ def test_formats_that_are_not_implemented_are_refused_by_name(config, message):
     with pytest.raises(ConfigError) as error:
         read_quantization({"quantization_config": config})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_older_files_and_their_defaults_say_is_read():
+    """compressed-tensors' own defaults of a sparsity that stores every number, and a block as text."""
+    dense = {"format": "dense", "registry_requires_subclass": False, "sparsity_structure": "unstructured",
+             "global_sparsity": 0.14, "targets": ["Linear"], "ignore": []}  # fmt: skip
+    blocks = group(strategy="block", block_structure="128x64") | {"sparsity_config": dense}
+    [found] = read_quantization({"quantization_config": blocks})
+    assert found.targets[0][1] is not None and found.targets[0][1].block == (128, 64)
 
 
 MANY = "re:" + ".*" * 30 + "!"  # each star multiplies the time by the length of a name

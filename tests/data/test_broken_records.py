@@ -23,6 +23,31 @@ def made(config, folder):
     return make_store.make_store(config, folder, workers=1, unit_bytes=UNIT)
 
 
+def grouped(damaged, *, in_text=False):
+    """A Parquet file of three row groups. The head of a page in one of them is damaged, or the text, which a checksum
+    tells."""
+    sink = pa.BufferOutputStream()
+    texts = [f"row {i} " + random.Random(i).randbytes(200).hex() for i in range(30)]
+    options = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    parquet.write_table(pa.table({"text": texts}), sink, row_group_size=10, **options)
+    data = bytearray(sink.getvalue().to_pybytes())
+    column = parquet.ParquetFile(pa.BufferReader(bytes(data))).metadata.row_group(damaged).column(0)
+    place = column.data_page_offset + (column.total_compressed_size // 2 if in_text else 0)
+    data[place : place + 8] = b"?" * 8
+    return bytes(data)
+
+
+def not_utf8():
+    """A Parquet file of three rows, the second of which is not UTF-8."""
+    offsets, data = (
+        pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 4, 6, 10))),
+        pa.py_buffer(b"good\xff\xfelast"),
+    )
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, data)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
 GOOD = [{"text": f"good {i} {'word ' * i}"} for i in range(40)]
 
 
@@ -62,6 +87,10 @@ def bad_corpora():
     yield "truncated xz", "z.txt.xz", lzma.compress(lines)[:-30], 1, "expected a whole, undamaged file", 0
     yield "not gzip", "z.txt.gz", b"plain", 1, "expected a whole, undamaged file", 0
     yield "truncated Parquet", "z.parquet", content[:-20], 1, "expected a whole, undamaged file", 0
+    yield "a damaged row group", "z.parquet", grouped(1), 1, "z.parquet:11: ", 20
+    yield "a row that is not UTF-8", "z.parquet", not_utf8(), 1, "z.parquet:2: 'text' cannot be read", 2
+    yield "damaged text", "z.parquet", grouped(0, in_text=True), 1, "z.parquet:1: ", 20
+    yield "a damaged last row group", "z.parquet", grouped(2), 1, "from there to 30 in an undamaged row group", 20
     yield "a null row", "z.parquet", content, 1, "z.parquet:10: 'text' is None: expected a string", 14
     yield "no column", "z.parquet", columns.getvalue().to_pybytes(), 1, "expected a column 'text'", 0
     yield "truncated JSON", "z.jsonl", b'{"text": "a"}\n{"text": "b', 1, "z.jsonl:2: ", 1

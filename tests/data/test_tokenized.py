@@ -60,13 +60,16 @@ def saved(array):
     return stream.getvalue()
 
 
-def write_index(prefix, documents):
+CODES = {"u1": 1, "i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<u2": 8}  # Megatron's, of whole numbers
+
+
+def write_index(prefix, documents, dtype="<u2"):
     """Megatron's files, by the layout that it documents; each document is a list of sequences."""
-    sequences = [np.array(one, "<u2") for document in documents for one in document]
+    sequences = [np.array(one, dtype) for document in documents for one in document]
     lengths = [len(one) for one in sequences]
-    offsets = [2 * sum(lengths[:i]) for i in range(len(lengths))]
+    offsets = [np.dtype(dtype).itemsize * sum(lengths[:i]) for i in range(len(lengths))]
     ends = np.cumsum([0, *(len(document) for document in documents)])
-    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(lengths), len(ends))
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(ends))
     body = struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(offsets)}q", *offsets)
     prefix.with_suffix(".idx").write_bytes(head + body + struct.pack(f"<{len(ends)}q", *ends))
     prefix.with_suffix(".bin").write_bytes(b"".join(one.tobytes() for one in sequences))
@@ -131,6 +134,33 @@ def test_tokens_are_taken_as_they_are(tmp_path, form):
     bpe = dataclasses.replace(config, tokenizer="bpe", vocab_size=260)
     with pytest.raises(ConfigError, match="expected the path of the tokenizer that made the tokens of c"):
         make_store(bpe, tmp_path / "other", workers=1)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_an_index_of_any_dtype_of_megatrons_is_read(tmp_path, dtype):
+    given = [[one[:2], one[2:]] for one in (np.minimum(ids, 120) for ids in IDS)]
+    write_index(tmp_path / "c", given, dtype)
+    manifest, corpus = stored(config_of(tmp_path / "c.idx"), tmp_path / "store")
+    _, splits = found(corpus)
+    streams = sorted(split[i].tokens_t.tolist() for split in splits for i in range(len(split)))
+    assert streams == sorted([1, *first.tolist(), *second.tolist(), EOS] for first, second in given)
+    assert manifest["counts"]["broken"] == 0
+
+
+def test_ids_that_no_vocabulary_has_and_places_outside_a_file_cost_their_documents(tmp_path):
+    """2^32 + 5 is 5 in 32 bits; a length of -1 means the whole file to numpy."""
+    write_index(tmp_path / "c", [[[7, 8]], [[2**32 + 5]], [[9]], [[]], [[-(2**40), 4]], [[10]]], "<i8")
+    data = bytearray((tmp_path / "c.idx").read_bytes())
+    data[34 + 8 : 34 + 12] = struct.pack("<i", -1)  # the length of the third
+    data[34 + 24 : 34 + 32] = struct.pack("<q", 2**40)  # the place of the first
+    (tmp_path / "c.idx").write_bytes(data)
+    manifest, corpus = stored(config_of(tmp_path / "c.idx", heldout_fraction=0.0), tmp_path / "store")
+    train = corpus.splits["train"]
+    assert [train[i].tokens_t.tolist() for i in range(len(train))] == [[1, EOS], [1, 10, EOS]]
+    lines = [json.loads(line) for line in (tmp_path / "store" / "broken.jsonl").read_text().splitlines()]
+    assert [one["key"] for one in lines] == ["c.idx:1", "c.idx:2", "c.idx:3", "c.idx:5"]
+    for one, part in zip(lines, ("2 tokens from byte 1099", "4294967301", "-1 tokens", "-1099511627776"), strict=True):
+        assert part in one["reason"]
 
 
 def test_what_cannot_be_used_is_named(tmp_path):

@@ -1,10 +1,12 @@
 """Texts of WARC and WET files, whole, compressed and damaged."""
 
 import gzip
+import random
 
 import pytest
 
 from orogen.config.checks import ConfigError
+from orogen.data import gzip_members, warc_stream
 from orogen.data.readers import Broken, read_records
 from orogen.data.sources import read_documents
 
@@ -19,8 +21,8 @@ def record(kind, content_type, body, length=None):
     return head.encode() + body + b"\r\n\r\n"
 
 
-def response(status, content_type, body):
-    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n\r\n".encode()
+def response(status, content_type, body, fields=""):
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {content_type}\r\n{fields}\r\n".encode()
     return record("response", "application/http; msgtype=response", head + body)
 
 
@@ -82,8 +84,8 @@ def test_a_small_corpus_may_be_a_warc_and_stops_at_what_is_broken(tmp_path):
         ("cut.wet", b"".join(WET)[:-9], 1, "has 0 of the 5 bytes that it announces; expected a whole record"),
         ("cut.wet.gz", b"".join(map(gzip.compress, WET))[:-30], 1, "expected a whole, undamaged file"),
         ("garbage.wet", b"\x00\x01" * 500, 0, "Invalid WARC header after record 0: expected a whole, undamaged file"),
-        ("between.wet", WET[1] + b"garbage\r\n\r\n" + WET[3], 1, "Invalid WARC header after record 1: expected a"),
-        ("length.wet", record("conversion", "text/plain", b"hello", 2) + WET[3], 1, "Invalid WARC header after record"),
+        ("between.wet", WET[1] + b"garbage\r\n\r\n" + WET[3], 2, "2: Invalid WARC header after record 1; expected one"),
+        ("length.wet", record("conversion", "text/plain", b"hello", 2) + WET[3], 1, "has a Content-Length that is not"),
         ("empty.wet", b"", 0, None),
     ],
 )
@@ -97,3 +99,123 @@ def test_damage_is_named_after_the_records_before_it(tmp_path, name, data, whole
         assert not broken
     else:
         assert reason in broken[-1].reason
+
+
+def chunked(data):
+    return b"".join(b"%x\r\n%s\r\n" % (len(data[i : i + 30]), data[i : i + 30]) for i in range(0, len(data), 30)) + (
+        b"0\r\n\r\n"
+    )
+
+
+LATIN = {"iso-8859-1": "latin-1", "no-such-set": "utf-8", '"UTF-8"': "utf-8"}
+
+
+@pytest.mark.parametrize("charset", LATIN)
+@pytest.mark.parametrize("kind", ["text/html", "text/plain"])
+def test_a_stated_character_set_is_followed_and_an_unknown_one_is_none(tmp_path, kind, charset):
+    text = PAGE if kind == "text/html" else "Größe of a page"
+    data = response(200, f"{kind}; charset={charset}", text.encode(LATIN[charset]))
+    (tmp_path / "a.warc").write_bytes(data + WET[3])
+    assert found(tmp_path / "a.warc") == [("1", "Größe of a page"), ("2", "third")]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_bodies_are_decoded_and_a_damaged_one_is_named(tmp_path, damaged):
+    body = gzip.compress(PAGE.encode())[: -9 if damaged else None]
+    fields = "Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n"
+    data = response(200, "text/html", chunked(body), fields)
+    (tmp_path / "a.warc").write_bytes(data + WET[3])
+    first, last = found(tmp_path / "a.warc")
+    assert last == ("2", "third")
+    assert "expected a whole body in the coding 'gzip'" in first[1] if damaged else first == ("1", "Größe of a page")
+
+
+def test_a_response_without_a_status_is_named(tmp_path):
+    (tmp_path / "a.warc").write_bytes(record("response", "application/http", PAGE.encode()) + WET[3])
+    first, last = found(tmp_path / "a.warc")
+    assert "a.warc:1: has no status of HTTP" in first[1] and last == ("2", "third")
+
+
+FIRST, THIRD = (record("conversion", "text/plain", text) for text in (b"first", b"third"))
+WRONG = {
+    "short": record("conversion", "text/plain", b"second", 2),
+    "long": record("conversion", "text/plain", b"second", 99),
+    "beyond the end": record("conversion", "text/plain", b"second", 10**6),
+    "more than a text may have": record("conversion", "text/plain", b"second", 10**12),
+    "negative": record("conversion", "text/plain", b"second", -5),
+    "no number": record("conversion", "text/plain", b"second", "x"),
+    "none": record("conversion", "text/plain", b"second").replace(b"Content-Length: 6\r\n", b""),
+    "of a request": record("request", "application/http", b"GET", 1),
+    "garbage": bytes(range(256)) * 300 + b"\r\n",
+    "no type": record("conversion", "text/plain", b"second").replace(b"WARC-Type: conversion\r\n", b""),
+}
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_damaged_record_costs_itself_alone(tmp_path, wrong, packing):
+    """Whatever its length says: the records behind it are read, with their numbers, and no part of it is a text."""
+    mention = record("conversion", "text/plain", b"about\nWARC/1.0\r\nWARC-Type: x\r\n")
+    data = FIRST + WRONG[wrong] + THIRD + WRONG[wrong] + mention + THIRD
+    (tmp_path / f"a.wet{packing}").write_bytes(gzip.compress(data) if packing else data)
+    records = found(tmp_path / f"a.wet{packing}")
+    assert [number for number, _ in records] == ["1", "2", "3", "4", "5", "6"]
+    assert [text for _, text in records[::2]] == ["first", "third", "about\nWARC/1.0\r\nWARC-Type: x\r\n"]
+    assert records[5][1] == "third" and all("a.wet" in records[k][1] and "expected" in records[k][1] for k in (1, 3))
+
+
+def test_what_is_kept_for_a_second_look_is_bounded(tmp_path, monkeypatch):
+    """A record of more than that, whole or not, does not end the file's reading."""
+    monkeypatch.setattr(warc_stream, "MOST_BYTES", 1000)
+    long, wrong = (record("conversion", "text/plain", b"x" * 70_000, n) for n in (None, 69_000))
+    (tmp_path / "a.wet").write_bytes(FIRST + long + wrong + THIRD)
+    assert [(number, text[:5]) for number, text in found(tmp_path / "a.wet") if "expected" not in text] == [
+        ("1", "first"), ("2", "xxxxx"), ("4", "third"),
+    ]  # fmt: skip
+
+
+def flipped(packed, place):
+    return packed[:place] + bytes([packed[place] ^ 0x55]) + packed[place + 1 :]
+
+
+DAMAGE = {
+    "of its text": lambda packed: flipped(packed, len(packed) // 2),
+    "of its checksum": lambda packed: flipped(packed, len(packed) - 6),
+    "of its first byte": lambda packed: flipped(packed, 0),
+    "of its end": lambda packed: packed[:-12],
+    "of its start": lambda packed: packed[30:],
+    "of all": lambda packed: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_member_of_gzip_costs_its_own_record(tmp_path, damage):
+    """No text is read whose checksum is not that of the file."""
+    texts = [random.Random(number).randbytes(300).hex() for number in range(6)]
+    members = [gzip.compress(record("conversion", "text/plain", text.encode())) for text in texts]
+    members[2] = DAMAGE[damage](members[2])
+    (tmp_path / "a.warc.wet.gz").write_bytes(b"\0\0".join(members) + bytes(20_000))
+    records = found(tmp_path / "a.warc.wet.gz")
+    assert [text for _, text in records if text in texts] == texts[:2] + texts[3:]
+    wrong = [(number, text) for number, text in records if text not in texts]
+    assert damage == "of all" or (wrong[0][0] == "3" and "after record 2" in wrong[0][1] and len(wrong) == 1)
+
+
+def test_of_a_damaged_member_with_many_records_those_before_the_damage_are_read(tmp_path):
+    texts = [random.Random(number).randbytes(9000).hex() for number in range(6)]
+    records = [record("conversion", "text/plain", text.encode()) for text in texts]
+    many = flipped(gzip.compress(b"".join(records[:5])), 40_000)
+    (tmp_path / "a.wet.gz").write_bytes(many + gzip.compress(records[5]))
+    good = [text for _, text in found(tmp_path / "a.wet.gz") if text in texts]
+    assert good[0] == texts[0] and good[-1] == texts[5] and 3 <= len(good) <= 5
+
+
+def test_a_member_longer_than_what_is_held_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(gzip_members, "HELD_BYTES", 1000)
+    texts = [random.Random(number).randbytes(40_000).hex() for number in range(3)]
+    members = [gzip.compress(record("conversion", "text/plain", text.encode())) for text in texts]
+    (tmp_path / "a.wet.gz").write_bytes(b"".join(members))
+    assert [text for _, text in found(tmp_path / "a.wet.gz")] == texts
+    (tmp_path / "a.wet.gz").write_bytes(members[0] + flipped(members[1], 20_000) + members[2])
+    first, *_, last = found(tmp_path / "a.wet.gz")
+    assert (first[1], last[1]) == (texts[0], texts[2])

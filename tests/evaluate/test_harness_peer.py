@@ -142,3 +142,16 @@ def test_each_answer_is_that_of_the_hugging_face_backend(model, hugging_face):
         ours.loglikelihood_rolling(rolling), hugging_face.loglikelihood_rolling(rolling), strict=True
     ):
         assert value == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "temperature"),
+    [({}, 0), ({"do_sample": True}, 1), ({"do_sample": False, "temperature": 0.7}, 0), ({"temperature": 0.7}, 0.7)],
+)
+def test_a_task_that_asks_for_samples_gets_them(model, settings, temperature):
+    from lm_eval.api.instance import Instance
+
+    from orogen.evaluate.harness_model import HarnessModel
+
+    ours = HarnessModel(Subject(open_model(model[0]), EvaluateConfig(tasks=("x",)), EngineConfig()))
+    assert ours._prompt(Instance("generate_until", {}, ("a", settings), 0)).sampling.temperature == temperature

@@ -1,5 +1,6 @@
 """Runs of a sweep: each once, whatever ends in between. The program is a script that writes a run's files."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ from tests.helpers import bound, run_config, write_recipe
 
 from orogen.cli import main
 from orogen.config.checks import ConfigError
-from orogen.config.sweep import Arm
+from orogen.config.run import OptimizerConfig
+from orogen.config.sweep import Arm, SweepConfig
+from orogen.sweep.command import best_rates
 from orogen.sweep.plan import Run
 from orogen.sweep.results import Results
 from orogen.sweep.runner import Runner, environments
@@ -31,6 +34,12 @@ if "bad" in folder.name:
 if "slow" in folder.name:
     time.sleep(60)
 folder.mkdir(exist_ok=True)
+facts = {"parameters": {"total": 7}, "commit": None, "packages": {}, "devices": {}}
+(folder / "env.json").write_text(json.dumps(facts))
+if "lost" in folder.name:
+    lines = [json.dumps({"step": step, "skipped_steps": max(step - 3, 0)}) for step in range(1, 14)]
+    (folder / "metrics.jsonl").write_text("\\n".join(lines) + "\\n")
+    sys.exit("step 13: 10 steps in a row were skipped")
 record = {"step": 10, "loss": 2.0, "score": len(folder.name), "step_ms": 500.0, "expert_load": [[1, 3], [4, 0]]}
 if "--checkpoint" in words:
     record["origin"] = len(words[words.index("--checkpoint") + 1])
@@ -119,6 +128,28 @@ def test_a_failure_is_named_and_the_others_go_on(runner):
     assert made.failures == [("bad", "status 1: a reason")] and runner.starts() == ["bad", "a"]
     runner().run(runs("bad", "a"))
     assert runner.starts() == ["bad", "a", "bad"]
+
+
+def test_a_search_that_diverges_is_an_answer_and_a_run_that_does_is_a_failure(runner, tmp_path):
+    arm, told = Arm(("a",), ()), []
+    rated = lambda rate: OptimizerConfig(learning_rate=rate, schedule="constant")  # noqa: E731
+    searches = [Run(arm, name, dataclasses.replace(run_config(), optimizer=rated(rate)), True)
+                for name, rate in (("lost", 1.0), ("kept", 0.1), ("poorer", 0.01))]  # fmt: skip
+    first = runner(at_once=1)
+    first._log = told.append
+    first.run(searches)
+    again = runner()
+    again.run([*searches, *runs("lost-seed")])
+    assert runner.starts() == ["lost", "kept", "poorer", "lost-seed"] and any("lost: diverged" in line for line in told)
+    assert not first.failures and [failure.name for failure in again.failures] == ["lost-seed"]
+    results = Results(tmp_path, ["score"])
+    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["value"] is None
+    settings = {"matrix": {"x": {"a": []}}, "control": ("a",), "seeds": (0,), "learning_rates": (1.0, 0.1, 0.01)}
+    assert best_rates(SweepConfig(**settings), searches, results) == ({"a": 0.1}, [])
+    with pytest.raises(ConfigError, match="arm a diverges with SweepConfig.learning_rates 1, 0.1, 0.01; expected one"):
+        best_rates(SweepConfig(**settings), searches[:1], results)
+    results._lines["lost"]["value"] = float("nan")  # compares as no smaller and no larger
+    assert best_rates(SweepConfig(**settings), searches, results)[0] == {"a": 0.1}
 
 
 def test_a_result_of_another_config_is_refused(runner):

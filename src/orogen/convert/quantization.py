@@ -92,7 +92,7 @@ _WEIGHTS = Record(
         "strategy": (str, None),
         "symmetric": bool,
         "group_size": (int, None),
-        "block_structure": (ListOf(Whole(1), 2), None),
+        "block_structure": (ListOf(Whole(1), 2), str, None),
     },
 )
 _GROUP = Record({"targets": _NAMES}, {"weights": (_WEIGHTS, None), "format": (str, None)})
@@ -194,9 +194,12 @@ def _algorithm(algorithm: str, group: int | None, where: str, field: str, known:
 
 def _compressed(stated: Mapping[str, Any], where: str) -> Quantization:
     check_form(stated, _COMPRESSED_FORM, where=where)
-    for field in ("transform_config", "sparsity_config"):
-        if {k: v for k, v in (stated.get(field) or {}).items() if v not in ("dense", None, {}, [])}:
-            _refuse(f"{where}.{field}", stated[field], "none: it is not implemented")
+    if any((stated.get("transform_config") or {}).values()):
+        _refuse(f"{where}.transform_config", stated["transform_config"], "none: it is not implemented")
+    # What else is said of sparsity describes zeros that are stored like any other number.
+    sparsity = (stated.get("sparsity_config") or {}).get("format")
+    if sparsity not in (None, "dense"):
+        _refuse(f"{where}.sparsity_config.format", sparsity, "'dense': others are not implemented")
     kept = _cache_format(stated.get("kv_cache_scheme"), where)
     targets: list[tuple[str, Scheme | None]] = []
     for name, group in stated["config_groups"].items():
@@ -219,9 +222,8 @@ def _of_weights(weights: Mapping[str, Any], form: str, place: str) -> Scheme:
     if weights["type"] == "float" and bits == 8 and form != "nvfp4-pack-quantized":
         if strategy in ("tensor", "channel"):
             return Scheme(f"fp8_{strategy}", COMPRESSED_FP8)
-        if strategy == "block" and weights.get("block_structure"):
-            rows, columns = weights["block_structure"]
-            return Scheme("fp8_block", COMPRESSED_FP8, (rows, columns))
+        if strategy == "block" and (block := _block(weights.get("block_structure"))):
+            return Scheme("fp8_block", COMPRESSED_FP8, block)
         if strategy == "group" and group is not None and group > 0:
             return Scheme("fp8_block", COMPRESSED_FP8, (1, group))
         _refuse(f"{place}.strategy", strategy, "tensor, channel, block with block_structure or group with group_size")
@@ -230,6 +232,14 @@ def _of_weights(weights: Mapping[str, Any], form: str, place: str) -> Scheme:
             return Scheme("nvfp4", COMPRESSED_NVFP4, block_of("nvfp4"))
         _refuse(f"{place}.strategy", f"{strategy}, {group}", "tensor_group with a group_size of 16, as NVFP4 has it")
     _refuse(f"{place}.num_bits", f"{bits} of type {weights['type']}", f"a float of 8 or 4 bits that {form} can hold")
+
+
+def _block(stated: list[int] | str | None) -> tuple[int, int] | None:
+    """Rows and columns, from two numbers or, as older files have them, from `128x128`; None: neither."""
+    if isinstance(stated, str):
+        found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", stated)
+        stated = [int(found[1]), int(found[2])] if found else None
+    return (stated[0], stated[1]) if stated else None
 
 
 def _fine_grained(stated: Mapping[str, Any], where: str) -> Quantization:

@@ -88,7 +88,7 @@ TOKENIZE = Command(
 
 
 EXECUTORS = ("local", "slurm", "ray")
-NEEDS = ("datatrove", "warcio", "cchardet", "magic", "pylibmagic", "scipy")
+NEEDS = ("datatrove", "fastwarc", "resiliparse", "scipy")
 
 
 def _add_curate_arguments(parser: argparse.ArgumentParser) -> None:

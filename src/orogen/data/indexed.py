@@ -25,7 +25,11 @@ import numpy as np
 from orogen.config.checks import ConfigError
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
-DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+# Of token ids; Megatron also has codes of floats, 6 and 7. We write 4 and 8.
+DTYPES = {
+    1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER = struct.Struct("<9sQBQQ")
 MAX_TOKENS = 2**31 - 1  # of a document: lengths are int32
@@ -138,9 +142,14 @@ class IndexedTokens:
         return self._count
 
     def read(self, index: int) -> np.ndarray:
-        """The tokens (t,) int32 of a sequence, in memory of their own."""
-        length = int(self.length_n[index])
-        tokens_t = np.frombuffer(self._data, self._dtype, length, int(self._place_n[index])).astype(np.int32)
+        """The tokens (t,) of a sequence, in memory of their own: int32, or int64 if the file has it, whose ids may not
+        fit. Raises ConfigError."""
+        length, place = int(self.length_n[index]), int(self._place_n[index])
+        if length < 0 or not 0 <= place <= len(self._data) - length * self._dtype.itemsize:
+            expected = f"expected it within the {len(self._data)} bytes of {self._bin.name}"
+            raise ConfigError(f"{self._idx}: sequence {index} has {length} tokens from byte {place}; {expected}")
+        wide = np.int64 if self._dtype.itemsize == 8 else np.int32
+        tokens_t = np.frombuffer(self._data, self._dtype, length, place).astype(wide) if length else np.zeros(0, wide)
         _RESIDENCE.count(2 * AROUND_BYTES + length * self._dtype.itemsize)  # of the two arrays of the index as well
         return tokens_t
 
@@ -150,7 +159,8 @@ class IndexedTokens:
         return max(len(self._end_n) - 1, 0)
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens (t,) int32 of a document, the sequences of which are joined. Raises ConfigError."""
+        """The tokens (t,) of a document, the sequences of which are joined, as `read` gives them. Raises
+        ConfigError."""
         first, last = self._end_n[number : number + 2].tolist()
         if not 0 <= first <= last <= self._count:
             expected = f"expected an ascending pair up to {self._count}"

@@ -5,23 +5,17 @@ at the first one; `orogen tokenize` counts and names them all.
 """
 
 import contextlib
-import gzip
-import io
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError, shown
 from orogen.config.json_file import parse_json
+from orogen.data.compressed import DAMAGE, OPENERS, opened
 from orogen.data.tokenized import Tokens, array_records, content_of, indexed_documents
-from orogen.data.zstd import ZstdFrames
 
-# Errors that a damaged file raises.
-DAMAGE = (EOFError, ValueError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 # Both bound the memory that a small compressed file can expand to.
 MAX_LINE_BYTES = 2**28  # of a .jsonl
 MAX_TEXT_BYTES = 2**31  # of a .txt or a record of a WARC
@@ -60,7 +54,7 @@ def form_of(name: str) -> tuple[str, str] | None:
     another kind."""
     if _ARRAY_RECORD.search(name):
         return ".array_record", ""
-    packing = next((packing for packing in _OPENERS if name.endswith(packing)), "")
+    packing = next((packing for packing in OPENERS if name.endswith(packing)), "")
     form = next((form for form in _READERS if name.removesuffix(packing).endswith(form)), None)
     return None if form is None or (packing and form in _NEVER_PACKED) else (form, packing)
 
@@ -76,18 +70,6 @@ def read_records(
         yield Broken(key, str(error))
     except DAMAGE as error:
         yield Broken(key, f"{file}: {error}: expected a whole, undamaged file")
-
-
-@contextlib.contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
-    """A file's bytes, decompressed as its name says."""
-    packing = next((packing for packing in _OPENERS if file.name.endswith(packing)), None)
-    with file.open("rb") as stream:
-        if packing is None:
-            yield stream
-        else:
-            with _OPENERS[packing](stream) as lines:
-                yield lines
 
 
 def decode(data: bytes, *, where: str) -> str:
@@ -151,48 +133,106 @@ def checked_text(text: object, text_field: str, *, where: str) -> str:
 
 
 def _read_parquet(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
+    for number, record in parquet_rows(file, text_field, part, columns=[text_field]):
+        name = f"{key}:{number}"
+        try:
+            if isinstance(record, ConfigError):
+                raise record
+            yield Document(name, checked_text(record[text_field], text_field, where=f"{file}:{number}"))
+        except ConfigError as error:
+            yield Broken(name, str(error))
+
+
+def parquet_rows(
+    file: Path, text_field: str | None, part: Part | None, *, columns: list[str] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file by their numbers, from 1; in place of the rest of a row group that is damaged, a
+    ConfigError. columns: None reads all. Raises ConfigError without the column `text_field`, ValueError for a file that
+    is damaged, OSError."""
     import pyarrow  # here, because importing it takes longer than reading most corpora
-
-    try:
-        yield from _rows(file, key, text_field, part)
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
-    except OSError as error:  # pyarrow's own, which have no errno, mean a damaged file
-        raise error if error.errno else ValueError(str(error)) from error
-
-
-def _rows(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(file) as table:
+    with (
+        _damage_named(pyarrow.ArrowException),
+        parquet.ParquetFile(file, page_checksum_verification=True) as table,
+    ):
         names = table.schema_arrow.names
-        if text_field not in names:
+        if text_field is not None and text_field not in names:
             raise ConfigError(f"{file}: found the columns {shown(names)}: expected a column {text_field!r}")
-        number, groups = (0, None) if part is None else (part.before, range(part.start, part.stop))
-        for chunk in table.iter_batches(columns=[text_field], row_groups=groups, batch_size=1024):
-            for value in chunk.column(0).to_pylist():
-                number += 1
-                name = f"{key}:{number}"
-                try:
-                    yield Document(name, checked_text(value, text_field, where=f"{file}:{number}"))
-                except ConfigError as error:
-                    yield Broken(name, str(error))
+        number, groups = (0, range(table.num_row_groups)) if part is None else (part.before, range(*part[:2]))
+        for group in groups:
+            end = number + table.metadata.row_group(group).num_rows
+            try:
+                with _damage_named(pyarrow.ArrowException):
+                    for chunk in table.iter_batches(columns=columns, row_groups=[group], batch_size=1024):
+                        for record in _records(chunk, text_field):
+                            number += 1
+                            wrong = isinstance(record, ConfigError)
+                            yield number, ConfigError(f"{file}:{number}: {record}") if wrong else record
+            except ValueError as error:
+                expected = f"expected the rows from there to {end} in an undamaged row group"
+                yield number + 1, ConfigError(f"{file}:{number + 1}: {error}: {expected}")
+            number = end
+
+
+def _records(chunk: Any, text_field: str | None) -> list[Any]:
+    """The rows of a pyarrow.RecordBatch. A value that Python has no type for, such as a time in nanoseconds or a date
+    of the year 12,000, becomes its text, or None if it has none; a text that is none makes its row a ConfigError."""
+    import pyarrow
+
+    wrong = (ValueError, OverflowError, pyarrow.ArrowException)
+
+    def value(name: str, scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except wrong as error:
+            if name == text_field:
+                raise ConfigError(f"{text_field!r} cannot be read ({error}): expected UTF-8 text") from None
+            return text(scalar)
+
+    def text(scalar: Any) -> str | None:
+        try:
+            return scalar.cast(pyarrow.string()).as_py()
+        except wrong:
+            return None
+
+    def row(number: int) -> Any:
+        names = chunk.schema.names
+        try:
+            return {name: value(name, column[number]) for name, column in zip(names, chunk.columns, strict=True)}
+        except ConfigError as error:
+            return error
+
+    try:
+        return chunk.to_pylist()
+    except wrong:
+        return [row(number) for number in range(chunk.num_rows)]
+
+
+@contextlib.contextmanager
+def _damage_named(kind: type[Exception]) -> Iterator[None]:
+    """Makes ValueErrors of one line of pyarrow's errors, of which `kind` is the class."""
+    try:
+        yield
+    except (kind, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # pyarrow's own have none, and mean a damaged file
+            raise
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Document | Broken]:
-    from orogen.data.warc import read_warc  # here, so that only readers of WARC need its library
+    from orogen.data.warc import Page, main_text, read_warc  # here, so that only readers of WARC need its library
 
     del text_field, part
-    with opened(file) as stream:
-        for number, found in read_warc(stream, file, max_bytes=MAX_TEXT_BYTES, damage=DAMAGE):
-            name = f"{key}:{number}"
+    for number, found in read_warc(file, max_bytes=MAX_TEXT_BYTES):
+        name, where = f"{key}:{number}", f"{file}:{number}"
+        if isinstance(found, Page):
             try:
-                if isinstance(found, ConfigError):
-                    raise found
-                text = decode(found, where=f"{file}:{number}") if isinstance(found, bytes) else found
-                yield Document(name, text)
-            except ConfigError as error:
-                yield Broken(name, str(error))
+                yield Document(name, checked_text(main_text(found), "text", where=where))
+            except ValueError as error:
+                yield Broken(name, f"{where}: {error}; expected HTML")
+        elif found is not None:
+            yield Broken(name, f"{where}: {found.detail}")
 
 
 def _read_array_record(
@@ -213,17 +253,13 @@ def _read_array_record(
 def _read_indexed(file: Path, key: str, text_field: str, part: Part | None) -> Iterator[Record]:
     del text_field
     start, stop = (0, None) if part is None else part[:2]
-    for number, ids_t in enumerate(indexed_documents(file, start, stop), start + 1):
-        yield Tokens(f"{key}:{number}", ids_t)
+    for number, found in enumerate(indexed_documents(file, start, stop), start + 1):
+        name = f"{key}:{number}"
+        yield Broken(name, str(found)) if isinstance(found, ConfigError) else Tokens(name, found)
 
 
 # TFDS and MaxText number the files of a set behind the ending.
 _ARRAY_RECORD = re.compile(r"\.array_?record(-\d{5,}-of-\d{5,})?$")
-_OPENERS: dict[str, Callable] = {
-    ".gz": gzip.open,
-    ".xz": lzma.open,
-    ".zst": lambda stream: io.BufferedReader(ZstdFrames(stream)),
-}
 _READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
@@ -235,5 +271,5 @@ _READERS: dict[str, Reader] = {
 }
 _NEVER_PACKED = (".parquet", ".array_record", ".idx")
 KINDS = ", ".join([form for form in _READERS if form not in _NEVER_PACKED]) + (
-    f" (each also with {', '.join(_OPENERS)}), .parquet, .array_record, or .idx with its .bin"
+    f" (each also with {', '.join(OPENERS)}), .parquet, .array_record, or .idx with its .bin"
 )

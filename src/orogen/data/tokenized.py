@@ -171,11 +171,16 @@ def _example_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("orogen.Example"))
 
 
-def indexed_documents(file: Path, start: int, stop: int | None) -> Iterator[np.ndarray]:
-    """The ids (t,) int32 of the documents [start, stop) of a Megatron index. Raises as `IndexedTokens` does."""
+def indexed_documents(file: Path, start: int, stop: int | None) -> Iterator[np.ndarray | ConfigError]:
+    """The ids (t,) of the documents [start, stop) of a Megatron index; in place of one that the index places outside
+    the file, what is wrong. Raises as `IndexedTokens` does."""
     tokens = IndexedTokens(file.with_suffix(""))
     for number in range(start, tokens.document_count if stop is None else stop):
-        yield tokens.document(number)
+        try:
+            found = tokens.document(number)
+        except ConfigError as error:
+            found = error
+        yield found
 
 
 def text_ids(ids_t: np.ndarray, *, tokenizer: Any) -> np.ndarray:

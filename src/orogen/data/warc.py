@@ -1,92 +1,166 @@
-"""Texts of WARC and WET files (ISO 28500), by fastwarc; of HTML pages, by resiliparse.
+"""Pages and texts of WARC and WET files (ISO 28500), by fastwarc.
 
-A document is a record of plain text (a WET's `conversion`), or the main text of an HTML page (a `response`). Responses
-of other status than 200, records of other types of content, requests and metadata are not documents.
+A record has a text if it is plain text (a WET's `conversion`, or a page) or HTML (a `response` or `resource`).
+Responses of other status than 200, records of other types of content, requests, revisits and metadata have none. The
+type is what the archive identified (WARC-Identified-Payload-Type), else what the server stated.
 """
 
+import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
+from orogen.data.compressed import DAMAGE, opened
+from orogen.data.gzip_members import GzipMembers
+from orogen.data.http_body import content
+from orogen.data.warc_stream import KeptStream
 
 HTML = ("text/html", "application/xhtml+xml")
+PLAIN = "text/plain"
+_CHARSET = re.compile(r"charset=([^;]+)", re.IGNORECASE)
+_MARKUP = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
+_SNIFFED = 2**12  # bytes of a page of unknown type
+_MEDIA = re.compile(r"(image|audio|video|font)/|application/(pdf|zip|gzip|x-)")
 
 
-def read_warc(
-    stream: Any, file: Path, *, max_bytes: int, damage: tuple[type[Exception], ...]
-) -> Iterator[tuple[int, str | bytes | ConfigError]]:
-    """The text of each record that has one (of plain text, its bytes), with the record's number in the file, from 1; a
-    ConfigError in place of one that cannot be used. damage: errors of a damaged stream, which is read up to
-    there. Raises them or ValueError if the file is damaged, and ConfigError without the library."""
+TRUNCATED, LONG = "truncated record", "too long"
+CUT = (TRUNCATED, LONG)  # of a record that may only say that it goes on to the end of the file
+
+
+class Page(NamedTuple):
+    """The text of a record, its markup included if it is HTML, and what the record says of its origin."""
+
+    text: str
+    is_html: bool
+    url: str
+    date: str
+
+
+class Unusable(NamedTuple):
+    """A record that should have a text. reason: one of few. detail: what is particular to it, and what was expected."""
+
+    reason: str
+    detail: str
+
+
+_LENGTH = Unusable("malformed record", "has a Content-Length that is not its length; expected the right one")
+
+
+def read_warc(file: Path, *, max_bytes: int) -> Iterator[tuple[int, Page | Unusable | None]]:
+    """Each record by its number in the file, from 1; None for one that is no document. Behind a record that is damaged,
+    or longer or shorter than it says, reading goes on with the next one. Raises one of DAMAGE if the rest of the file
+    is damaged, and ConfigError without the library."""
+    with opened(file, openers={".gz": lambda stream: io.BufferedReader(GzipMembers(stream))}) as stream:
+        yield from _records(KeptStream(stream, DAMAGE), file, max_bytes)
+
+
+def _records(kept: Any, file: Path, max_bytes: int) -> Iterator[tuple[int, Page | Unusable | None]]:
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError:
         raise ConfigError(f"{file} needs fastwarc and resiliparse; expected pip install 'orogen[warc]'") from None
     kinds = WarcRecordType.conversion | WarcRecordType.resource | WarcRecordType.response
-    failure: list[Exception] = []
-    kept: Any = _Kept(stream, failure, damage)
     number = 0
-    try:
-        for record in ArchiveIterator(kept, WarcRecordType.any_type):
-            number += 1
-            if record.record_type & kinds:
-                found = _text(record, f"{file}:{number}", max_bytes)
-                if found is not None:
-                    yield number, found
-    except (OSError, ValueError) as error:
-        raise failure[0] if failure else ValueError(f"{error} after record {number}") from None
-    if failure:
-        raise failure[0]
-
-
-class _Kept:
-    """A stream that ends where it is damaged, and keeps the error: the records before it are whole."""
-
-    def __init__(self, stream: Any, failure: list[Exception], damage: tuple[type[Exception], ...]):
-        self._stream, self._failure, self._damage = stream, failure, damage
-
-    def read(self, size: int = -1) -> bytes:
-        if self._failure:
-            return b""
+    while True:
+        # The last record waits until it is known that it is as long as it says.
+        start, waiting, error = kept.tell(), [], None
         try:
-            return self._stream.read1(size)  # no more than one block, which the damage is in or not
-        except self._damage as error:
-            self._failure.append(error)
-            return b""
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def seek(self, place: int) -> None:
-        self._stream.seek(place)
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def _text(record: Any, where: str, max_bytes: int) -> str | bytes | ConfigError | None:
-    """The text of a record; None if it is of another kind; ConfigError if it cannot be read."""
-    length = record.content_length
-    kind = record.http_content_type if record.is_http else (record.headers.get("Content-Type") or "").split(";")[0]
-    kind = (kind or "").strip().lower()
-    if record.is_http and record.http_headers is not None and record.http_headers.status_code != 200:
-        return None
-    if kind != "text/plain" and kind not in HTML:
-        return None
-    if length > max_bytes:
-        return ConfigError(f"{where} has {length} bytes; expected at most {max_bytes}")
-    data = record.reader.read()
-    if len(data) < length:
-        return ConfigError(f"{where} has {len(data)} of the {length} bytes that it announces; expected a whole record")
-    try:
-        return data if kind == "text/plain" else _main_text(data, record.http_charset)
-    except ValueError as error:
-        return ConfigError(f"{where}: {error}; expected HTML")
+            for record in ArchiveIterator(kept, WarcRecordType.any_type):
+                yield from waiting
+                kept.forget(start := record.stream_pos)
+                number, is_response = number + 1, record.record_type == WarcRecordType.response
+                wanted = record.record_type & kinds or "WARC-Type" not in record.headers
+                waiting = [(number, _found(record, is_response=is_response, max_bytes=max_bytes) if wanted else None)]
+        except (OSError, ValueError) as raised:
+            error = raised
+        cut = any(isinstance(found, Unusable) and found.reason in CUT for _, found in waiting)
+        if kept.failure is not None:
+            yield from [] if cut else waiting  # what is cut off there is named by the failure
+            raise kept.failure
+        if error is None and not cut:
+            yield from waiting
+            return
+        end = kept.end_of(start) if waiting else start
+        if end is None:
+            goes_on = kept.go_on(start)
+            yield from waiting if cut and not goes_on else [(number, _LENGTH)]
+            if not goes_on:
+                return
+            continue
+        yield from waiting
+        if not kept.go_on(end):
+            raise ValueError(f"{error} after record {number}")
+        number += 1
+        yield number, Unusable("damaged record", f"{error} after record {number - 1}; expected one")
 
 
-def _main_text(data: bytes, charset: str | None) -> str:
-    from resiliparse.extract.html2text import extract_plain_text
+def page_text(data: bytes, charset: str | None = None) -> str:
+    """An HTML page in the character set given or, without one, in that which its bytes or its markup suggest."""
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-    return extract_plain_text(bytes_to_str(data, charset or detect_encoding(data) or "utf-8"), main_content=True)
+    return bytes_to_str(data, charset or detect_encoding(data) or "utf-8")
+
+
+def main_text(page: Page) -> str:
+    """The text without markup. Raises ValueError."""
+    from resiliparse.extract.html2text import extract_plain_text
+
+    return extract_plain_text(page.text, main_content=True) if page.is_html else page.text
+
+
+def _found(record: Any, *, is_response: bool, max_bytes: int) -> Page | Unusable | None:
+    """What is in a record of a kind that may have a text, or of none."""
+    if "WARC-Type" not in record.headers:
+        return Unusable("malformed record", "has no WARC-Type; expected one")
+    if is_response and (record.headers.get("WARC-Target-URI") or "").lower().startswith(("http:", "https:")):
+        status = record.http_headers.status_code if record.http_headers is not None else None
+        if not status:
+            return Unusable("malformed record", "has no status of HTTP; expected one, in a record of application/http")
+        if status != 200:
+            return None
+    stated = record.http_content_type if record.is_http else record.headers.get("Content-Type")
+    media = (record.headers.get("WARC-Identified-Payload-Type") or stated or "").split(";")[0].strip().lower()
+    if media and media != PLAIN and media not in HTML:
+        return None
+    if record.content_length > max_bytes:
+        return Unusable(LONG, f"has {record.content_length} bytes; expected at most {max_bytes}")
+    length, data = record.content_length, record.reader.read()
+    if len(data) < length:
+        expected = f"has {len(data)} of the {length} bytes that it announces; expected a whole record"
+        return Unusable(TRUNCATED, expected)
+    try:
+        if record.is_http:
+            data = content(data, record.http_headers, max_bytes=max_bytes)
+    except ConfigError as error:
+        return Unusable("damaged content", str(error))
+    return _page(data, media, record)
+
+
+def _page(data: bytes, media: str, record: Any) -> Page | Unusable | None:
+    from resiliparse.parse.encoding import detect_mime
+
+    is_html = media in HTML if media else _MARKUP.match(data[:_SNIFFED]) is not None
+    if not (is_html or media) or (is_html and _MEDIA.match(detect_mime(data))):
+        return None
+    charset = _charset(record)
+    if is_html:
+        text = page_text(data, charset)
+    else:
+        name = charset or "utf-8"
+        try:
+            text = data.decode(name)
+        except UnicodeDecodeError as error:
+            shown = name.upper()
+            return Unusable("not text", f"byte {error.start} is not {shown}: expected {shown} text")
+    return Page(text, is_html, record.headers.get("WARC-Target-URI") or "", record.headers.get("WARC-Date") or "")
+
+
+def _charset(record: Any) -> str | None:
+    """Python's name of the character set that a record states; None if it states none, or one that is unknown."""
+    from resiliparse.parse.encoding import map_encoding_to_html5
+
+    stated = record.http_headers.get("Content-Type") if record.is_http else record.headers.get("Content-Type")
+    found = _CHARSET.search(stated or "")
+    return map_encoding_to_html5(found[1].strip("\"' ").lower(), fallback_utf8=False) if found else None

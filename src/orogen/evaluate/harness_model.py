@@ -132,8 +132,10 @@ class HarnessModel(TemplateLM):
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self._count(instance, len(ids) > most)
-        fields = {name: kwargs[name] for name in SAMPLING if name in kwargs}
-        sampling = Sampling(**{"temperature": 0.0, **fields, "seed": instance.idx})
+        # transformers samples at temperature 1 if a task says do_sample alone.
+        fields = {"temperature": float(bool(kwargs.get("do_sample")))}
+        fields |= {name: kwargs[name] for name in SAMPLING if name in kwargs}
+        sampling = Sampling(**fields, seed=instance.idx)
         return Prompt(tuple(ids[-most:]), tokens, tuple([until] if isinstance(until, str) else until), sampling)
 
     def _count(self, instance: Instance, shortened: bool) -> None:

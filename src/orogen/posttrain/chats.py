@@ -14,10 +14,11 @@ from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.config.json_file import ListOf, Record, read_object
 from orogen.data import corpora
+from orogen.data.compressed import opened
 from orogen.data.learned import LearnedSplit
 from orogen.data.loader import ONLY, Corpus, Source
 from orogen.data.packing import Stream
-from orogen.data.readers import MAX_LINE_BYTES, Document, form_of, opened
+from orogen.data.readers import MAX_LINE_BYTES, Document, form_of
 from orogen.data.sources import key_in, supported_files
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.chat import Chat

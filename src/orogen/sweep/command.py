@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orogen.command import EXIT_FAILURE, Command, add_common_arguments, add_config_arguments, answer, fail, positive
+from orogen.config.checks import ConfigError
 from orogen.config.streams import say
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def sweep(options: argparse.Namespace) -> int:
         )  # fmt: skip
         searches = arms.searches()
         runner.run(searches)
-        rates, edges = best_rates(config, searches, results)
         if runner.failures or runner.submitted:
             return _unfinished(options, runner)
+        rates, edges = best_rates(config, searches, results)
         runs = arms.runs(rates)
         runner.run(runs)
         return _report(options, config, runs=runs, results=results, runner=runner, edges=edges)
@@ -93,11 +94,18 @@ def _show(options: argparse.Namespace, arms: "Arms") -> int:
 
 
 def best_rates(config: "SweepConfig", searches: "list[Run]", results: "Results") -> tuple[dict[str, float], list[str]]:
-    """Each arm's best learning rate, and the arms whose best is an end of the grid: a better one may lie outside."""
+    """Each arm's best learning rate, and the arms whose best is an end of the grid: a better one may lie outside. A
+    rate is not chosen if its run diverged, or if its metric is not finite. Raises ConfigError for an arm of which all
+    rates are such."""
     found: dict[str, dict[float, float]] = {}
     for run in searches:
         if (result := results.of(run)) is not None:
-            found.setdefault(run.arm.name, {})[run.config.optimizer.learning_rate] = result["value"]
+            value, known = result["value"], found.setdefault(run.arm.name, {})
+            if value is not None and math.isfinite(value):
+                known[run.config.optimizer.learning_rate] = value
+    if lost := [arm for arm, values in found.items() if not values]:
+        rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+        raise ConfigError(f"arm {lost[0]} diverges with SweepConfig.learning_rates {rates}; expected one that does not")
     choose = min if config.lower_is_better else max
     best = {arm: choose(values, key=values.__getitem__) for arm, values in found.items()}
     extremes = (min(config.learning_rates, default=None), max(config.learning_rates, default=None))
@@ -154,7 +162,7 @@ def _effect_facts(row: "Row") -> dict[str, Any]:
     """JSON has no infinity: what is not finite is null."""
     effect = {} if row.effect is None else row.effect._asdict()
     finite = {name: value if math.isfinite(value) else None for name, value in effect.items()}
-    return {"mean": float(row.metric_n.mean()), **finite}
+    return {"mean": mean if math.isfinite(mean := float(row.metric_n.mean())) else None, **finite}
 
 
 SWEEP = Command(

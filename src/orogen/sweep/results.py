@@ -8,7 +8,7 @@ from typing import Any
 
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.report.metrics import read_metrics
+from orogen.report.metrics import FILE_NAME, read_metrics
 from orogen.report.series import Records, load_violation
 from orogen.sweep.plan import Run
 
@@ -76,28 +76,38 @@ def _line(result: Mapping[str, Any]) -> bytes:
     return json.dumps(result).encode() + b"\n"
 
 
-def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a result by name: its metric and the further ones."""
+def numbers_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a result by name: its metric and the further ones; None of a search that diverged."""
     return {result["metric"]: result["value"], **result.get("further", {})}
 
 
 def read_run(folder: Path, run: Run, numbers: Sequence[str]) -> dict[str, Any] | None:
     """What a run folder says of a finished run: its numbers, the first as its value; seconds of its steps; versions.
-    None while the run has not ended. Raises ConfigError if it ended without one of the numbers."""
-    if not (folder / "report.html").is_file():  # the last thing that a run writes
+    A run of the search is finished, too, if it diverged: its numbers are None. None while the run has not ended. Raises
+    ConfigError if it ended without one of the numbers."""
+    records = read_metrics(folder) if (folder / FILE_NAME).is_file() else []
+    # The report is the last thing that a run writes.
+    whole = bool(records) and (folder / "report.html").is_file() and records[-1]["step"] >= run.config.train.steps
+    if not whole and not (run.search and _diverged(records, run)):
         return None
-    records = read_metrics(folder)
-    if not records or records[-1]["step"] < run.config.train.steps:
-        return None
+    found = {name: _number(folder, records, name) if whole else None for name in numbers}
     metric, *further = numbers
     facts = json.loads((folder / "env.json").read_text())
     return {
-        "metric": metric, "value": _number(folder, records, metric),
-        **({"further": {name: _number(folder, records, name) for name in further}} if further else {}),
+        "metric": metric, "value": found[metric],
+        **({"further": {name: found[name] for name in further}} if further else {}),
         "seconds": round(sum(r.get("step_ms", 0.0) for r in records) / 1e3, 3),
         "parameters": facts["parameters"]["total"], "commit": facts["commit"], "packages": facts["packages"],
         "devices": facts["devices"],
     }  # fmt: skip
+
+
+def _diverged(records: Records, run: Run) -> bool:
+    """Whether so many steps in a row were skipped at the end that the run stopped, as it would again."""
+    most = run.config.train.max_skipped_steps
+    last = [record.get("skipped_steps", 0) for record in records[-most - 1 :]]
+    before = last[0] if len(records) > most else 0
+    return bool(last) and last[-1] - before >= most
 
 
 def _number(folder: Path, records: Sequence[Mapping[str, Any]], name: str) -> float:

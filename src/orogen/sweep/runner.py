@@ -65,7 +65,7 @@ class Runner:
                 for run in self._ended():
                     ended += 1
                     done = self._results.of(run)
-                    what = "failed" if done is None else f"{self._numbers[0]} {done['value']:.4f}"
+                    what = "failed" if done is None else _told(self._numbers[0], done["value"])
                     self._log(f"{ended}/{len(runs)} {run.name}: {what}, after {time.monotonic() - begun:.0f} s")
                 time.sleep(LOOK_SECONDS)
         finally:
@@ -122,6 +122,10 @@ class Runner:
 
     def _mark(self, run: Run) -> Path:
         return self._folder / "submitted" / run.name
+
+
+def _told(metric: str, value: float | None) -> str:
+    return "diverged" if value is None else f"{metric} {value:.4f}"
 
 
 def environments(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:

@@ -59,7 +59,8 @@ def warc(path: Path, pages: list[tuple[str, bytes, dict[str, str]]]) -> Path:
             writer.write_record(
                 writer.create_warc_record(
                     f"http://example.org/{number}", kind, payload=io.BytesIO(payload), warc_headers_dict=headers,
-                    http_headers=http if kind == "response" else None, warc_content_type="text/plain",
+                    http_headers=http if kind == "response" else None,
+                    warc_content_type="" if kind == "response" else "text/plain",
                 )
             )  # fmt: skip
     return path

@@ -11,6 +11,7 @@ from orogen.data.curate import read
 from orogen.data.curate.inputs import HTML
 from orogen.data.curate.read import SEPARATOR, read_input
 
+from ..test_broken_records import grouped, not_utf8
 from .corpora import input_of, warc, write_jsonl
 
 
@@ -75,6 +76,9 @@ def test_a_text_file_is_one_document_and_a_binary_one_is_none(tmp_path):
     assert read_all(tmp_path / "b.txt")[1] == [("", "not UTF-8")]
     assert read_all(tmp_path / "c.txt")[1] == [("", "NUL characters")]
     assert read_all(tmp_path / "d.html")[0][0].metadata == {HTML: True}
+    latin = '<html><head><meta charset="iso-8859-1"></head><body><p>Größe „café“</p></body></html>'
+    (tmp_path / "e.html").write_bytes(latin.encode("cp1252"))
+    assert read_all(tmp_path / "e.html")[0][0].text == latin
 
 
 def test_a_file_that_vanished_or_changed_is_named(tmp_path):
@@ -95,6 +99,29 @@ def test_rows_of_parquet_keep_their_other_columns(tmp_path):
     assert read_all(path, text_field="body") == ([], [("", "no text field")])
     path.write_bytes(path.read_bytes()[:-20])
     assert read_all(path) == ([], [("", "damaged file")])
+
+
+def test_rows_beside_a_damaged_row_group_are_read(tmp_path):
+    (path := tmp_path / "a.parquet").write_bytes(grouped(1))
+    documents, broken = read_all(path)
+    assert [d.text[:6].strip() for d in documents] == [f"row {i}" for i in (*range(10), *range(20, 30))]
+    assert documents[-1].id == "a.parquet:30" and broken == [("11", "damaged rows")]
+
+
+def test_values_of_other_columns_that_python_cannot_hold_cost_no_text(tmp_path):
+    ns, us = pyarrow.timestamp("ns"), pyarrow.timestamp("us")
+    times = {"ns": pyarrow.array([1, 2], ns), "far": pyarrow.array([2**62, 0], us)}
+    times["inside"] = pyarrow.array([{"a": 1}, None], pyarrow.struct([("a", ns)]))
+    parquet.write_table(pyarrow.table({"text": ["one", "two"], **times}), tmp_path / "a.parquet")
+    (one, two), broken = read_all(tmp_path / "a.parquet")
+    assert not broken and (one.text, two.text, two.metadata["inside"]) == ("one", "two", None)
+    assert one.metadata["ns"] == "1970-01-01 00:00:00.000000001" and "out of range" in one.metadata["far"]
+
+
+def test_a_text_of_parquet_that_is_not_utf8_costs_itself(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(not_utf8())
+    documents, broken = read_all(tmp_path / "a.parquet")
+    assert [d.text for d in documents] == ["good", "last"] and broken == [("2", "damaged rows")]
 
 
 def test_without_a_field_every_string_of_a_record_is_read(tmp_path):
@@ -144,3 +171,12 @@ def test_of_a_truncated_or_damaged_archive_the_whole_records_are_read(tmp_path):
     assert len(documents) == 2 and broken == [("", "damaged file")]
     (tmp_path / "b.warc").write_bytes(b"nothing of the kind\r\n\r\n")
     assert read_all(tmp_path / "b.warc") == ([], [("", "damaged file")])
+
+
+def test_errors_are_no_pages_and_code_in_a_wet_is_text(tmp_path):
+    path, pages = tmp_path / "a.warc", [("conversion", b"#!/bin/sh\necho hello\n", {}), ("response", PAGE.encode(), {})]
+    warc(path, [*pages, ("conversion", b"{}", {}), ("conversion", b"\x81\xff", {})])
+    path.write_bytes(path.read_bytes().replace(b"HTTP/1.0 200 OK", b"HTTP/1.0 404 No"))
+    documents, broken = read_all(path)
+    assert [(d.id, d.text[:9]) for d in documents] == [("a.warc:1", "#!/bin/sh"), ("a.warc:3", "{}")]
+    assert broken == [("4", "not text")]

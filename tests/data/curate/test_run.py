@@ -8,6 +8,7 @@ import pytest
 
 from orogen.config.checks import ConfigError
 from orogen.config.curate import ClassifyConfig, CurateConfig, DecontaminateConfig, DedupConfig, LanguageConfig
+from orogen.data.compressed import opened
 from orogen.data.curate import steps
 from orogen.data.curate.execute import Place, execute
 from orogen.data.curate.run import curate, is_whole, passes, prepare, tidy
@@ -121,6 +122,28 @@ def test_a_run_stopped_before_its_last_file_ends_the_same(sources, tmp_path):
     (work.logs("finish") / "completions" / "00000").unlink()
     assert not is_whole(out)
     run(config, out)
+    assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    with DocumentWriter(tmp_path / "a.jsonl.zst") as out:
+        out.write({"text": "a", "metadata": {"x": [float("inf"), 1.5], "y": float("nan"), "z": b"\xff"}})
+    with opened(tmp_path / "a.jsonl.zst") as lines:
+        [line] = lines
+    found = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert found["metadata"] == {"x": [None, 1.5], "y": None, "z": "b'\\xff'"}
+
+
+def test_parts_of_files_that_a_kill_left_are_no_output(sources, tmp_path):
+    config = CurateConfig(sources=sources, stages=(DEDUP,))
+    run(config, tmp_path / "whole")
+    work = prepare(config, repr(config), out := tmp_path / "out")
+    work.documents.mkdir(parents=True)
+    for part in (work.documents / ".000000.jsonl.zst.7.tmp", out / "report.json.7.abcd.tmp"):
+        part.write_bytes(b"half")
+    run(config, out)
+    tidy(out)
+    tidy(tmp_path / "whole")
     assert everything(out) == everything(tmp_path / "whole")
 
 

@@ -8,10 +8,12 @@ A gin file names the stages (`config/curate.py`); the order is fixed. A shard is
 (`inputs.py`), so that shards, their order and every choice follow from the inputs and the config: any number of workers
 gives the same bytes. An input file is never divided: a file larger than `shard_bytes` is one task.
 
-**datatrove** carries the documents, runs the tasks (`execute.py`: processes, SLURM, Ray), decodes WARC records, holds
-extractors in a process of their own, and has the rules of Gopher and C4. Ours are:
-- readers of the other formats (`read.py`): datatrove's skip broken records without a count, lose the rest of a file
-  behind a byte that is not UTF-8, and end on a truncated one;
+**datatrove** carries the documents, runs the tasks (`execute.py`: processes, SLURM, Ray), holds extractors in a process
+of their own, and has the rules of Gopher and C4. Ours are:
+- readers (`read.py`): datatrove's skip broken records without a count, lose the rest of a file behind a byte that is
+  not UTF-8, and end on a truncated one. Its reader of WARC takes pages of any HTTP status and the whole part of a
+  damaged gzip body, refuses brotli, ignores the stated character set, and passes over texts of a WET that libmagic
+  takes for code;
 - deduplication (`words.py`, `minhash.py`, `duplicates.py`, `match.py`): datatrove's hashes shingle by shingle, compares
   signatures in Python, neither verifies candidates nor knows the priority of sources, and is slower
   (`experiments/curation`);

@@ -8,8 +8,10 @@ from datatrove.data import Document
 
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import parse_json
+from orogen.data.compressed import DAMAGE, opened
 from orogen.data.curate.inputs import HTML, Input
-from orogen.data.readers import DAMAGE, MAX_LINE_BYTES, checked_text, opened
+from orogen.data.readers import MAX_LINE_BYTES, checked_text, parquet_rows
+from orogen.data.warc import Page, page_text, read_warc
 
 SEPARATOR = "\x1e"  # the record separator of ASCII
 PIECE = 2**20  # bytes at a time of a line too long to keep
@@ -95,11 +97,14 @@ def _read_whole(file: Input, text_field: str | None, report: Report) -> Iterator
         data = stream.read(MAX_LINE_BYTES + 1)
     if len(data) > MAX_LINE_BYTES:
         raise Unreadable("too long", f"more than {MAX_LINE_BYTES} bytes")
+    is_html = file.kind == "html"
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unreadable("not UTF-8", f"byte {error.start}") from error
-    yield Document(text, file.key, metadata={HTML: True} if file.kind == "html" else {})
+        if not is_html:
+            raise Unreadable("not UTF-8", f"byte {error.start}") from error
+        text = page_text(data)
+    yield Document(text, file.key, metadata={HTML: True} if is_html else {})
 
 
 def _read_jsonl(file: Input, text_field: str | None, report: Report) -> Iterator[Document]:
@@ -150,34 +155,34 @@ def _document(record: Any, text_field: str | None, key: str) -> Document:
 
 def _read_parquet(file: Input, text_field: str | None, report: Report) -> Iterator[Document]:
     """One document per row. Other columns become metadata."""
-    import pyarrow
-    from pyarrow import parquet
-
     _check_unchanged(file)
     try:
-        with parquet.ParquetFile(file.path) as table:
-            names = table.schema_arrow.names
-            if text_field is not None and text_field not in names:
-                raise Unreadable("no text field", f"no column {text_field!r} in {', '.join(names)[:SHOWN]}")
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    number += 1
-                    try:
-                        yield _document(record, text_field, f"{file.key}:{number}")
-                    except Unreadable as error:
-                        report(Broken(file.key, str(number), *error.args))
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
+        for number, record in parquet_rows(Path(file.path), text_field, None):
+            try:
+                if isinstance(record, ConfigError):
+                    raise Unreadable("damaged rows", str(record)[:SHOWN])
+                yield _document(record, text_field, f"{file.key}:{number}")
+            except Unreadable as error:
+                report(Broken(file.key, str(number), *error.args))
+    except ConfigError as error:
+        raise Unreadable("no text field", str(error)[:SHOWN]) from None
 
 
 def _read_warc(file: Input, text_field: str | None, report: Report) -> Iterator[Document]:
-    from orogen.data.curate.warc import read_records
-
+    """One document per page or text. Pages stay HTML. Metadata: url, date, and HTML for pages."""
     del text_field
     _check_unchanged(file)
-    with opened(Path(file.path)) as stream:
-        yield from read_records(stream, file.key, lambda *found: report(Broken(file.key, *found)))
+    number = 0
+    for number, found in read_warc(Path(file.path), max_bytes=MAX_LINE_BYTES):
+        if isinstance(found, Page):
+            metadata: dict[str, Any] = {"url": found.url, "date": found.date}
+            if found.is_html:
+                metadata[HTML] = True
+            yield Document(found.text, f"{file.key}:{number}", metadata=metadata)
+        elif found is not None:
+            report(Broken(file.key, str(number), found.reason, found.detail[:SHOWN]))
+    if not number:
+        report(Broken(file.key, "", "empty file", "no record of WARC"))
 
 
 _READERS: dict[str, Callable[[Input, str | None, Report], Iterator[Document]]] = {

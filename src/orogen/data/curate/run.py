@@ -129,6 +129,7 @@ class Finish(PipelineStep):
         write_json(out / REPORT, facts)
         self.show(out, facts)
         if self.work.documents.is_dir():  # else a run that was stopped just here has moved them
+            _remove_parts(self.work.documents)
             self.work.documents.replace(out / DOCUMENTS)
         manifest = {
             "version": VERSION,
@@ -150,7 +151,14 @@ def tidy(out: Path) -> None:
     """Removes what only the passes of a whole run needed."""
     work = Work(out).folder
     if is_whole(out) and work.is_dir():
+        _remove_parts(out)
         shutil.rmtree(work)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes what processes that were killed left of files: the files themselves are whole."""
+    for part in folder.glob("*.tmp"):
+        part.unlink()
 
 
 def _load(file: Path) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from orogen.config.files import write_atomically
-from orogen.data.readers import opened
+from orogen.data.compressed import opened
 
 LEVEL = 3  # of Zstandard: 300 MB/s a core
 
@@ -46,8 +47,12 @@ class DocumentWriter:
         return self
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds one record, whose `text` is counted."""
-        self._stream.write(json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"))
+        """Adds one record, whose `text` is counted. JSON has no infinity and no NaN: such a number becomes null."""
+        try:
+            line = json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
+        except ValueError:
+            line = json.dumps(_finite(record), ensure_ascii=False, default=str)
+        self._stream.write(line.encode("utf-8", "backslashreplace"))
         self._stream.write(b"\n")
         self._documents += 1
         self._bytes += len(record["text"].encode())
@@ -63,6 +68,14 @@ class DocumentWriter:
         finally:
             self._file.raw.close()
             self._temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Hashed(io.RawIOBase):
