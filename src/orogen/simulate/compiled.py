@@ -46,7 +46,8 @@ def compare(config: RunConfig, gpu: Hardware | None = None) -> dict[str, Any]:
     target: what was compiled for; dtype; seconds: of tracing and compiling; peak_bytes: of this process's memory}.
 
     gpu: compile for this card, which need not exist; None: for CPU devices, as many as the plan has. Raises ConfigError
-    if the card cannot be compiled for here, or lacks a kernel of the plan.
+    if the card cannot be compiled for here, or lacks a kernel of the plan. Without a GPU, XLA knows no workspaces of
+    cuDNN, so neither side has them; workspace: what they add by formula.
     """
     config = on_cpu(config) if gpu is None else without_blend(config)
     largest = fullest(config)
@@ -62,9 +63,11 @@ def compare(config: RunConfig, gpu: Hardware | None = None) -> dict[str, Any]:
         BYTES[train.compute_dtype],
         train.carry_states,
     )
+    parts = dict(max(found.memory, key=lambda stage: stage.total).parts)
+    workspace = parts.pop("workspace")
     return {
         "memory": {
-            "analytic": dict(max(found.memory, key=lambda stage: stage.total).parts),
+            "analytic": parts,
             "state": state_bytes(config, laid),
             "compiled": compiled_bytes(program),
         },
@@ -73,6 +76,7 @@ def compare(config: RunConfig, gpu: Hardware | None = None) -> dict[str, Any]:
         "stages": config.plan.stage,
         "target": "simulated devices" if gpu is None else gpu.title,
         "dtype": train.compute_dtype,
+        "workspace": workspace,
         "seconds": seconds,
         "peak_bytes": _peak(),
     }
@@ -134,6 +138,7 @@ def compared_lines(facts: Mapping[str, Any]) -> list[str]:
         f"{'GiB on one device':20} {'analytic':>10} {'compiled':>10}",
         *(f"{part:20} {memory['analytic'][part] / GIB:>10.4f} {state[part] / GIB:>10.4f}" for part in state),
         f"{'all':20} {analytic / GIB:>10.4f} {compiled / GIB:>10.4f}  {100 * (analytic / compiled - 1):+.1f} %",
+        *([f"{'cuDNN beside it':20} {facts['workspace'] / GIB:>10.4f}"] if facts["workspace"] else []),
         f"{'bytes sent':49} {'analytic':>16} {'compiled':>16}"
         + ("  (of a pipeline: as if each of its conditionals took every branch)" if facts["stages"] > 1 else ""),
     ]

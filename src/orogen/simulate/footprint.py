@@ -12,7 +12,7 @@ from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig
-from orogen.cost.kept import FLOAT32, Local, kept_bytes, named_bytes
+from orogen.cost.kept import FLOAT32, Local, kept_bytes, named_bytes, workspace
 from orogen.cost.ledger import OUTER, Ledger, Workload
 from orogen.cost.weights import Weight, Weights, weights
 from orogen.simulate.pipeline import Flight
@@ -22,6 +22,10 @@ from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 LOGITS = 3
 # Of the widest layer, arrays and their gradients.
 WIDEST = 2
+# Of what one pass keeps, the share that lies beside the slots of a pipeline while it is copied into its own or out of
+# it. Source: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two GPUs
+# (experiments/two_gpus), 0.5 in all three.
+COPIED = 0.5
 
 
 class Moments(NamedTuple):
@@ -45,7 +49,8 @@ def stage_memory(
     outermost: of the first and the last stage alone.
 
     alike: whether all stages run one program, as in this code: each then holds as many rows of a letter as the fullest
-    chunk, and as many slots as the fullest stage, or the slots of all stages if residuals stay in place.
+    chunk, and as many slots as the fullest stage with what is copied, or the slots of all stages if residuals stay in
+    place.
     """
     model, plan = here.model, here.plan
     found, held = weights(model, plan.vocab_rows(model.vocab_size)), _Held(here, moments(optimizer))
@@ -62,7 +67,9 @@ def stage_memory(
         held_here += [(1, held.of(part)) for part in shared]
         parts = {part: float(sum(n * each.get(part, 0) for n, each in held_here)) for part in MEMORY_PARTS}
         parts["activations"], host = _activations(chunks, kept, stage, plan, flight, alike=alike)
-        parts["temporary"] = _temporary(found, "".join(chunks[stage :: plan.stage]), stage, here, held)
+        parts["temporary"], parts["workspace"] = _temporary(
+            found, "".join(chunks[stage :: plan.stage]), stage, here, held
+        )
         if plan.offload_optimizer:
             host, parts["optimizer"] = host + parts["optimizer"], 0.0
         memory.append(StageMemory(stage, parts, float(host)))
@@ -136,7 +143,7 @@ def _activations(
     if alike and plan.stash == "in_place":
         return in_place(chunks, kept, plan, flight), 0.0
     if alike:
-        return max(device for device, _ in kept) * max(flight.slots), 0.0
+        return max(device for device, _ in kept) * (max(flight.slots) + COPIED), 0.0
     # Each pair in flight holds one of the stage's chunks.
     mine = kept[stage :: plan.stage]
     device, host = (flight.in_flight[stage] * sum(chunk[i] for chunk in mine) / len(mine) for i in (0, 1))
@@ -153,10 +160,11 @@ def in_place(chunks: Sequence[str], kept: Sequence[tuple[float, ...]], plan: Pla
     return sum(found.values())
 
 
-def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Held) -> float:
-    """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters."""
+def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Held) -> tuple[float, float]:
+    """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters; and what
+    cuDNN adds to that."""
     model, plan = here.model, here.plan
-    widest = max((sum(named_bytes(letter, here).values()) for letter in set(letters)), default=0.0)
+    arrays = {letter: WIDEST * sum(named_bytes(letter, here).values()) for letter in set(letters)}
     tokens = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
     columns = plan.vocab_rows(model.vocab_size) // plan.tensor
     loss = LOGITS * tokens * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
@@ -167,7 +175,9 @@ def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Hel
             (sum(_gathered(weight, held, whole) for weight in found.layers[letter]) for letter in set(letters)),
             default=0.0,
         )
-    return max(WIDEST * widest, loss) + gathered
+    alone = max(*arrays.values(), loss, 0.0)
+    working = max((size + workspace(letter, here) for letter, size in arrays.items()), default=0.0)
+    return alone + gathered, max(0.0, working - alone)
 
 
 def _gathered(weight: Weight, held: _Held, whole: tuple[int, int]) -> float:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from orogen.config.checks import ConfigError
-from orogen.parallel.target import CAPABILITIES
 from orogen.simulate.hardware import Hardware
 
 KIB, MIB = 2**10, 2**20
@@ -82,6 +81,8 @@ def description(hardware: Hardware, *, cudnn: tuple[int, ...], cuda: tuple[int, 
 
     Source: github.com/openxla/xla, xla/stream_executor/device_description.proto.
     """
+    from orogen.parallel.target import CAPABILITIES  # imports jax, which takes longer than a prediction
+
     chip = CHIPS[hardware.name]
     capability = CAPABILITIES[chip.name]
     limits, (major, minor) = LIMITS[capability], capability.split(".")
