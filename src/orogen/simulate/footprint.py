@@ -20,12 +20,16 @@ from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 
 # Float32 copies of a block of logits that are live at once: logits, exponentials and their gradient.
 LOGITS = 3
-# Of the widest layer, arrays and their gradients.
-WIDEST = 2
+# In a layer's backward pass, the bytes of gradients that are live at once over those of its named arrays.
+GRADIENTS = 0.5
+# Buffers of rows that experts on other ranks have sent or are sent: both ends of an exchange, which waits for the
+# layers beside it.
+EXCHANGED = 2
 # Of what one pass keeps, the share that lies beside the slots of a pipeline while it is copied into its own or out of
-# it. Source: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two GPUs
-# (experiments/two_gpus), 0.5 in all three.
-COPIED = 0.5
+# it; and how often residuals that stay in place lie in memory, since every tick's choice of a pass returns them anew.
+# Source of these four: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two
+# GPUs (experiments/two_gpus).
+COPIED, IN_PLACE = 0.5, 2
 
 
 class Moments(NamedTuple):
@@ -141,7 +145,7 @@ def _activations(
     if plan.stage == 1:
         return plan.overlapping * kept[0][0], plan.overlapping * kept[0][1]
     if alike and plan.stash == "in_place":
-        return in_place(chunks, kept, plan, flight), 0.0
+        return IN_PLACE * in_place(chunks, kept, plan, flight), 0.0
     if alike:
         return max(device for device, _ in kept) * (max(flight.slots) + COPIED), 0.0
     # Each pair in flight holds one of the stage's chunks.
@@ -161,10 +165,10 @@ def in_place(chunks: Sequence[str], kept: Sequence[tuple[float, ...]], plan: Pla
 
 
 def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Held) -> tuple[float, float]:
-    """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters; and what
-    cuDNN adds to that."""
+    """The larger of the loss and of any layer's backward pass, and two layers' gathered parameters; and what cuDNN adds
+    to that."""
     model, plan = here.model, here.plan
-    arrays = {letter: WIDEST * sum(named_bytes(letter, here).values()) for letter in set(letters)}
+    arrays = {letter: _backward(letter, found, here, held) for letter in set(letters)}
     tokens = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
     columns = plan.vocab_rows(model.vocab_size) // plan.tensor
     loss = LOGITS * tokens * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
@@ -178,6 +182,17 @@ def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Hel
     alone = max(*arrays.values(), loss, 0.0)
     working = max((size + workspace(letter, here) for letter, size in arrays.items()), default=0.0)
     return alone + gathered, max(0.0, working - alone)
+
+
+def _backward(letter: str, found: Weights, here: Local, held: _Held) -> float:
+    """What a layer recomputes, gradients of its arrays and of its weights, and rows on their way to or from experts."""
+    named, (kept, host) = named_bytes(letter, here), kept_bytes(letter, here)
+    arrays = sum(named.values())
+    recomputed = max(0.0, arrays - sum(kept.values()) - host)
+    weights = sum(FLOAT32 * held.ledger.held(weight) for weight in found.layers[letter])
+    rows = named_bytes("E", here)["rows"] if "E" in found.layers and here.plan.expert > 1 else 0.0
+    exchanged = 0.0 if here.plan.dispatch == "allgather" else EXCHANGED * rows
+    return recomputed + GRADIENTS * arrays + weights + exchanged
 
 
 def _gathered(weight: Weight, held: _Held, whole: tuple[int, int]) -> float:
