@@ -22,17 +22,23 @@ def parts(pattern: str, *, batch: int = 2, dtype: str = "float32", **plan) -> di
 
 def test_a_backward_pass_holds_what_it_recomputes_and_gradients():
     """Half of the arrays' gradients, and those of the layer's weights in float32."""
-    recomputed = KEPT - 4 * TOKENS * D
-    assert parts("-", remat="full")["temporary"] == recomputed + KEPT / 2 + WEIGHTS
-    assert parts("-", remat="paper")["temporary"] == max(KEPT / 2 + WEIGHTS, 3 * 4 * TOKENS * 96)  # the loss
+    recomputed, loss = KEPT - 4 * TOKENS * D, 3 * 4 * TOKENS * 96
+    assert parts("-", remat="full", rms_norm="triton")["temporary"] == recomputed + KEPT / 2 + WEIGHTS
+    assert parts("-", remat="paper", rms_norm="triton")["temporary"] == max(KEPT / 2 + WEIGHTS, loss)
 
 
 def test_rows_of_experts_wait_at_both_ends_of_an_exchange():
-    plan = {"data": 2, "expert": 2, "capacity_factor": 1.0, "remat": "full"}
-    rows = named_bytes("E", local(hybrid(), PlanConfig(dispatch="alltoall", **plan), Workload(1, 24, 4)))["rows"]
-    alone, sent = parts("E", dispatch="alltoall", **plan), parts("E", dispatch="alltoall", **plan | {"expert": 1})
+    plan = {"data": 2, "expert": 2, "dispatch": "alltoall", "capacity_factor": 1.0, "remat": "full"}
+    plan |= {"grouped_matmul": "mosaic"}
+    rows = named_bytes("E", local(hybrid(), PlanConfig(**plan), Workload(1, 24, 2)))["rows"]
+    sent, alone = (parts("E", dtype="bfloat16", **plan | {"expert": ranks}) for ranks in (2, 1))
     experts = 24 // 2 * 2 * 24 * 20 * 4  # the other half of the experts, whose gradients lie here too
-    assert alone["temporary"] - sent["temporary"] == 2 * rows - experts
+    assert sent["temporary"] - alone["temporary"] == 2 * rows - experts
+
+
+def test_without_a_kernel_a_layer_has_twice_its_arrays():
+    named = sum(named_bytes("M", local(hybrid(), PlanConfig(remat="full"), Workload(2, 24, 4))).values())
+    assert parts("M", remat="full")["temporary"] == 2 * named
 
 
 def test_a_pipeline_copies_residuals_beside_its_slots():

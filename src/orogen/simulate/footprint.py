@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import OptimizerConfig
 from orogen.cost.kept import FLOAT32, Local, kept_bytes, named_bytes, workspace
 from orogen.cost.ledger import OUTER, Ledger, Workload
@@ -20,14 +20,19 @@ from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 
 # Float32 copies of a block of logits that are live at once: logits, exponentials and their gradient.
 LOGITS = 3
-# In a layer's backward pass, the bytes of gradients that are live at once over those of its named arrays.
-GRADIENTS = 0.5
+# In a layer's backward pass, the bytes of gradients that are live at once over those of its named arrays; and of all
+# arrays together, if a GPU's kernel does not do its work, which then has arrays of its own.
+GRADIENTS, WIDEST = 0.5, 2
+# By letter, the operation whose kernel that is; other layers have none.
+KERNELS = {
+    **dict.fromkeys("*w+", "attention"), "M": "ssd", "E": "grouped_matmul", "-": "rms_norm",
+}  # fmt: skip
 # Buffers of rows that experts on other ranks have sent or are sent: both ends of an exchange, which waits for the
 # layers beside it.
 EXCHANGED = 2
 # Of what one pass keeps, the share that lies beside the slots of a pipeline while it is copied into its own or out of
 # it; and how often residuals that stay in place lie in memory, since every tick's choice of a pass returns them anew.
-# Source of these four: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two
+# Source of these: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two
 # GPUs (experiments/two_gpus).
 COPIED, IN_PLACE = 0.5, 2
 
@@ -188,6 +193,9 @@ def _backward(letter: str, found: Weights, here: Local, held: _Held) -> float:
     """What a layer recomputes, gradients of its arrays and of its weights, and rows on their way to or from experts."""
     named, (kept, host) = named_bytes(letter, here), kept_bytes(letter, here)
     arrays = sum(named.values())
+    kernel = KERNELS.get(letter)
+    if kernel is None or getattr(here.plan, kernel) != FOR_GPU[kernel]:
+        return WIDEST * arrays
     recomputed = max(0.0, arrays - sum(kept.values()) - host)
     weights = sum(FLOAT32 * held.ledger.held(weight) for weight in found.layers[letter])
     rows = named_bytes("E", here)["rows"] if "E" in found.layers and here.plan.expert > 1 else 0.0
