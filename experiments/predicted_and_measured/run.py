@@ -41,13 +41,13 @@ def known_runs() -> Iterator[tuple[str, Workload, str, float]]:
             part = "whole_step" if "whole_step" in record else "forward_backward"
             name = f"{record['model']}, {record['rows']} x {record['sequence_length']:,}, {part.replace('_', ' ')}"
             fp8 = ", FP8" if record["plan"].get("linear") == "fp8" else ""
-            yield name + fp8, _workload(record, part), _hardware(record), record[part]["ms"] / 1e3
+            yield name + fp8, workload_of(record, part), hardware_of(record), record[part]["ms"] / 1e3
     for record in read(TWO):
         if "plan" in record:
-            yield record["case"], _workload(record, "whole_step"), _hardware(record), record["ms"] / 1e3
+            yield record["case"], workload_of(record, "whole_step"), hardware_of(record), record["ms"] / 1e3
 
 
-def _workload(record: dict[str, Any], part: str) -> Workload:
+def workload_of(record: dict[str, Any], part: str) -> Workload:
     # The benchmark names the kernels itself, those that the model has.
     plan = {name: value for name, value in record["plan"].items() if FOR_GPU.get(name) != value}
     bindings = [f"PlanConfig.{name}={value!r}" for name, value in plan.items()]
@@ -59,7 +59,7 @@ def _workload(record: dict[str, Any], part: str) -> Workload:
     )  # fmt: skip
 
 
-def _hardware(record: dict[str, Any]) -> str:
+def hardware_of(record: dict[str, Any]) -> str:
     return next(name for name in ("h100", "h200") if name.upper() in record["device"])
 
 

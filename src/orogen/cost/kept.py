@@ -1,8 +1,8 @@
 """What a layer keeps for its backward pass, by name, from the configs alone; no jax.
 
 `activations` reads the same from a layer's trace, which takes seconds; tests compare the two. Arrays that are chosen by
-name are exact, except for a few bytes of routing. Without remat, what autodiff keeps beyond names is that of the
-implementations that run on any device.
+name are exact, except for a few bytes of routing, and so is what `elementwise` keeps of the kernels of a GPU. Without
+remat, what autodiff keeps beyond names is that of the implementations that run on any device.
 """
 
 import math
@@ -10,12 +10,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.cost.ledger import Workload
 
 FLOAT32 = INT32 = 4
 # Tokens per chunk of Mamba-1's scan (model/mamba1.py).
 SCAN_CHUNK = 32
+# Of cuDNN's attention: the documents per row that a whole batch may have, and those of one row and key head at a time
+# (FEW and RUNS in kernels/attention/cudnn.py).
+FEW, RUNS = 8, 32
+# Of the SSD's Triton kernels: the smallest tile, and the longest chunk and the most numbers of a head's chunk by bytes
+# per number (kernels/ssd/triton.py).
+SMALLEST_TILE, LONGEST_CHUNK, LARGEST_CHUNK = 16, {2: 128, 4: 64}, {2: 2**15, 4: 2**14}
 # What `elementwise` keeps: outputs of products with weights and of fused kernels.
 LAYER_PRODUCTS = {
     **dict.fromkeys("*w", ("query", "key", "value", "attention")),
@@ -26,6 +32,14 @@ LAYER_PRODUCTS = {
     "g": ("up", "branch"),
     "x": ("query", "key", "value", "attention", "branch"),
     "E": ("router", "latent", "expert_activation", "shared_up", "chosen"),
+}
+# By operation, what else it keeps if a kernel for GPUs makes it, which would otherwise run twice.
+KERNEL_PRODUCTS = {
+    "rms_norm": ("norm", "gated_norm"),
+    "causal_conv1d": ("conv",),
+    "ssd": ("ssd", "ssd_states"),
+    "permutation": ("rows",),
+    "grouped_matmul": ("expert_up", "expert_out"),
 }
 
 
@@ -84,13 +98,13 @@ def expert_rows(here: Local) -> tuple[float, float]:
 
 def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     """The bytes that one device keeps of one layer and microbatch, by name; and the bytes that it offloads."""
-    model, remat = here.model, here.plan.layer_remat(letter)
+    remat = here.plan.layer_remat(letter)
     named = named_bytes(letter, here)
     held = {"input": named["input"]}
     if remat.kind == "elementwise":
-        held |= {name: named[name] for name in LAYER_PRODUCTS[letter] if name in named}
+        held |= {name: named[name] for name in (*LAYER_PRODUCTS[letter], *_by_kernels(here)) if name in named}
     elif remat.kind == "names":
-        names = (name for name in named if name not in remat.again and name not in ("chosen", *_behind(letter, model)))
+        names = (name for name in named if name not in remat.again and name not in ("chosen", *_behind(letter, here)))
         held |= {name: named[name] for name in names}
     elif remat.kind == "none":
         held |= AUTODIFF.get(letter, _as_named)(here, named)
@@ -98,9 +112,35 @@ def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     return {name: size for name, size in held.items() if name not in remat.host and size}, host
 
 
-def _behind(letter: str, model: ModelConfig) -> tuple[str, ...]:
-    """Named arrays that no gradient reads, because a later one holds the same."""
-    return ("latent",) if letter == "E" else ()
+def _by_kernels(here: Local) -> list[str]:
+    """Names of what the plan's kernels for GPUs make."""
+    mine = {field: names for field, names in KERNEL_PRODUCTS.items() if getattr(here.plan, field) == FOR_GPU[field]}
+    if not here.model.norm.startswith("rms"):
+        mine.pop("rms_norm", None)
+    return [name for names in mine.values() for name in names]
+
+
+def workspace(letter: str, here: Local) -> float:
+    """Bytes that cuDNN's gradient of a layer's attention works in; 0 without it.
+
+    It takes 8 bytes per token, head, channel and document that its packed form has room for; that form is compiled
+    whether or not rows are packed. XLA allocates them on a GPU alone. Source: experiments/gpu_throughput.
+    """
+    if here.plan.attention != FOR_GPU["attention"] or letter not in "*+" or here.dynamic:
+        return 0.0  # other programs choose a form when they see the documents
+    model, heads = here.model, here.split(here.model.num_attention_heads)
+    groups = here.split(model.num_key_value_heads) if letter == "*" else heads
+    size = model.head_dim if letter == "*" else model.v_head_dim
+    runs = here.rows * heads  # context ranks take the plain form
+    if here.plan.context == 1:
+        runs = max(FEW * here.rows * heads, RUNS * heads // groups)
+    return 8.0 * here.tokens / here.rows * size * runs
+
+
+def _behind(letter: str, here: Local) -> tuple[str, ...]:
+    """Named arrays that no gradient reads, because a later one holds the same; the kernel that permutes rows keeps what
+    it reads."""
+    return ("latent",) if letter == "E" and here.plan.permutation != FOR_GPU["permutation"] else ()
 
 
 def named_bytes(letter: str, here: Local) -> dict[str, float]:
@@ -122,7 +162,8 @@ def _core(here: Local, out: int) -> dict[str, float]:
     if here.plan.attention == "full" and here.plan.context == 1:
         held["core"] = heads * here.tokens * here.length * here.itemsize
     elif here.plan.attention == "cudnn" or here.plan.context > 1:
-        held["attention"] += here.tokens * heads * FLOAT32  # the log-sum-exps
+        # The log-sum-exps, with room for packed documents.
+        held["attention"] += here.tokens * heads * FLOAT32 * (FEW if here.plan.context == 1 else 1)
     return held
 
 
@@ -163,16 +204,25 @@ def _mamba2(here: Local) -> dict[str, float]:
     model, n = here.model, here.tokens * here.itemsize
     heads = here.split(model.mamba_num_heads)
     inner, states = heads * model.mamba_head_dim, here.split(model.n_groups) * model.ssm_state_size
-    chunks = here.rows * math.ceil(here.tokens / here.rows / model.chunk_size)
-    # The chunked form keeps two float32 parts of the output, the fused one the whole output in the compute dtype.
-    ssd = n * inner if here.plan.ssd == "triton" else 2 * here.tokens * inner * FLOAT32
+    fused, time = here.plan.ssd == FOR_GPU["ssd"], here.tokens // here.rows
+    chunk = _fused_chunk(here, time) if fused else model.chunk_size
+    # The chunked form keeps float32 states and two float32 parts of the output, the fused one all in the compute dtype.
+    ssd = n * inner if fused else 2 * here.tokens * inner * FLOAT32
+    kept_states = here.rows * math.ceil(time / chunk) * inner * model.ssm_state_size
     return {
         "in_proj": n * (2 * inner + 2 * states + heads),
         "conv": n * (inner + 2 * states),
         "ssd": ssd,
-        "ssd_states": chunks * inner * model.ssm_state_size * FLOAT32,
+        "ssd_states": kept_states * (here.itemsize if fused else FLOAT32),
         "gated_norm": n * inner,
     }
+
+
+def _fused_chunk(here: Local, time: int) -> int:
+    """Tokens of a chunk in the SSD's Triton kernels."""
+    tile = lambda size: max(SMALLEST_TILE, 1 << (size - 1).bit_length())  # noqa: E731
+    widest = max(SMALLEST_TILE, LARGEST_CHUNK[here.itemsize] // tile(here.model.mamba_head_dim))
+    return min(tile(min(here.model.chunk_size, time)), LONGEST_CHUNK[here.itemsize], widest)
 
 
 def _mamba1(here: Local) -> dict[str, float]:
