@@ -29,7 +29,10 @@ FREE_OF_JAX = (
     "parallel/legal.py",
     "parallel/schedule.py",
     "cost/kept.py",
-    "cost/weights.py",
+    "cost/kind",
+    "cost/local.py",
+    "cost/operation.py",
+    "cost/weight",
 )
 
 PLACEMENT = {"PartitionSpec", "shard_map"}

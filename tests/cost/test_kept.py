@@ -5,8 +5,9 @@ from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
 from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
-from orogen.cost.kept import expert_rows, kept_bytes, local
+from orogen.cost.kept import kept_bytes
 from orogen.cost.ledger import Workload
+from orogen.cost.local import expert_rows, local
 from orogen.parallel.plan import make_plan
 
 MODEL = hybrid(

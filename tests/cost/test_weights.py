@@ -13,7 +13,8 @@ from tests.helpers import hybrid
 from orogen.config.load import load
 from orogen.config.model import MAX_LAYERS, ModelConfig
 from orogen.config.shipped import SHIPPED
-from orogen.cost.weights import Weight, changed, weights
+from orogen.cost.weight import Weight
+from orogen.cost.weights import changed, weights
 from orogen.model.lm import build
 from orogen.simulate.fit import count
 

@@ -8,24 +8,13 @@ import functools
 import math
 
 from orogen.config.checks import ConfigError, require
+from orogen.config.kinds import kind_of
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import KINDS, PLAIN, ROLES, PrecisionConfig
 
 BLOCKS = {"fp8_tensorwise": 0, "fp8_blockwise": 128, "mxfp8": 32, "nvfp4": 16}
 MOST_TOKENS = 2**24  # of a batch, where experts' rows are rounded
-# The kinds of weight in a layer, by its letter; of experts, those of every model.
-LETTER_KINDS = {
-    "M": ("mamba_in", "mamba_out"),
-    "m": ("mamba_in", "mamba_out"),
-    "*": ("attention_in", "attention_out"),
-    "w": ("attention_in", "attention_out"),
-    "+": ("attention_in", "attention_out"),
-    "-": ("dense_up", "dense_down"),
-    "E": ("routed_up", "routed_down"),
-    "x": (),
-    "g": ("dense_up", "dense_down"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +118,7 @@ def layer_products(
 
 def kinds_of(letter: str, model: ModelConfig) -> tuple[str, ...]:
     """The kinds of weight in a layer."""
-    kinds = LETTER_KINDS[letter]
+    kinds = kind_of(letter).weights
     if letter == "E":
         kinds += ("latent_down", "latent_up") if model.moe_latent_size else ()
         kinds += ("shared_up", "shared_down") if model.moe_shared_expert_intermediate_size else ()

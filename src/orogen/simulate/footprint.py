@@ -12,9 +12,11 @@ from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig
-from orogen.cost.kept import FLOAT32, Local, kept_bytes, named_bytes
-from orogen.cost.ledger import OUTER, Ledger, Workload
-from orogen.cost.weights import Weight, Weights, weights
+from orogen.cost.kept import kept_bytes, named_bytes
+from orogen.cost.ledger import FLOAT32, OUTER, Ledger, Workload
+from orogen.cost.local import Local
+from orogen.cost.weight import Weight
+from orogen.cost.weights import Weights, weights
 from orogen.simulate.pipeline import Flight
 from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 

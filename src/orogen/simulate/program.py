@@ -3,10 +3,10 @@ and the kernels that the host of an eager program launches."""
 
 from collections.abc import Iterable, Sequence
 
-from orogen.cost.kept import Local, expert_rows
 from orogen.cost.ledger import Collective
+from orogen.cost.local import Local, expert_rows
+from orogen.cost.operation import Operation, memory
 from orogen.simulate.hardware import Software
-from orogen.simulate.operations import Operation, memory
 
 # Layers whose passes a CUDA graph may hold, by the constant that says so.
 GRAPHS = {"graph_attention": "*w+", "graph_mamba": "Mm"}
