@@ -108,7 +108,8 @@ def test_every_row_names_what_the_packages_above_have(letter):
     assert isinstance(costs_of(letter), LayerCosts) and callable(resolved(kind.mixer))
     assert kind.selective <= kind.names.keys() and set(costs_of(letter).unread) <= kind.names.keys()
     assert set(costs_of(letter).products) <= {*kind.names, "chosen"}
-    assert {field.name for field in dataclasses.fields(ModelConfig)} >= kind.fields
+    model, plan = ({field.name for field in dataclasses.fields(config)} for config in (ModelConfig, PlanConfig))
+    assert model >= {*kind.needs.split(), *kind.reads.split()} and plan >= {*kind.plan.split()} and not model & plan
     assert set(kind.weights) <= {*WEIGHT_KINDS} and {name for name, _ in kind.products.values()} <= {*WEIGHT_KINDS}
     assert not kind.units or units_of(letter)
 

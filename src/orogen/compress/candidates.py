@@ -14,11 +14,8 @@ import numpy as np
 
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
 from orogen.config.search import SearchConfig
-from orogen.cost.kind import costs_of
-from orogen.cost.ledger import Workload
-from orogen.cost.local import local
+from orogen.cost.kind import request_cache
 from orogen.cost.weight import Weight
 from orogen.cost.weights import weights
 
@@ -131,7 +128,7 @@ def widest_mlp(model: ModelConfig) -> int:
 
 def request_bits(letter: str, model: ModelConfig, search: SearchConfig) -> float:
     """What one layer keeps of one request of `context` tokens, in bits."""
-    cached = costs_of(letter).cache(local(model, PlanConfig(), Workload(1, 1)))
+    cached = request_cache(letter, model)
     seen = search.context if cached.window is None else min(search.context, cached.window)
     states = cached.channels * (model.ssm_state_size or 0) * search.state_bits
     return cached.token * seen * search.cache_bits + states + cached.taps * ACTIVATION_BITS

@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     name: what messages call it.
     mixer: builds its module from a ModelConfig and random numbers.
     costs: what it computes, holds and sends: an `orogen.cost.kind.LayerCosts`.
-    needs: the fields of ModelConfig that must be numbers; reads: the others that it reads.
+    needs: the fields of ModelConfig that must be numbers; reads: the others that it reads; plan: those of PlanConfig.
     names: its intermediates (config/remat.py) and what they are, other than `input` and `norm`, which every layer has.
     selective: those that `selective` recomputes.
     weights: its kinds of weight (config/precision.py); a mixture of experts may have more.
@@ -35,6 +35,7 @@ class Kind(NamedTuple):
     costs: str
     needs: str = ""
     reads: str = ""
+    plan: str = ""
     names: Mapping[str, str] = {}
     selective: frozenset[str] = frozenset()
     weights: tuple[str, ...] = ()
@@ -43,8 +44,8 @@ class Kind(NamedTuple):
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields of ModelConfig that not all layers read, but these."""
-        return _words(f"{self.needs} {self.reads}")
+        """The fields that not all layers read, but these."""
+        return _words(f"{self.needs} {self.reads} {self.plan}")
 
 
 @functools.cache
@@ -92,6 +93,7 @@ _ATTENTION = Kind(
     costs="orogen.cost.kinds.attention:COSTS",
     needs="num_attention_heads num_key_value_heads head_dim",
     reads=f"{_ROTARY} qk_norm attention_sinks",
+    plan="attention context_attention",
     names={**_PROJECTED, **_CORE},
     selective=frozenset({"core"}),
     weights=("attention_in", "attention_out"),
@@ -106,6 +108,7 @@ LAYERS: dict[str, Kind] = {
         costs="orogen.cost.kinds.mamba2:COSTS",
         needs="mamba_num_heads mamba_head_dim n_groups ssm_state_size",
         reads=f"{_BOTH_MAMBAS} chunk_size mamba_norm_groups time_step_min time_step_max",
+        plan="ssd causal_conv1d context_ssm",
         names={
             **_MAMBA,
             "ssd": "what other tokens contribute to the SSD's outputs; with `triton` the whole outputs",
@@ -123,6 +126,7 @@ LAYERS: dict[str, Kind] = {
         costs="orogen.cost.kinds.mamba1:COSTS",
         needs="mamba_intermediate_size time_step_rank ssm_state_size",
         reads=_BOTH_MAMBAS,
+        plan="selective_scan causal_conv1d context_ssm",
         names={
             **_MAMBA,
             "x_proj": "the time step, B and C as projected from x",
@@ -148,6 +152,7 @@ LAYERS: dict[str, Kind] = {
         costs="orogen.cost.kinds.latent_attention:COSTS",
         needs="num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta",
         reads=f"{_ROTARY} q_lora_rank",
+        plan="attention context_attention",
         names={**_PROJECTED, **_LATENT, **_CORE},
         selective=frozenset({"core"}),
         weights=("attention_in", "attention_out"),
@@ -177,6 +182,7 @@ LAYERS: dict[str, Kind] = {
         reads=f"mlp_bias {_ACTIVATION} moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size "
         "moe_bias router_score router_bias router_correction_bias norm_topk_prob routed_scaling_factor n_group "
         "topk_group router_aux_loss_coef router_balance router_z_loss_coef",
+        plan="expert expert_tensor dispatch capacity_factor drop_policy buffer_factor grouped_matmul permutation",
         names={
             **_LATENT,
             "router": "the router's logits, float32",
@@ -235,7 +241,7 @@ def either(letters: Iterable[str]) -> str:
 
 
 def reading(field: str) -> str:
-    """The letters whose layers read a field of ModelConfig; "" if all layers read it."""
+    """The letters whose layers read a field of ModelConfig or PlanConfig; "" if no letters do, or all."""
     return "".join(letter for letter, kind in LAYERS.items() if field in kind.fields)
 
 

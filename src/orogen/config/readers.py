@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from orogen.config import readers_of_tasks as tasks
-from orogen.config.kinds import LAYERS, either, reading
+from orogen.config.kinds import LAYERS, Kind, either, reading
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
@@ -34,10 +34,10 @@ def _of_precision(fields: str, holds: Callable[[PrecisionConfig], bool], otherwi
     return Reader(fields, ("precision",), lambda run: holds(run.precision), otherwise)
 
 
-def _of_kinds() -> Iterator[Reader]:
+def _of_kinds(of: Callable[[Kind], str]) -> Iterator[Reader]:
     """The fields that some kinds of layers read."""
     fields: dict[str, list[str]] = {}
-    for field in dict.fromkeys(field for kind in LAYERS.values() for field in f"{kind.needs} {kind.reads}".split()):
+    for field in dict.fromkeys(field for kind in LAYERS.values() for field in of(kind).split()):
         fields.setdefault(reading(field), []).append(field)
     yield from (_by_letters(read_by, " ".join(some)) for read_by, some in fields.items())
 
@@ -61,7 +61,7 @@ ALWAYS = {
 READERS: dict[str, tuple[Reader, ...]] = {
     **tasks.READERS,
     "model": (
-        *_of_kinds(),
+        *_of_kinds(lambda kind: f"{kind.needs} {kind.reads}"),
         _of_model(
             "partial_rotary_factor rope_interleave yarn_factor yarn_original_positions yarn_beta_fast yarn_beta_slow "
             "yarn_mscale yarn_mscale_all_dim yarn_truncate",
@@ -100,14 +100,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         ),
     ),
     "plan": (
-        _by_letters(
-            "E",
-            "expert expert_tensor dispatch capacity_factor drop_policy buffer_factor grouped_matmul permutation",
-        ),
-        _by_letters("*w+", "attention context_attention"),
-        _by_letters("M", "ssd"),
-        _by_letters("m", "selective_scan"),
-        _by_letters("Mm", "causal_conv1d context_ssm"),
+        *_of_kinds(lambda kind: kind.plan),
         _of_plan(
             "drop_policy", lambda plan: plan.capacity_factor is not None, "PlanConfig.capacity_factor is None: no drops"
         ),

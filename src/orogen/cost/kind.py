@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from orogen.config.kinds import kind_of, resolved
 from orogen.config.model import ModelConfig
-from orogen.cost.ledger import Ledger
-from orogen.cost.local import Local
+from orogen.config.plan import PlanConfig
+from orogen.cost.ledger import Ledger, Workload
+from orogen.cost.local import Local, local
 from orogen.cost.operation import Operation
 from orogen.cost.weight import Weight
 
@@ -60,3 +61,8 @@ class LayerCosts(NamedTuple):
 def costs_of(letter: str) -> LayerCosts:
     """The costs of a letter's layers. Raises ConfigError if there are no such layers."""
     return resolved(kind_of(letter).costs)
+
+
+def request_cache(letter: str, model: ModelConfig) -> Cached:
+    """What one layer keeps of one request that no plan splits."""
+    return costs_of(letter).cache(local(model, PlanConfig(), Workload(1, 1)))
