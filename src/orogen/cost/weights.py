@@ -2,8 +2,8 @@
 
 The modules that create the parameters state the same shapes. Tests compare the two for every shipped model, each option
 and each field that a letter reads. They are repeated here and in `kinds` because `orogen simulate` answers in less than
-two seconds and a search looks at thousands of widths: for Nemotron 3 Nano this table takes 0.02 CPU seconds, reading the
-modules 1.5 for the import of jax and the model and 1.0 for the abstract model, then 0.3 for each further one.
+two seconds and a search looks at thousands of widths: for Nemotron 3 Nano this table takes 0.02 CPU seconds. Reading
+the modules takes 1.5 to import jax and the model, 1.0 for the abstract model, and 0.3 for each further one.
 
 Letters of dimensions: d model, f hidden, i inner channels.
 """
