@@ -28,6 +28,7 @@ FREE_OF_JAX = (
     "parallel/fold.py",
     "parallel/legal.py",
     "parallel/schedule.py",
+    "cost/dispatches.py",
     "cost/kept.py",
     "cost/kind",
     "cost/local.py",

@@ -5,9 +5,10 @@ from tests.helpers import hybrid
 
 from orogen.config.plan import PlanConfig
 from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
+from orogen.cost.dispatches import expert_rows
 from orogen.cost.kept import kept_bytes
 from orogen.cost.ledger import Workload
-from orogen.cost.local import expert_rows, local
+from orogen.cost.local import local
 from orogen.parallel.plan import make_plan
 
 MODEL = hybrid(
@@ -73,14 +74,16 @@ def test_rows_of_experts_by_hand():
     """64 tokens with 3 of 24 experts each, on four expert ranks: 192 assignments are an even share."""
 
     def of(*, dynamic: bool = False, **plan):
-        return expert_rows(local(MODEL, PlanConfig(expert=4, data=4, **plan), WORK, dynamic=dynamic, imbalance=1.25))
+        sizes = PlanConfig(expert=4, data=4, **plan)
+        return expert_rows(local(MODEL, sizes, WORK, dynamic=dynamic, imbalance=1.25))
 
-    assert of(dispatch="ragged", dynamic=True) == (240, 240)
-    assert of(dispatch="ragged") == (240, 64 * 4 * 3)
-    assert of(dispatch="ragged", buffer_factor=1.5) == (240, 288)
-    assert of(dispatch="ragged", buffer_factor=1.0) == (192, 192)
-    assert of(dispatch="alltoall", capacity_factor=1.5) == (24 * 12, 24 * 12)
-    assert of(dispatch="alltoall") == (24 * 64, 24 * 64)
+    assert of(dispatch="ragged", dynamic=True) == (240, 240, 192)
+    assert of(dispatch="ragged") == (240, 64 * 4 * 3, 192)
+    assert of(dispatch="ragged", buffer_factor=1.5) == (240, 288, 192)
+    assert of(dispatch="ragged", buffer_factor=1.0) == (192, 192, 192)
+    assert of(dispatch="alltoall", capacity_factor=1.5) == (24 * 12,) * 3
+    assert of(dispatch="alltoall") == (24 * 64,) * 3
+    assert of(dispatch="allgather") == (240, 64 * 4 * 3, 64 * 4 * 3)
 
 
 def test_dynamic_buffers_keep_the_rows_of_the_busiest_rank():

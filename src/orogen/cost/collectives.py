@@ -1,9 +1,7 @@
 """The collectives of each kind of layer, and of what comes before and after the layers, as entries of a ledger."""
 
-import math
-from collections.abc import Callable
-
-from orogen.cost.ledger import FLOAT32, INT32, Ledger
+from orogen.cost.dispatches import dispatch_of
+from orogen.cost.ledger import FLOAT32, Ledger
 
 
 def block(ledger: Ledger, part: str = "sequence", *, needed: bool = False, name: str = "") -> None:
@@ -25,46 +23,6 @@ def leave(ledger: Ledger, part: str, *, needed: bool = False, name: str = "") ->
         ledger.scatter(part, ("tensor",), ledger.stream, needed=needed, name=name)
     else:
         ledger.both(part, "all-reduce", ("tensor",), ledger.stream, needed=needed, name=name)
-
-
-def _gathered_tokens(ledger: Ledger) -> None:
-    tokens, k, axes = ledger.own_tokens, ledger.model.num_experts_per_tok, ("expert", "expert_tensor")
-    width = tokens * ledger.model.expert_width * ledger.work.itemsize
-    ledger.gather("dispatch", axes, width, name="rows")
-    ledger.gather("dispatch", axes, tokens * k * INT32, gradient=False, name="routing")  # each token's experts
-    ledger.gather("dispatch", axes, tokens * k, gradient=False, name="routing")  # whether there is room, one byte each
-    ledger.gather("combine", axes, tokens * k * FLOAT32)  # the weights
-    projected = ledger.model.moe_latent_size is not None
-    ledger.scatter("combine", axes, width * ledger.ranks(axes), needed=projected, name="combined")
-
-
-def _exchanged_assignments(ledger: Ledger) -> None:
-    model, tokens, factor = ledger.model, ledger.own_tokens, ledger.plan.capacity_factor
-    even = tokens * model.num_experts_per_tok / model.n_routed_experts
-    capacity = tokens if factor is None else math.ceil(min(tokens, even * factor))
-    buffers = model.n_routed_experts * capacity * model.expert_width * ledger.work.itemsize
-    ledger.both("dispatch", "all-to-all", ("expert",), buffers, name="rows")
-    _split_experts(ledger, buffers)
-    ledger.both("combine", "all-to-all", ("expert",), buffers, name="expert_out")
-
-
-def _ragged_assignments(ledger: Ledger) -> None:
-    model, plan, sent = ledger.model, ledger.plan, ledger.own_tokens * ledger.model.num_experts_per_tok
-    room = ledger.own_tokens * plan.expert * min(model.num_experts_per_tok, model.n_routed_experts // plan.expert)
-    room = room if plan.buffer_factor is None else math.ceil(min(room, sent * plan.buffer_factor))
-    counted, width = model.n_routed_experts * INT32, model.expert_width * ledger.work.itemsize
-    ledger.gather("dispatch", ("expert",), counted, gradient=False, name="routing")
-    ledger.both("dispatch", "ragged-all-to-all", ("expert",), min(sent, room) * width, name="rows")
-    ledger.gather("dispatch", ("expert_tensor",), counted, gradient=False, name="routing")
-    _split_experts(ledger, room * width)
-    ledger.both("combine", "ragged-all-to-all", ("expert",), min(sent, room) * width, name="expert_out")
-
-
-def _split_experts(ledger: Ledger, held: int) -> None:
-    """Ranks that split an expert's hidden units gather each other's assignments and sum their partial outputs."""
-    axes = ("expert_tensor",)
-    ledger.gather("dispatch", axes, held, name="rows")
-    ledger.scatter("combine", axes, held * ledger.ranks(axes), needed=True, name="expert_out")
 
 
 def outer(ledger: Ledger) -> None:
@@ -111,15 +69,5 @@ def load(ledger: Ledger) -> None:
         ledger.add("load", "forward", "all-reduce", everywhere, ledger.model.n_routed_experts * FLOAT32, count=layers)
         # Assignments without room at an expert, and in a ragged buffer.
         ledger.add(
-            "dropped", "forward", "all-reduce", everywhere, FLOAT32, count=1 + (ledger.plan.dispatch in BUFFERED)
+            "dropped", "forward", "all-reduce", everywhere, FLOAT32, count=1 + dispatch_of(ledger.plan).overflows
         )
-
-
-# By name of `PlanConfig.dispatch`: records what it takes to send a layer's tokens to their experts and back.
-DISPATCH_COLLECTIVES: dict[str, Callable[[Ledger], None]] = {
-    "allgather": _gathered_tokens,
-    "alltoall": _exchanged_assignments,
-    "ragged": _ragged_assignments,
-}
-# Dispatches whose buffers may lack room for an assignment, which is counted.
-BUFFERED = {"ragged"}

@@ -1,6 +1,5 @@
 """The sizes of one microbatch on one device, from which what a layer computes and keeps is counted."""
 
-import math
 from typing import NamedTuple
 
 from orogen.config.model import ModelConfig
@@ -39,23 +38,3 @@ def local(
     length = plan.context * work.tokens
     routed = tokens // plan.tensor
     return Local(model, plan, work.rows, tokens, own, routed, length, work.itemsize, dynamic, imbalance)
-
-
-def expert_rows(here: Local) -> tuple[float, float]:
-    """Rows that the busiest device's experts multiply, and rows of the buffers around them, padding included."""
-    model, plan = here.model, here.plan
-    k, local_experts = model.num_experts_per_tok, model.n_routed_experts // plan.expert
-    sent = here.routed * k * plan.expert_tensor
-    most = here.routed * plan.expert * plan.expert_tensor * min(k, local_experts)
-    if plan.dispatch == "alltoall":
-        factor, even = plan.capacity_factor, here.routed * k / model.n_routed_experts
-        capacity = here.routed if factor is None else math.ceil(min(here.routed, even * factor))
-        rows = model.n_routed_experts * capacity * plan.expert_tensor
-        return rows, rows
-    filled = min(sent * here.imbalance, most)
-    if here.dynamic:
-        return filled, filled
-    if plan.dispatch == "ragged" and plan.buffer_factor is not None:
-        room = math.ceil(min(most // plan.expert_tensor, here.routed * k * plan.buffer_factor)) * plan.expert_tensor
-        return min(filled, room), room
-    return filled, most

@@ -1,11 +1,12 @@
 """The mixture of experts."""
 
 from orogen.config.model import ModelConfig
-from orogen.cost.collectives import DISPATCH_COLLECTIVES, block
+from orogen.cost.collectives import block
+from orogen.cost.dispatches import dispatch_of, expert_rows
 from orogen.cost.kind import LayerCosts
 from orogen.cost.kinds.mlp import matrices, mlp_operations, mlp_weights
 from orogen.cost.ledger import FLOAT32, INT32, Ledger
-from orogen.cost.local import Local, expert_rows
+from orogen.cost.local import Local
 from orogen.cost.operation import Operation, memory, product
 from orogen.cost.weight import Weight, vector
 
@@ -40,9 +41,8 @@ def _weights(model: ModelConfig) -> list[Weight]:
 def _kept(here: Local) -> dict[str, float]:
     model, plan = here.model, here.plan
     width, gates, k = model.expert_width * here.itemsize, 1 + model.mlp_gated, model.num_experts_per_tok
-    _, room = expert_rows(here)
+    _, room, returned = expert_rows(here)
     hidden = room * (model.moe_intermediate_size // plan.expert_tensor) * here.itemsize
-    returned = here.routed * k if plan.dispatch == "ragged" else room
     held = {
         "router": here.routed * model.n_routed_experts * FLOAT32,
         "routing": 3 * here.routed * k * INT32 + here.rows * model.n_routed_experts * FLOAT32,
@@ -73,7 +73,7 @@ def _autodiff(here: Local, named: dict[str, float]) -> dict[str, float]:
 
 def _collectives(ledger: Ledger) -> None:
     plan, model = ledger.plan, ledger.model
-    DISPATCH_COLLECTIVES[plan.dispatch](ledger)
+    dispatch_of(plan).collectives(ledger)
     if plan.stream == "whole":  # each rank routes its own tokens
         ledger.gather("combine", ("tensor",), ledger.stream / plan.tensor, needed=False)
     if model.moe_shared_expert_intermediate_size:
@@ -97,7 +97,7 @@ def _collectives(ledger: Ledger) -> None:
 
 def _operations(here: Local) -> list[Operation]:
     model, plan, size = here.model, here.plan, here.itemsize
-    rows, room = expert_rows(here)
+    rows, room, _ = expert_rows(here)
     width, hidden, gates = model.expert_width, model.moe_intermediate_size // plan.expert_tensor, 1 + model.mlp_gated
     local, n = model.n_routed_experts // plan.expert, here.routed
     scores = n * model.n_routed_experts * FLOAT32
