@@ -22,7 +22,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.precision import KINDS as WEIGHT_KINDS
 from orogen.config.products import product_of
 from orogen.config.remat import names_of
-from orogen.config.rounded import kinds_of
+from orogen.config.rounded import weight_kinds
 from orogen.cost.collectives import block
 from orogen.cost.communication import step_collectives, unit_collectives
 from orogen.cost.flops import forward_flops_per_token, layer_flops_per_token
@@ -124,7 +124,7 @@ def test_a_reference_is_not_above_the_package_that_resolves_it():
     "of_letter",
     [
         kind_of, costs_of, units_of, names_of, lambda letter: PlanConfig(remat="paper").layer_remat(letter),
-        lambda letter: product_of(letter, ("mixer", "up")), lambda letter: kinds_of(letter, hybrid()),
+        lambda letter: product_of(letter, ("mixer", "up")), lambda letter: weight_kinds(letter, hybrid()),
         lambda letter: Layer(letter, hybrid(), nnx.Rngs(0)), lambda letter: layer_operations(letter, HERE),
         lambda letter: named_bytes(letter, HERE), lambda letter: layer_flops_per_token(letter, hybrid(), 8),
         lambda letter: unit_collectives(letter, hybrid(), PlanConfig(), HERE_WORK),

@@ -116,7 +116,7 @@ def layer_products(
     return (*found, *deeper)
 
 
-def kinds_of(letter: str, model: ModelConfig) -> tuple[str, ...]:
+def weight_kinds(letter: str, model: ModelConfig) -> tuple[str, ...]:
     """The kinds of weight in a layer."""
     kinds = kind_of(letter).weights
     if letter == "E":
@@ -128,7 +128,7 @@ def kinds_of(letter: str, model: ModelConfig) -> tuple[str, ...]:
 def _of_letter(
     letter: str, model: ModelConfig, precision: PrecisionConfig, switched: bool
 ) -> tuple[tuple[str, Products], ...]:
-    return _rounded(kinds_of(letter, model), precision, switched)
+    return _rounded(weight_kinds(letter, model), precision, switched)
 
 
 def _rounded(kinds: tuple[str, ...], precision: PrecisionConfig, switched: bool) -> tuple[tuple[str, Products], ...]:
@@ -166,7 +166,7 @@ def check_precision(
     kept = precision.first_layers + precision.last_layers
     expected = f"fewer than {layers} first and last layers together, as many as the pattern has"
     require(kept < layers, precision, "last_layers", expected)
-    present = {kind for letter in model.layers.main + model.layers.mtp for kind in kinds_of(letter, model)}
+    present = {kind for letter in model.layers.main + model.layers.mtp for kind in weight_kinds(letter, model)}
     present |= {"mtp_project"} if model.layers.mtp else set()
     for kinds, _, _ in precision.entries():
         expected = f"kinds that the model has: {', '.join(kind for kind in KINDS if kind in present)}"

@@ -31,7 +31,7 @@ from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import Rounding
 from orogen.precision.calibration import Site, measured_products
 from orogen.precision.emulated import How, Offsets, rounded_products
-from orogen.precision.expert_rows import GroupedHow, RowOffsets, Rows, expert_rows, rounded_grouped
+from orogen.precision.expert_rows import GroupedHow, RowOffsets, RowOrder, expert_rows, rounded_grouped
 from orogen.precision.fp8 import fp8_matmul
 from orogen.precision.scaled import weight_for
 
@@ -138,7 +138,7 @@ def grouped(
     kind: str | None = None,
     *,
     call: int = 0,
-    rows: tuple[Rows, int] | None = None,
+    rows: tuple[RowOrder, int] | None = None,
 ) -> Array:
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
     `rows_of_experts`, if the recipe rounds them."""
@@ -150,7 +150,7 @@ def grouped(
 
 def _grouped(
     x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan, *,
-    product: tuple[str | None, int], rows: tuple[Rows, int] | None,
+    product: tuple[str | None, int], rows: tuple[RowOrder, int] | None,
 ) -> Array:  # fmt: skip
     kind, call = product
     given, implementation = plan.weight(weight), plan.config.grouped_matmul
@@ -223,7 +223,7 @@ def token_numbers(x_btd: Array, plan: Plan) -> Array:
     return number_bt if number_bt.shape[1] == x_btd.shape[1] else plan.piece(number_bt, "tensor", dim=1)
 
 
-def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: int) -> tuple[Rows, int]:
+def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: int) -> tuple[RowOrder, int]:
     """How the rows of tokens with these numbers are rounded together; see `precision.expert_rows`."""
     at = _rounding(plan)
     units = [p.token_block for kind in GROUPS["routed"] if (p := plan.recipe.products(kind)) is not None]

@@ -32,12 +32,14 @@ the identity. One perceiver resampler (`resampler.py`), a part of the model like
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.enter`, `plan.leave`, `plan.sum`, …; and
 `start` and `cache_axes` for what it is `given` with the first piece of a sequence: `KeyValues` or `Recurrent` of
 `model/cache.py`, or a class of its own with a method `with_piece`; None for a mixer without memory.
-Give `x_btd`'s large intermediates names (`checkpoint_name`), so that they can be kept or recomputed.
-Then write what it costs, an `orogen.cost.kind.LayerCosts`, in a file of `orogen/cost/kinds/`: operations, parameters,
-bytes kept, collectives. Last, add one row to `LAYERS` (`config/kinds.py`): the letter, its name, where mixer and costs
-are, the fields of `ModelConfig` that it reads, its intermediates, and for adapters and formats its kinds of weight.
-Checks of a field's value are `ModelConfig`'s. All else finds the row: a letter without one is refused everywhere by
-`kind_of`. Only what few layers have is told elsewhere: checkpoints' names (`convert/mixers.py`), and units and scores
-for pruning (`compress/slices.py`, which the row names, and `importance.py`).
+A causal convolution takes the tokens before a piece, or before a rank's part, by `context_ssm.convolve`, and leaves its
+window by `context_cache.with_inputs` (`mamba1.py` is the shortest example). Give large intermediates names
+(`checkpoint_name`), so that they can be kept or recomputed.
+Then write what the layer costs, an `orogen.cost.kind.LayerCosts`, in a file of `orogen/cost/kinds/`: operations,
+parameters, bytes kept, collectives, caches. Last, add one row to `LAYERS` (`config/kinds.py`): the letter, its name,
+where mixer and costs are, the fields that it reads, its intermediates, and for adapters and formats its kinds of
+weight. A new field belongs into `ModelConfig`, with its checks. All else finds the row; `kind_of` refuses a letter
+without one. Only what few layers have is told elsewhere: checkpoints' names (`convert/mixers.py`), and for pruning
+units, which the row names (`compress/slices.py`), and scores (`compress/importance.py`).
 Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.
 """

@@ -37,7 +37,7 @@ from orogen.precision.rounding import Encoded, encode, magnitude
 from orogen.precision.words import columns, operand_key, words
 
 
-class Rows(NamedTuple):
+class RowOrder(NamedTuple):
     """Where the rows of a rank's experts belong. number_r: the token's number in the global batch, -1 for a row of no
     token; expert_r: the rank's expert, e for none; tensor_r: the tensor, r for none; place_r: the row's place in order,
     tensors filled up, p for none; filled_e: rows per expert, filled up."""
@@ -62,7 +62,7 @@ class RowOffsets(NamedTuple):
 
 def expert_rows(
     number_r: Array, group_sizes: Array | int, *, experts: int, tokens: int, chunk: int, unit: int
-) -> tuple[Rows, int]:
+) -> tuple[RowOrder, int]:
     """The rows' offsets, and the number of filled up rows. tokens: of the global batch; chunk: tokens per tensor; unit:
     how many rows are rounded together."""
     rows = len(number_r)
@@ -86,7 +86,7 @@ def expert_rows(
     back = lambda a: jnp.zeros_like(index_r).at[at[2]].set(a.astype(jnp.int32), unique_indices=True)  # noqa: E731
     filled_e = vary_like(jnp.zeros(experts + 1, jnp.int32), expert_r)
     filled_e = filled_e.at[at[0]].add(jnp.where(first & held, filled_s[tensor], 0))[:experts]
-    return Rows(number_r, expert_r, back(tensor), back(place), filled_e), total
+    return RowOrder(number_r, expert_r, back(tensor), back(place), filled_e), total
 
 
 def _differs(a: Array) -> Array:
@@ -106,7 +106,7 @@ def rounded_grouped(
     weights_edf: Array,
     group_sizes: Array | int,
     *,
-    rows: Rows,
+    rows: RowOrder,
     how: GroupedHow,
     offsets: RowOffsets,
     probe: Array | None,
@@ -186,21 +186,21 @@ def _outer(how: GroupedHow, x_rd: Array, grad_rf: Array, weights_edf: Array, siz
     return jax.vjp(multiply, zeros)[1](grad_rf.astype(x_rd.dtype))[0]
 
 
-def _scaled(y_rf: Array, left: Encoded, weights: Encoded, rows: Rows) -> Array:
-    """Rows times their own scale and that of their expert's weights."""
+def _scaled(y_rf: Array, left: Encoded, weights: Encoded, rows: RowOrder) -> Array:
+    """RowOrder times their own scale and that of their expert's weights."""
     scale_e = weights.scale[:, 0]
     expert_r = jnp.minimum(rows.expert_r, len(scale_e) - 1) if len(scale_e) > 1 else 0 * rows.expert_r
     return y_rf.astype(jnp.float32) * left.scale * scale_e[expert_r]
 
 
 def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
-    """Rows rounded along their features, and the operand's counters."""
+    """RowOrder rounded along their features, and the operand's counters."""
     _, rows, offsets = at
     moved = prepared(x_rd, operand, 1)
     random = _row_words(how, operand, offsets, (rows.number_r, rows.expert_r), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, rows.tensor_r)
     found = encode(moved, operand, (1, operand.block or 1), largest, random)
-    # Rows of no token do not count, nor do their blocks: other ranks, or none, multiply them.
+    # RowOrder of no token do not count, nor do their blocks: other ranks, or none, multiply them.
     held_r = rows.tensor_r < len(x_rd)
     found = found._replace(unit=jnp.where(along_axis(held_r, 0, found.unit.ndim), found.unit, 0))
     held_d = held_along(jnp.ones(x_rd.shape[1], bool), moved.shape[1], operand.hadamard)
@@ -208,7 +208,7 @@ def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: 
 
 
 def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
-    """Rows in order, filled up (p, d), rounded along the rows, and the operand's counters."""
+    """RowOrder in order, filled up (p, d), rounded along the rows, and the operand's counters."""
     _, rows, offsets = at
     source_p = vary_like(jnp.full(how.filled, len(x_rd), jnp.int32), rows.place_r)
     source_p = source_p.at[rows.place_r].set(jnp.arange(len(x_rd), dtype=jnp.int32), mode="drop")
