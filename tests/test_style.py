@@ -342,8 +342,9 @@ def test_recipe_without_its_command_is_noticed():
     assert unexplained("b.gin", f"# {command}\n")
 
 
+@functools.cache
 def held(name: str) -> set[str]:
-    """What a module of the source holds: what it defines, imports and assigns, at whatever depth, and its submodules."""
+    """What a module of the source holds: what it defines, imports and assigns, at any depth, and its submodules."""
     path = SOURCE.parent / name.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     found = {one.stem for one in path.iterdir()} if path.is_dir() else set()
@@ -359,10 +360,9 @@ def held(name: str) -> set[str]:
 
 def missing(tree: ast.AST) -> Iterator[str]:
     """Names that a file imports from the source and that are not there."""
-    found = functools.cache(held)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and within(node.module or "", ("orogen",)):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name not in found(node.module))
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name not in held(node.module))
 
 
 def test_experiments_import_what_there_is():
