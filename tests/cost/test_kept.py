@@ -1,14 +1,19 @@
 """What a layer keeps by formula is what its trace keeps, by name."""
 
+import jax
 import pytest
 from tests.helpers import hybrid
 
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.cost.dispatches import expert_rows
 from orogen.cost.kept import kept_bytes
+from orogen.cost.kind import costs_of
+from orogen.cost.kinds.attention import FEW, RUNS
 from orogen.cost.ledger import Workload
 from orogen.cost.local import local
+from orogen.kernels.attention import cudnn
+from orogen.kernels.grouped_matmul import mosaic
 from orogen.parallel.plan import make_plan
 
 MODEL = hybrid(
@@ -91,3 +96,47 @@ def test_dynamic_buffers_keep_the_rows_of_the_busiest_rank():
     sizes = PlanConfig(expert=4, data=4, dispatch="ragged", remat="none")
     held, _ = kept_bytes("E", local(MODEL, sizes, WORK, dynamic=True, imbalance=1.25))
     assert (held["rows"], held["expert_activation"]) == (240 * 18 * 2, 240 * 22 * 2)
+
+
+# On a GPU: sizes that its kernels take as they are, but for a chunk of the SSD, which is rounded up to a power of two.
+FUSED = hybrid(
+    pattern="ME*-", mtp_depths=0, mamba_num_heads=12, mamba_head_dim=16, ssm_state_size=32, chunk_size=24,
+    num_attention_heads=6, head_dim=16, hidden_size=64, intermediate_size=80, moe_intermediate_size=64,
+    moe_latent_size=128, moe_shared_expert_intermediate_size=48,
+)  # fmt: skip
+KERNELS = {field: kernel for field, kernel in FOR_GPU.items() if field != "quantize"}
+if jax.__version_info__ < (0, 11):
+    KERNELS["grouped_matmul"] = "blocks"  # the Mosaic kernels need jax 0.11
+
+
+@pytest.mark.parametrize("remat", ["elementwise", "paper", "selective"])
+def test_what_kernels_of_a_gpu_keep(remat, monkeypatch):
+    """As traced for one: an output of a kernel is kept by name, or with all that `elementwise` keeps."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(mosaic, "_require_hopper", lambda: None)
+    monkeypatch.setattr(cudnn.cudnn, "check_cudnn_version", lambda *_: 91400)
+    monkeypatch.setattr(cudnn.cudnn, "check_compute_capability", lambda *_: True)
+    sizes = PlanConfig(remat=remat, **KERNELS)
+    for letter in "ME*-":
+        by_trace = sum(traced(letter, sizes, FUSED).values())
+        by_formula = sum(kept_bytes(letter, local(FUSED, sizes, WORK))[0].values())
+        assert by_formula == pytest.approx(by_trace, rel=ROUTING), letter
+
+
+def test_states_of_the_fused_ssd_by_hand():
+    """Two rows of 32 tokens in one chunk of 32 each, 12 heads of 16 channels with 32 states, in bfloat16."""
+    held, _ = kept_bytes("M", local(FUSED, PlanConfig(ssd="triton", remat="paper"), WORK))
+    assert held["ssd_states"] == 2 * 12 * 16 * 32 * 2
+    plain, _ = kept_bytes("M", local(FUSED, PlanConfig(remat="paper"), WORK))
+    assert plain["ssd_states"] == 2 * 2 * 12 * 16 * 32 * 4
+
+
+def test_workspaces_of_attention_by_hand():
+    """Six heads of 16 channels with two key heads: 8 bytes per number and document."""
+    assert (FEW, RUNS) == (cudnn.FEW, cudnn.RUNS)
+    of = lambda rows, **plan: costs_of("*").workspace(local(FUSED, PlanConfig(**plan), Workload(rows, 32, 2)))  # noqa: E731
+    assert of(1, attention="cudnn") == 8 * 32 * 16 * RUNS * 3  # one row and key head at a time
+    assert of(4, attention="cudnn") == 8 * 32 * 16 * FEW * 4 * 6  # a whole batch
+    assert of(4, attention="cudnn", tensor=2) == 8 * 32 * 16 * FEW * 4 * 3
+    assert of(4, attention="cudnn", context=2) == 8 * 32 * 16 * 4 * 6  # no packed form
+    assert of(4, attention="blocked") == 0

@@ -153,9 +153,11 @@ def _origin(variable: Any, makers: Mapping[Any, core.JaxprEqn], jaxpr: core.Jaxp
 
 
 def _body(equation: core.JaxprEqn) -> core.Jaxpr | None:
-    """The jaxpr that an operation runs on its own operands, if it runs one."""
+    """The jaxpr that an operation runs on its own operands, if it runs one. That of a kernel writes to references, and
+    has no results."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         found: Any = equation.params.get(key)
-        if found is not None:
-            return found.jaxpr if isinstance(found, core.ClosedJaxpr) else found
+        body = found.jaxpr if isinstance(found, core.ClosedJaxpr) else found
+        if body is not None and len(body.outvars) == len(equation.outvars):
+            return body
     return None

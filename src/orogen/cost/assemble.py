@@ -1,6 +1,7 @@
 """A plan over devices, and a model laid out for it."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
@@ -19,13 +20,14 @@ class Assembled(NamedTuple):
 
 
 def assemble(
-    model: ModelConfig, config: PlanConfig, *, length: int = TYPICAL_LENGTH, abstract: bool = False
-) -> Assembled:
+    model: ModelConfig, config: PlanConfig, *, length: int = TYPICAL_LENGTH, abstract: bool = False,
+    devices: Sequence[Any] | None = None,
+) -> Assembled:  # fmt: skip
     """The plan of `config`, and the model laid out for it, for sequences of `length` tokens. Nothing is allocated.
 
-    abstract: a plan over no devices. Raises ConfigError as `make_plan` does.
+    abstract: a plan over no devices. devices: None: this process group's. Raises ConfigError as `make_plan` does.
     """
-    plan = make_plan(config, model, abstract=abstract)
+    plan = make_plan(config, model, abstract=abstract, devices=devices)
     return Assembled(plan, build(model, layout(model, plan, length), config.vocab_rows(model.vocab_size)))
 
 

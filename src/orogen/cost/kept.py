@@ -1,12 +1,22 @@
 """What a layer keeps for its backward pass, by name, from the configs alone; no jax.
 
 `activations` reads the same from a layer's trace, which takes seconds; tests compare the two. Arrays that are chosen by
-name are exact, except for a few bytes of routing. Without remat, what autodiff keeps beyond names is that of the
-implementations that run on any device.
+name are exact, except for a few bytes of routing, and so is what `elementwise` keeps of the kernels of a GPU. Without
+remat, what autodiff keeps beyond names is that of the implementations that run on any device.
 """
 
+from orogen.config.plan import FOR_GPU
 from orogen.cost.kind import costs_of
 from orogen.cost.local import Local
+
+# By operation, what `elementwise` keeps too if a kernel for GPUs makes it, which would otherwise run twice.
+KERNEL_PRODUCTS = {
+    "rms_norm": ("norm", "gated_norm"),
+    "causal_conv1d": ("conv",),
+    "ssd": ("ssd", "ssd_states"),
+    "permutation": ("rows",),
+    "grouped_matmul": ("expert_up", "expert_out"),
+}
 
 
 def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
@@ -15,14 +25,22 @@ def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     named = named_bytes(letter, here)
     held = {"input": named["input"]}
     if remat.kind == "elementwise":
-        held |= {name: named[name] for name in costs.products if name in named}
+        held |= {name: named[name] for name in (*costs.products, *_by_kernels(here)) if name in named}
     elif remat.kind == "names":
-        names = (name for name in named if name not in remat.again and name not in ("chosen", *costs.unread))
+        names = (name for name in named if name not in remat.again and name not in ("chosen", *costs.unread(here)))
         held |= {name: named[name] for name in names}
     elif remat.kind == "none":
         held |= costs.autodiff(here, named)
     host = sum(size for name, size in named.items() if name in remat.host)
     return {name: size for name, size in held.items() if name not in remat.host and size}, host
+
+
+def _by_kernels(here: Local) -> list[str]:
+    """Names of what the plan's kernels for GPUs make."""
+    mine = {field: names for field, names in KERNEL_PRODUCTS.items() if getattr(here.plan, field) == FOR_GPU[field]}
+    if not here.model.norm.startswith("rms"):
+        mine.pop("rms_norm", None)
+    return [name for names in mine.values() for name in names]
 
 
 def named_bytes(letter: str, here: Local) -> dict[str, float]:

@@ -43,6 +43,7 @@ class LayerCosts(NamedTuple):
     operations: its products and memory traffic on one device.
     products: names that `elementwise` keeps: outputs of products with weights and of fused kernels.
     unread: named arrays that no gradient reads, because a later one holds the same.
+    workspace: bytes that a kernel of its backward pass works in.
     autodiff: what is kept without remat, given the named bytes.
     cache: what it keeps of a request that is decoded.
     """
@@ -53,7 +54,8 @@ class LayerCosts(NamedTuple):
     collectives: Callable[[Ledger], None]
     operations: Callable[[Local], list[Operation]]
     products: tuple[str, ...]
-    unread: tuple[str, ...] = ()
+    unread: Callable[[Local], tuple[str, ...]] = lambda here: ()
+    workspace: Callable[[Local], float] = lambda here: 0.0
     autodiff: Callable[[Local, dict[str, float]], dict[str, float]] = _as_named
     cache: Callable[[Local], Cached] = lambda here: Cached()
 

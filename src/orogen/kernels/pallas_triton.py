@@ -12,6 +12,8 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from orogen.parallel.target import compute_capability, platform
+
 LOG2_E = 1.4426950408889634
 SMALLEST_TILE = 16  # the least size of a matrix product in Triton
 E4M3_SINCE = 8, 9  # the compute capability from which Triton converts E4M3; below, it aborts the process
@@ -20,13 +22,13 @@ E4M3_SINCE = 8, 9  # the compute capability from which Triton converts E4M3; bel
 def require_gpu(*, interpret: bool, implementation: str = "triton", e4m3: bool = False) -> None:
     """Raises ValueError if there is no GPU, or with `e4m3` one whose kernels cannot read that, and `interpret` is
     False."""
-    if not interpret and jax.default_backend() != "gpu":
+    if not interpret and platform() != "gpu":
         raise ValueError(
-            f"implementation={implementation!r} needs a GPU and finds {jax.default_backend()!r}: expected another "
+            f"implementation={implementation!r} needs a GPU and finds {platform()!r}: expected another "
             f"implementation ('{implementation}_interpreted' runs the same kernels anywhere)"
         )
     if e4m3 and not interpret and not converts_e4m3():
-        least, found = ".".join(map(str, E4M3_SINCE)), getattr(jax.devices()[0], "compute_capability", None)
+        least, found = ".".join(map(str, E4M3_SINCE)), compute_capability()
         raise ValueError(
             f"implementation={implementation!r} reads E4M3 on GPUs of compute capability {least} or more, and this one "
             f"has {found}: expected another implementation, or numbers in the compute dtype"
@@ -35,7 +37,7 @@ def require_gpu(*, interpret: bool, implementation: str = "triton", e4m3: bool =
 
 def converts_e4m3() -> bool:
     """Whether kernels can read E4M3 here: on a GPU from E4M3_SINCE on, and by the interpreter where there is no GPU."""
-    capability = getattr(jax.devices()[0], "compute_capability", None)
+    capability = compute_capability()
     if capability is None:
         return True
     number = re.fullmatch(r"(\d+)\.(\d+)", str(capability))

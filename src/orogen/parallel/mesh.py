@@ -1,5 +1,8 @@
 """The device mesh of a folding."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -8,13 +11,17 @@ from orogen.config.checks import ConfigError, require
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.fold import Folding, describe
 from orogen.parallel.runtime import asks_for_same_bits
+from orogen.parallel.target import compute_capability, platform
 
 # Backends whose devices have memory of their own, so that arrays can be offloaded to the host's.
 HAS_HOST_MEMORY = ("gpu", "tpu")
+MOSAIC = "9.0"  # compute capability of Hopper, which has the instructions of the Mosaic kernels
 
 
-def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh | AbstractMesh:
-    """A mesh over the first devices of this process group, or an abstract one, which needs none.
+def make_mesh(
+    folding: Folding, config: PlanConfig, *, abstract: bool, devices: Sequence[Any] | None = None
+) -> Mesh | AbstractMesh:
+    """A mesh over the first of `devices` (None: of this process group), or an abstract one, which needs none.
 
     Raises ConfigError if there are too few devices, if they are not GPUs and a kernel of `config` needs one, or if XLA
     is asked for results that repeat to the bit and a kernel's do not.
@@ -23,23 +30,26 @@ def make_mesh(folding: Folding, config: PlanConfig, *, abstract: bool) -> Mesh |
     types = (AxisType.Auto,) * len(names)  # Explicit axes failed six of nine patterns with jax 0.10 and 0.11
     if abstract:
         return AbstractMesh(sizes, names, axis_types=types)
+    backend = platform()
     for field, kernel in FOR_GPU.items():
-        fits = getattr(config, field) != kernel or jax.default_backend() == "gpu"
-        require(fits, config, field, f"another on {jax.default_backend()}: {kernel} needs an NVIDIA GPU")
+        fits = getattr(config, field) != kernel or backend == "gpu"
+        require(fits, config, field, f"another on {backend}: {kernel} needs an NVIDIA GPU")
+    fits = config.grouped_matmul != FOR_GPU["grouped_matmul"] or compute_capability() in (None, MOSAIC)
+    require(fits, config, "grouped_matmul", f"blocks on a GPU of compute capability {compute_capability()}")
     # When XLA is asked for the same bits, cuDNN's gradient needs 9 GB for two rows of 8192 tokens and 32 heads of 128
     # (0.8 GB otherwise), 71 GB if they are packed, and a program with several such layers fails at run time (observed
     # on one H100 with jax 0.11.2).
     fits = config.attention != FOR_GPU["attention"] or not asks_for_same_bits()
     require(fits, config, "attention", "blocked where XLA is asked for the same bits (--xla deterministic)")
     for field in ("offload", "offload_optimizer"):
-        fits = not getattr(config, field) or jax.default_backend() in HAS_HOST_MEMORY
-        expected = f"{type(getattr(config, field))()!r} on {jax.default_backend()}: it has no memory besides the host's"
+        fits = not getattr(config, field) or backend in HAS_HOST_MEMORY
+        expected = f"{type(getattr(config, field))()!r} on {backend}: it has no memory besides the host's"
         require(fits, config, field, expected)
-    devices, needed = jax.devices(), config.devices
-    if len(devices) < needed:
+    found, needed = jax.devices() if devices is None else devices, config.devices
+    if len(found) < needed:
         axes = describe([(axis, getattr(config, axis)) for axis in ("stage", "data", "context", "tensor")])
         raise ConfigError(
-            f"PlanConfig asks for {needed} devices ({axes}); expected at most the {len(devices)} that exist "
+            f"PlanConfig asks for {needed} devices ({axes}); expected at most the {len(found)} that exist "
             f"(--fake_devices {needed} simulates them)"
         )
-    return Mesh(np.asarray(devices[:needed]).reshape(sizes), names, axis_types=types)
+    return Mesh(np.asarray(found[:needed]).reshape(sizes), names, axis_types=types)

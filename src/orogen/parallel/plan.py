@@ -325,8 +325,8 @@ class Plan:
         return vary(tree, self.mesh.axis_names if self.config.devices > 1 else ())
 
 
-def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False) -> Plan:
-    """The plan of `config` for `model`, over this process group's devices or, if `abstract`, over none.
+def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False, devices: Any = None) -> Plan:
+    """The plan of `config` for `model`, over `devices` (None: this process group's) or, if `abstract`, over none.
 
     Raises ConfigError if the sizes do not divide, do not fold, or exceed the devices that exist, if the microbatches do
     not suit the schedule, or if a kernel was chosen that does not work on them.
@@ -336,7 +336,7 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False)
     shared = bool(folding.logical.get("norm_groups_copies"))
     whole = config.rms_norm != FOR_GPU["rms_norm"] or not shared
     require(whole, config, "rms_norm", "plain where ranks of tensor share a group of Mamba's norm")
-    mesh = make_mesh(folding, config, abstract=abstract)
+    mesh = make_mesh(folding, config, abstract=abstract, devices=devices)
     rules = make_rules(folding, fully_sharded=config.fsdp == "parameters")
     storage = make_rules(folding, fully_sharded=config.fsdp != "none")
     recipes = {"recipe": RECIPES[config.linear], "recipes": layer_recipes(config, model)}

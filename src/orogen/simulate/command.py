@@ -110,8 +110,11 @@ def _add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=positive, metavar="N", help="devices of --search; default: the plan's")
     parser.add_argument("--out", metavar="F", help="write the best plan of --search as a gin file")
     parser.add_argument("--html", metavar="F", help="write one page with pictures, which needs no network")
-    compiled = "also compile the real step for simulated devices, and compare memory and traffic"
-    parser.add_argument("--compile", action="store_true", help=compiled)
+    compiled = (
+        "also compile the real step, and compare memory and traffic: for simulated CPU devices (the default), or for "
+        "ClusterConfig's GPU (extra cuda; needs no GPU)"
+    )
+    parser.add_argument("--compile", nargs="?", const="cpu", choices=("cpu", "gpu"), help=compiled)
     parser.add_argument("--inference", action="store_true", help="serve instead of train: EngineConfig's slots")
     parser.add_argument("--prompt_tokens", type=positive, default=1024, metavar="N", help="of --inference")
     parser.add_argument("--new_tokens", type=positive, default=1024, metavar="N", help="of --inference")

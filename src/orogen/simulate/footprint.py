@@ -13,6 +13,7 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import OptimizerConfig
 from orogen.cost.kept import kept_bytes, named_bytes
+from orogen.cost.kind import costs_of
 from orogen.cost.ledger import FLOAT32, OUTER, Ledger, Workload
 from orogen.cost.local import Local
 from orogen.cost.weight import Weight
@@ -22,8 +23,16 @@ from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 
 # Float32 copies of a block of logits that are live at once: logits, exponentials and their gradient.
 LOGITS = 3
-# Of the widest layer, arrays and their gradients.
-WIDEST = 2
+# In a layer's backward pass, the bytes of gradients that are live at once over those of its named arrays.
+GRADIENTS = 0.5
+# Buffers of rows that experts on other ranks have sent or are sent: both ends of an exchange, which waits for the
+# layers beside it.
+EXCHANGED = 2
+# Of what one pass keeps, the share that lies beside the slots of a pipeline while it is copied into its own or out of
+# it; and how often residuals that stay in place lie in memory, since every tick's choice of a pass returns them anew.
+# Source of these four: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two
+# GPUs (experiments/two_gpus).
+COPIED, IN_PLACE = 0.5, 2
 
 
 class Moments(NamedTuple):
@@ -47,7 +56,8 @@ def stage_memory(
     outermost: of the first and the last stage alone.
 
     alike: whether all stages run one program, as in this code: each then holds as many rows of a letter as the fullest
-    chunk, and as many slots as the fullest stage, or the slots of all stages if residuals stay in place.
+    chunk, and as many slots as the fullest stage with what is copied, or the slots of all stages if residuals stay in
+    place.
     """
     model, plan = here.model, here.plan
     found, held = weights(model, plan.vocab_rows(model.vocab_size)), _Held(here, moments(optimizer))
@@ -64,7 +74,9 @@ def stage_memory(
         held_here += [(1, held.of(part)) for part in shared]
         parts = {part: float(sum(n * each.get(part, 0) for n, each in held_here)) for part in MEMORY_PARTS}
         parts["activations"], host = _activations(chunks, kept, stage, plan, flight, alike=alike)
-        parts["temporary"] = _temporary(found, "".join(chunks[stage :: plan.stage]), stage, here, held)
+        parts["temporary"], parts["workspace"] = _temporary(
+            found, "".join(chunks[stage :: plan.stage]), stage, here, held
+        )
         if plan.offload_optimizer:
             host, parts["optimizer"] = host + parts["optimizer"], 0.0
         memory.append(StageMemory(stage, parts, float(host)))
@@ -136,9 +148,9 @@ def _activations(
     if plan.stage == 1:
         return plan.overlapping * kept[0][0], plan.overlapping * kept[0][1]
     if alike and plan.stash == "in_place":
-        return in_place(chunks, kept, plan, flight), 0.0
+        return IN_PLACE * in_place(chunks, kept, plan, flight), 0.0
     if alike:
-        return max(device for device, _ in kept) * max(flight.slots), 0.0
+        return max(device for device, _ in kept) * (max(flight.slots) + COPIED), 0.0
     # Each pair in flight holds one of the stage's chunks.
     mine = kept[stage :: plan.stage]
     device, host = (flight.in_flight[stage] * sum(chunk[i] for chunk in mine) / len(mine) for i in (0, 1))
@@ -155,10 +167,11 @@ def in_place(chunks: Sequence[str], kept: Sequence[tuple[float, ...]], plan: Pla
     return sum(found.values())
 
 
-def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Held) -> float:
-    """The larger of the loss and the widest layer in its backward pass, and two layers' gathered parameters."""
+def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Held) -> tuple[float, float]:
+    """The larger of the loss and of any layer's backward pass, and two layers' gathered parameters; and what cuDNN adds
+    to that."""
     model, plan = here.model, here.plan
-    widest = max((sum(named_bytes(letter, here).values()) for letter in set(letters)), default=0.0)
+    arrays = {letter: _backward(letter, found, here, held) for letter in set(letters)}
     tokens = here.tokens if plan.cross_entropy == "full" else min(here.tokens, plan.logit_rows)
     columns = plan.vocab_rows(model.vocab_size) // plan.tensor
     loss = LOGITS * tokens * columns * FLOAT32 if stage == plan.stage - 1 else 0.0
@@ -169,7 +182,20 @@ def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Hel
             (sum(_gathered(weight, held, whole) for weight in found.layers[letter]) for letter in set(letters)),
             default=0.0,
         )
-    return max(WIDEST * widest, loss) + gathered
+    alone = max(*arrays.values(), loss, 0.0)
+    working = max((size + costs_of(letter).workspace(here) for letter, size in arrays.items()), default=0.0)
+    return alone + gathered, max(0.0, working - alone)
+
+
+def _backward(letter: str, found: Weights, here: Local, held: _Held) -> float:
+    """What a layer recomputes, gradients of its arrays and of its weights, and rows on their way to or from experts."""
+    named, (kept, host) = named_bytes(letter, here), kept_bytes(letter, here)
+    arrays = sum(named.values())
+    recomputed = max(0.0, arrays - sum(kept.values()) - host)
+    weights = sum(FLOAT32 * held.ledger.held(weight) for weight in found.layers[letter])
+    rows = named_bytes("E", here)["rows"] if "E" in found.layers and here.plan.expert > 1 else 0.0
+    exchanged = 0.0 if here.plan.dispatch == "allgather" else EXCHANGED * rows
+    return recomputed + GRADIENTS * arrays + weights + exchanged
 
 
 def _gathered(weight: Weight, held: _Held, whole: tuple[int, int]) -> float:

@@ -26,7 +26,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
          "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?\S+ = (?P<result>.*?) (?P<operation>all-reduce|all-gather|reduce-scatter|all-to-all|"
-    r"ragged-all-to-all|collective-permute|collective-broadcast)\("
+    r"ragged-all-to-all|collective-permute|collective-broadcast)(?P<start>-start)?\("
 )
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation|body)=%?([\w.\-]+)")
@@ -39,22 +39,23 @@ def add(table: Table, key: tuple[str, tuple[str, ...]], count: float, size: floa
     table[key] = Traffic(before.count + count, before.bytes + size)
 
 
-def hlo_collectives(text: str, sizes: Mapping[str, int]) -> Table:
+def hlo_collectives(text: str, sizes: Mapping[str, int], unbounded: int | None = None) -> Table:
     """The collectives of a compiled program, each counted once per iteration of the loops around it.
 
-    sizes: of the mesh axes, outermost first, as partition ids enumerate them. Raises ValueError on an operation, group
-    or loop that it cannot read: an overlooked collective would look free.
+    sizes: of the mesh axes, outermost first, as partition ids enumerate them. unbounded: the iterations of loops whose
+    number depends on data; None: they are refused. Raises ValueError on an operation, group or loop that it cannot
+    read: an overlooked collective would look free.
     """
     table: Table = {}
     lines = list(_lines(text))
-    runs = _runs(lines)
+    runs = _runs(lines, unbounded)
     for name, line in lines:
         match = INSTRUCTION.match(line)
         if match is None or not runs.get(name):
             continue
         operation, groups = match["operation"], _groups(line)
         ranks = math.prod(sizes.values()) if not groups else len(groups[0])
-        results = _sizes(match["result"])
+        results = _sizes(_received(match))
         held = sum(results) * {"all-gather": 1 / ranks, "reduce-scatter": ranks}.get(operation, 1)
         if ranks > 1:
             cycles = operation == "collective-permute"
@@ -74,16 +75,18 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
         yield name, line
 
 
-def _runs(lines: list[tuple[str, str]]) -> dict[str, int]:
+def _runs(lines: list[tuple[str, str]], unbounded: int | None) -> dict[str, int]:
     """How often each computation runs. Each branch of a conditional counts as if it were taken."""
     calls: dict[str, list[tuple[str, int]]] = {}
     collective = {name for name, line in lines if INSTRUCTION.match(line)}
     for name, line in lines:
         count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        if " while(" in line and count is None and set(CALLED.findall(line)) & collective:
+        unknown = " while(" in line and count is None
+        if unknown and unbounded is None and set(CALLED.findall(line)) & collective:
             raise ValueError(f"a loop with collectives and an unknown trip count: {line.strip()[:200]}")
         called = [*CALLED.findall(line), *(b.strip(" %") for m in BRANCHES.findall(line) for b in m.split(","))]
-        calls.setdefault(name, []).extend((each, int(count[1]) if count else 1) for each in called)
+        times = int(count[1]) if count else unbounded or 0 if unknown and unbounded is not None else 1
+        calls.setdefault(name, []).extend((each, times) for each in called)
     runs: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
@@ -93,6 +96,22 @@ def _runs(lines: list[tuple[str, str]]) -> dict[str, int]:
 
     visit("ENTRY", 1)
     return runs
+
+
+def _received(match: re.Match[str]) -> str:
+    """The part of an instruction's result that it receives: what starts a collective gives its operands too, as
+    ((operands), results, …); an all-reduce may give its results alone."""
+    result = match["result"]
+    if not match["start"] or not result.startswith("((" if match["operation"] == "all-reduce" else "("):
+        return result
+    depth, found = 0, [""]
+    for letter in result[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found[1]
 
 
 def _sizes(result: str) -> list[int]:

@@ -3,7 +3,7 @@ the layers; and what XLA allocates for the compiled step."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,9 +73,9 @@ class Placed(NamedTuple):
     state: TrainState
 
 
-def placed_state(config: RunConfig) -> Placed:
-    """What a run trains, abstract; it needs as many devices as the plan has."""
-    plan, wide = assemble(config.model, config.plan, length=config.train.sequence_length)
+def placed_state(config: RunConfig, devices: Sequence[Any] | None = None) -> Placed:
+    """What a run trains, abstract, over `devices`; None: over this process's, as many as the plan has."""
+    plan, wide = assemble(config.model, config.plan, length=config.train.sequence_length, devices=devices)
     built = narrow_frozen(wide, config)
     optimizer = optimizer_of(config, built)
     state = abstract_state(built, optimizer, carry.abstract(config.train, built))
@@ -149,8 +149,8 @@ def _in_step(built: Built, plan: Plan) -> Any:
     return jax.tree.map(_placed, built.params, shardings)
 
 
-def compiled_step(config: RunConfig, laid: Placed) -> Any:
-    """The whole step as XLA compiles it."""
+def compiled_step(config: RunConfig, laid: Placed, options: dict[str, str] | None = None) -> Any:
+    """The whole step as XLA compiles it. options: XLA's, beside the plan's own."""
     plan = laid.plan
     shape, sharding = (config.train.batch_size, config.train.sequence_length), plan.sharding(*BATCH_AXES)
     integers: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
@@ -158,7 +158,7 @@ def compiled_step(config: RunConfig, laid: Placed) -> Any:
     plan = in_formats(plan, config.precision, config.model)
     step: Any = make_step(laid.built, NEXT_TOKENS, config, plan, laid.optimizer)
     extras = {NEXT: integers, NEXT_WEIGHT: weights} if config.train.carry_states else {}
-    return step.lower(laid.state, Batch(integers, integers, integers, weights, extras)).compile()
+    return step.lower(laid.state, Batch(integers, integers, integers, weights, extras)).compile(options)
 
 
 def compiled_bytes(program: Any) -> dict[str, int]:

@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 from orogen.simulate.timeline import Work
 
 # Parts of a device's memory, in the order in which pictures stack them.
-MEMORY_PARTS = ("parameters", "working", "gradients", "optimizer", "activations", "temporary")
+MEMORY_PARTS = ("parameters", "working", "gradients", "optimizer", "activations", "temporary", "workspace")
+# Those of them that passes hold and steps do not.
+PASSING = MEMORY_PARTS[4:]
 # Parts of a step's time on the stage that is busy longest; they add up to `step_seconds`.
 TIME_PARTS = ("compute", "tensor", "context", "expert", "data", "stage", "bubble", "optimizer", "straggler", "host")
 
 
 class StageMemory(NamedTuple):
-    """Bytes on one device of a stage, by MEMORY_PARTS; host: bytes offloaded to the host by that device."""
+    """Bytes on one device of a stage, by MEMORY_PARTS; host: bytes offloaded to the host by that device.
+
+    temporary: arrays that live within the backward pass of a layer or within the loss. workspace: what the most that
+    cuDNN works in adds to that.
+    """
 
     stage: int
     parts: Mapping[str, float]

@@ -20,6 +20,7 @@ from orogen.simulate.routing import Routing, read_routing
 from orogen.simulate.search import MOST_DEVICES, Ranking, describe, explain, nearest_feasible, plan_text, search
 from orogen.simulate.shapes import without_blend
 from orogen.simulate.shown import hardware_facts, hardware_lines, inference_lines, prediction_lines
+from orogen.simulate.target import check_target
 
 GIB = 2**30
 SHOWN = 10  # plans of a ranking that JSON has
@@ -54,6 +55,10 @@ def run(options: argparse.Namespace) -> Answer:
     routing = read_routing(options.routing)
     if options.search:
         return _search(config, cluster, routing, options)
+    if options.compile:
+        config.need("optimizer")
+    if options.compile == "gpu":
+        check_target(machine(cluster)[0])
     found = _predicted(config, cluster, routing)
     facts, lines = found.facts(), prediction_lines(found)
     if options.html:
@@ -62,9 +67,9 @@ def run(options: argparse.Namespace) -> Answer:
         from orogen.parallel.runtime import configure
         from orogen.simulate.compiled import compare, compared_lines
 
-        config.need("optimizer")
-        configure(config.plan.devices)
-        facts["compiled"] = compare(config)
+        gpu = machine(cluster)[0] if options.compile == "gpu" else None
+        configure(config.plan.devices if gpu is None else 1)
+        facts["compiled"] = compare(config, gpu)
         lines += ["", *compared_lines(facts["compiled"])]
     return facts, lines
 

@@ -22,7 +22,7 @@ from orogen.simulate.footprint import stage_memory
 from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.pipeline import expected_flight
 from orogen.simulate.predict import Step, imbalance, patterns, predict
-from orogen.simulate.prediction import Prediction
+from orogen.simulate.prediction import PASSING, Prediction
 from orogen.simulate.routing import BALANCED, Routing
 from orogen.simulate.shapes import shapes, without_blend
 
@@ -204,7 +204,7 @@ def _lightest(
             ]
             if max(stage.total for stage in memory) <= hardware.memory_bytes:
                 return tried
-            state = min(stage.total - stage.parts["activations"] - stage.parts["temporary"] for stage in memory)
+            state = min(stage.total - sum(stage.parts[part] for part in PASSING) for stage in memory)
             if state > hardware.memory_bytes:
                 break  # recomputation does not help
     return None

@@ -14,6 +14,7 @@ from jax import Array, lax
 from orogen.data.packing import Batch
 from orogen.model.lm import LanguageModel
 from orogen.parallel import placement
+from orogen.parallel.target import platform
 from orogen.parallel.varying import vary_like
 from orogen.precision.policy import working_copy
 from orogen.train.formats import counting
@@ -56,7 +57,7 @@ class WholePass:
             return loss, grads, sums._replace(**jax.tree.map(lambda x: x[None], _of_each(sums)))
         # On XLA:CPU no collective may run beside a loop that contains some (parallel/runtime.py), and barriers are gone
         # when its programs are ordered. So several CPU devices run microbatches in turn.
-        in_turn = jax.default_backend() == "cpu" and self.plan.config.devices > 1
+        in_turn = platform() == "cpu" and self.plan.config.devices > 1
         interleave = 1 if in_turn else self.plan.config.overlapping
         (loss, sums, grads), of_each = _accumulated(gradient, varied, self.inputs, interleave=interleave)
         return loss, grads, sums._replace(**of_each)

@@ -3,6 +3,7 @@
 import math
 
 from orogen.config.model import ModelConfig
+from orogen.config.plan import FOR_GPU
 from orogen.cost.collectives import block
 from orogen.cost.kind import Cached, LayerCosts
 from orogen.cost.ledger import CONTEXT, FLOAT32, Ledger
@@ -12,6 +13,9 @@ from orogen.cost.weight import Weight, norm, vector
 
 # Reads and writes of all scores of attention that keeps them in memory: scores, softmax and dropout, forward and back.
 SCORE_PASSES = (6, 8)
+# Of cuDNN's attention: the documents per row that a whole batch may have, and those of one row and key head at a time
+# (FEW and RUNS in kernels/attention/cudnn.py).
+FEW, RUNS = 8, 32
 
 
 def _flops(config: ModelConfig, length: int, window: int | None = None) -> float:
@@ -61,8 +65,24 @@ def core_kept(here: Local, out: int) -> dict[str, float]:
     if here.plan.attention == "full" and here.plan.context == 1:
         held["core"] = heads * here.tokens * here.length * here.itemsize
     elif here.plan.attention == "cudnn" or here.plan.context > 1:
-        held["attention"] += here.tokens * heads * FLOAT32  # the log-sum-exps
+        # The log-sum-exps, with room for packed documents.
+        held["attention"] += here.tokens * heads * FLOAT32 * (FEW if here.plan.context == 1 else 1)
     return held
+
+
+def core_workspace(here: Local, groups: int, size: int) -> float:
+    """Bytes that cuDNN's gradient of attention works in, with `groups` key heads and values of `size`; 0 without it.
+
+    It takes 8 bytes per token, head, channel and document that its packed form has room for; that form is compiled
+    whether or not rows are packed. XLA allocates them on a GPU alone. Source: experiments/gpu_throughput.
+    """
+    if here.plan.attention != FOR_GPU["attention"] or here.dynamic:
+        return 0.0  # other programs choose a form when they see the documents
+    heads = here.split(here.model.num_attention_heads)
+    runs = here.rows * heads  # context ranks take the plain form
+    if here.plan.context == 1:
+        runs = max(FEW * here.rows * heads, RUNS * heads // groups)
+    return 8.0 * here.tokens / here.rows * size * runs
 
 
 def _cache(here: Local) -> Cached:
@@ -144,11 +164,13 @@ COSTS = LayerCosts(
     weights=_weights,
     kept=_kept,
     products=("query", "key", "value", "attention"),
+    workspace=lambda here: core_workspace(here, here.split(here.model.num_key_value_heads), here.model.head_dim),
     cache=_cache,
     collectives=_collectives,
     operations=_operations,
 )
 SLIDING_WINDOW = COSTS._replace(
+    workspace=lambda here: 0.0,
     flops=lambda model, length: _flops(model, length, model.sliding_window),
     cache=lambda here: _cache(here)._replace(window=here.model.sliding_window),
     operations=lambda here: _operations(here, here.model.sliding_window),

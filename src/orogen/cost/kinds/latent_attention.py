@@ -3,7 +3,7 @@
 from orogen.config.model import ModelConfig
 from orogen.cost.collectives import block
 from orogen.cost.kind import Cached, LayerCosts
-from orogen.cost.kinds.attention import core_kept, core_operations, exchange, seen_keys
+from orogen.cost.kinds.attention import core_kept, core_operations, core_workspace, exchange, seen_keys
 from orogen.cost.ledger import Ledger
 from orogen.cost.local import Local
 from orogen.cost.operation import Operation, memory, product
@@ -83,6 +83,7 @@ COSTS = LayerCosts(
     flops=_flops,
     weights=_weights,
     kept=_kept,
+    workspace=lambda here: core_workspace(here, here.split(here.model.num_attention_heads), here.model.v_head_dim),
     products=("latent", "query", "key", "value", "attention"),
     cache=_cache,
     collectives=_collectives,

@@ -3,12 +3,17 @@
 import math
 
 from orogen.config.model import ModelConfig
+from orogen.config.plan import FOR_GPU
 from orogen.cost.collectives import block
 from orogen.cost.kind import Cached, LayerCosts
 from orogen.cost.ledger import CONTEXT, FLOAT32, INT32, Ledger
 from orogen.cost.local import Local
 from orogen.cost.operation import Operation, memory, product
 from orogen.cost.weight import Weight, vector
+
+# Of the SSD's Triton kernels: the smallest tile, and the longest chunk and the most numbers of a head's chunk by bytes
+# per number (kernels/ssd/triton.py).
+SMALLEST_TILE, LONGEST_CHUNK, LARGEST_CHUNK = 16, {2: 128, 4: 64}, {2: 2**15, 4: 2**14}
 
 
 def _flops(config: ModelConfig, length: int) -> float:
@@ -45,16 +50,25 @@ def _kept(here: Local) -> dict[str, float]:
     model, n = here.model, here.tokens * here.itemsize
     heads = here.split(model.mamba_num_heads)
     inner, states = heads * model.mamba_head_dim, here.split(model.n_groups) * model.ssm_state_size
-    chunks = here.rows * math.ceil(here.tokens / here.rows / model.chunk_size)
-    # The chunked form keeps two float32 parts of the output, the fused one the whole output in the compute dtype.
-    ssd = n * inner if here.plan.ssd == "triton" else 2 * here.tokens * inner * FLOAT32
+    fused, time = here.plan.ssd == FOR_GPU["ssd"], here.tokens // here.rows
+    chunk = _fused_chunk(here, time) if fused else model.chunk_size
+    # The chunked form keeps float32 states and two float32 parts of the output, the fused one all in the compute dtype.
+    ssd = n * inner if fused else 2 * here.tokens * inner * FLOAT32
+    kept_states = here.rows * math.ceil(time / chunk) * inner * model.ssm_state_size
     return {
         "in_proj": n * (2 * inner + 2 * states + heads),
         "conv": n * (inner + 2 * states),
         "ssd": ssd,
-        "ssd_states": chunks * inner * model.ssm_state_size * FLOAT32,
+        "ssd_states": kept_states * (here.itemsize if fused else FLOAT32),
         "gated_norm": n * inner,
     }
+
+
+def _fused_chunk(here: Local, time: int) -> int:
+    """Tokens of a chunk in the SSD's Triton kernels."""
+    tile = lambda size: max(SMALLEST_TILE, 1 << (size - 1).bit_length())  # noqa: E731
+    widest = max(SMALLEST_TILE, LARGEST_CHUNK[here.itemsize] // tile(here.model.mamba_head_dim))
+    return min(tile(min(here.model.chunk_size, time)), LONGEST_CHUNK[here.itemsize], widest)
 
 
 def _autodiff(here: Local, named: dict[str, float]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from orogen.kernels.attention.blocked import attention_blocked
 from orogen.kernels.attention.operands import Operands
+from orogen.parallel.target import platform
 from orogen.parallel.varying import vary_like
 
 # The most runs per row that the packed form has room for: FEW with a whole batch at once, RUNS with one row and key
@@ -44,8 +45,8 @@ def attention_cudnn(o: Operands, *, scale: float, window: int | None) -> Array:
 
 def require_gpu() -> None:
     """Raises ValueError if the backend is no GPU's."""
-    if jax.default_backend() != "gpu":
-        raise ValueError(f"implementation='cudnn' needs a GPU and finds {jax.default_backend()!r}: expected 'blocked'")
+    if platform() != "gpu":
+        raise ValueError(f"implementation='cudnn' needs a GPU and finds {platform()!r}: expected 'blocked'")
 
 
 def require_half_precision(*qkv: Array) -> None:

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.grouped_matmul.mosaic_kernels import Blocks, multiply_rows, multiply_weights
 from orogen.kernels.grouped_matmul.mosaic_program import ALIGNMENT, CHUNK, ROWS, Tile
+from orogen.parallel.target import compute_capability, platform
 from orogen.parallel.varying import vary_like
 
 MULTIPROCESSORS = 132  # of an H100
@@ -44,11 +45,11 @@ def grouped_matmul_mosaic(
 
 
 def _require_hopper() -> None:
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         raise ValueError(
-            f"implementation='mosaic' needs a Hopper GPU and finds {jax.default_backend()!r}: expected 'blocks' there"
+            f"implementation='mosaic' needs a Hopper GPU and finds {platform()!r}: expected 'blocks' there"
         )
-    capability = getattr(jax.devices()[0], "compute_capability", None)
+    capability = compute_capability()
     if capability != "9.0":
         raise ValueError(
             f"implementation='mosaic' needs a GPU of compute capability 9.0 (Hopper), and this one has {capability}: "

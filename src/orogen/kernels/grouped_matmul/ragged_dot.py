@@ -3,9 +3,10 @@
 Axes: n rows, d width in, f width out, e groups.
 """
 
-import jax
 from jax import Array, lax
 from jax import numpy as jnp
+
+from orogen.parallel.target import platform
 
 
 def grouped_matmul_ragged_dot(rows_nd: Array, weights_edf: Array, group_sizes: Array) -> Array:
@@ -13,7 +14,7 @@ def grouped_matmul_ragged_dot(rows_nd: Array, weights_edf: Array, group_sizes: A
 
     Raises ValueError on a GPU, where jax expands it in the same way, which at real sizes does not fit into memory.
     """
-    if jax.default_backend() == "gpu":
+    if platform() == "gpu":
         raise ValueError("implementation='ragged_dot' multiplies every row by every weight on a GPU: expected 'blocks'")
     # The operation leaves rows beyond the groups undefined: masked before and after, they are zero in gradients too.
     used_n1 = (jnp.arange(len(rows_nd)) < jnp.sum(group_sizes))[:, None]

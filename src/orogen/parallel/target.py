@@ -1,0 +1,34 @@
+"""What the programs that are traced now will run on: this process's devices, or a GPU that it lacks.
+
+A program can be compiled for a GPU where there is none (simulate/target.py). The mesh in context then names that GPU,
+as it does for Pallas.
+"""
+
+import jax
+
+# By the name that the driver gives a GPU, its compute capability (https://developer.nvidia.com/cuda/gpus, 2026).
+CAPABILITIES = {
+    "NVIDIA A100-SXM4-80GB": "8.0",
+    "NVIDIA H100 80GB HBM3": "9.0",
+    "NVIDIA H200": "9.0",
+    "NVIDIA GB200": "10.0",
+    "NVIDIA GB300": "10.3",
+}
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`."""
+    return jax.default_backend() if _absent_gpu() is None else "gpu"
+
+
+def compute_capability() -> str | None:
+    """That of the GPU, as in `9.0`; None without one."""
+    kind = _absent_gpu()
+    return getattr(jax.devices()[0], "compute_capability", None) if kind is None else CAPABILITIES.get(kind)
+
+
+def _absent_gpu() -> str | None:
+    """The name of the GPU that the mesh in context is of, if it is none of this process's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    absent = device is not None and device.platform == "gpu" and jax.default_backend() != "gpu"
+    return device.device_kind if absent else None
