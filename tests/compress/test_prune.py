@@ -241,7 +241,7 @@ def test_layers_are_pruned_or_refused(letter):
     model = dataclasses.replace(source, pattern=letter, mtp_depths=0)
     settings = PruneConfig(hidden_size=16)
     if not LAYERS[letter].units:
-        with pytest.raises(ConfigError, match=f"ModelConfig.pattern has layers {letter}; expected only - "):
+        with pytest.raises(ConfigError, match=f"ModelConfig.pattern has layers {letter}; expected only M "):
             check_target(model, settings, PlanConfig())
         with pytest.raises(ConfigError, match="expected none: such layers cannot be pruned"):
             SearchConfig().counts(model)
