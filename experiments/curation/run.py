@@ -25,7 +25,7 @@ import numpy as np
 from orogen import cli
 from orogen.config.curate import ClassifyConfig, CurateConfig, DecontaminateConfig, DedupConfig
 from orogen.data.curate.duplicates import band_pairs
-from orogen.data.curate.execute import Place, execute
+from orogen.data.curate.execute import Resources, execute
 from orogen.data.curate.minhash import candidate_probability, signatures
 from orogen.data.curate.run import curate, passes, prepare
 from orogen.data.curate.words import shingles
@@ -139,7 +139,7 @@ def write(file: Path, texts: list[str]) -> None:
 
 
 def run(config: CurateConfig, out: Path) -> dict[str, Any]:
-    curate(config, prepare(config, repr(config), out), Place(), lambda out, facts: None)
+    curate(config, prepare(config, repr(config), out), Resources(), lambda out, facts: None)
     return json.loads((out / "report.json").read_bytes())
 
 
@@ -157,7 +157,7 @@ def speed(record: Any) -> None:
         seconds = {}
         for one in passes(config, work, lambda out, facts: None):
             started = time.process_time()
-            execute([one], work, Place())
+            execute([one], work, Resources())
             seconds[one.name] = time.process_time() - started
     started = time.process_time()
     sets = [shingles(piece, 5) for piece in pieces]

@@ -23,7 +23,7 @@ from orogen.config.plan import PlanConfig
 from orogen.config.rl import EnvironmentConfig, RLConfig
 from orogen.config.run import RunConfig, TrainConfig
 from orogen.cost.assemble import assemble
-from orogen.data.packing import Batch, Place
+from orogen.data.packing import Batch, Start
 from orogen.infer.engine import Engine
 from orogen.infer.exact_scores import ExactScores
 from orogen.infer.request import Request, Sampling
@@ -149,8 +149,8 @@ def run_arm(name: str, opened: Opened, prompts: Sequence[Sequence[int]]) -> list
     states = [jax.device_put(s, placement.shardings(s, laid)) for s in map(built.laid, (opened.params, moved))]
     scorer, lines = Likelihoods(config, built), []
 
-    def scored(replayed: bool) -> Callable[[Batch, Sequence[Track], Sequence[Place]], np.ndarray]:
-        def score(batch: Batch, tracks: Sequence[Track], at: Sequence[Place]) -> np.ndarray:
+    def scored(replayed: bool) -> Callable[[Batch, Sequence[Track], Sequence[Start]], np.ndarray]:
+        def score(batch: Batch, tracks: Sequence[Track], at: Sequence[Start]) -> np.ndarray:
             kept["batch"], kept["at"] = batch, at
             if engine.config.exact:
                 found_bt = np.zeros(batch.tokens_bt.shape, np.float32)

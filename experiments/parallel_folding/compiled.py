@@ -7,7 +7,7 @@ from mapping import NODE, Groups, Layout, Sent, groups_over, layer_traffic, sent
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.cost.ledger import Workload
-from orogen.parallel.mesh import fold_plan
+from orogen.parallel.legal import fold_plan
 from orogen.parallel.plan import make_plan
 from orogen.simulate.aot import compiled
 from orogen.simulate.units import unit_of

@@ -16,10 +16,10 @@ from orogen.checkpoint.open import open_folder
 from orogen.compress.choose import best, pruned_config
 from orogen.compress.prune import check_target, decide, random_found
 from orogen.compress.rewrite import Source, rewrite
-from orogen.compress.slices import MIXERS, REST, Pruned
+from orogen.compress.slices import REST, Pruned, units_of
 from orogen.config.checks import ConfigError
+from orogen.config.kinds import LAYERS
 from orogen.config.load import load
-from orogen.config.model import LAYERS
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
 from orogen.config.search import SearchConfig
@@ -161,7 +161,7 @@ def test_every_parameter_has_a_rule(model):
             assert len(REST[name]) == len(leaf.get_metadata()["axes"])
         elif "mixer" in path:
             inside = name.rpartition("mixer.")[2]
-            assert any(inside in rules for rules in MIXERS.values()), name
+            assert any(inside in units_of(letter) for letter, kind in LAYERS.items() if kind.units), name
 
 
 def test_a_model_of_other_layers_is_pruned(tmp_path):
@@ -240,8 +240,8 @@ def test_layers_are_pruned_or_refused(letter):
     source = OTHER if letter in "+m" else dataclasses.replace(MODEL, **sizes)
     model = dataclasses.replace(source, pattern=letter, mtp_depths=0)
     settings = PruneConfig(hidden_size=16)
-    if letter not in MIXERS:
-        with pytest.raises(ConfigError, match=f"ModelConfig.pattern has layers {letter}; expected only - "):
+    if not LAYERS[letter].units:
+        with pytest.raises(ConfigError, match=f"ModelConfig.pattern has layers {letter}; expected only M "):
             check_target(model, settings, PlanConfig())
         with pytest.raises(ConfigError, match="expected none: such layers cannot be pruned"):
             SearchConfig().counts(model)
@@ -249,7 +249,7 @@ def test_layers_are_pruned_or_refused(letter):
     check_target(model, settings, PlanConfig())
     names = {".".join(part for part in path if isinstance(part, str)) for path in leaves_of(build(model).params)}
     inside = {name.rpartition("mixer.")[2] for name in names if "mixer." in name}
-    assert inside and inside <= MIXERS[letter].keys()
+    assert inside and inside <= units_of(letter).keys()
 
 
 def test_a_reward_model_is_refused():

@@ -12,7 +12,8 @@ from flax import nnx
 from tests.helpers import HYBRID
 
 from orogen.config.checks import ConfigError
-from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.kinds import LAYERS
+from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.readers import ALWAYS, READERS
 from orogen.config.reads import plain_model, require_read, unread, without_unread
@@ -108,7 +109,7 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *(("model__intermediate_size", 8, {"pattern": p}, {"pattern": "E"}, NO + "dense MLP (-) or tanh-gated MLP (g)")
       for p in "-g"),
     *((f"model__{f}", v, {"pattern": "E", "model__mlp_gated": True, **more}, {"pattern": "M*"},
-       TANH + SEEING)
+       NO + "dense MLP (-) or mixture of experts (E)" + SEEING + " or tanh-gated MLP (g)")
       for f, v, more in (("mlp_hidden_act", "silu", {}), ("mlp_gated", True, {}),
                          ("swiglu_limit", 7.0, {"model__mlp_hidden_act": "silu"}))),
     ("model__mlp_bias", True, {"pattern": "E"}, {"pattern": "xM*"}, TANH),

@@ -4,9 +4,10 @@ import pytest
 from tests.helpers import run_config
 
 from orogen.config.checks import ConfigError
+from orogen.config.kinds import LAYERS
 from orogen.config.load import load
 from orogen.config.plan import PlanConfig
-from orogen.config.remat import EVERY, MODULES, NAMES, SELECTIVE, Remat, check_layers
+from orogen.config.remat import MODULES, Remat, check_layers, names_of
 
 
 def recomputed(remat, letter: str) -> set[str]:
@@ -17,7 +18,7 @@ def recomputed(remat, letter: str) -> set[str]:
 
 @pytest.mark.parametrize("word", ("none", "full", "elementwise"))
 def test_a_word_for_whole_layers_applies_to_every_layer(word):
-    assert {PlanConfig(remat=word).layer_remat(letter) for letter in EVERY} == {Remat(word)}
+    assert {PlanConfig(remat=word).layer_remat(letter) for letter in LAYERS} == {Remat(word)}
 
 
 def test_a_name_applies_to_the_layers_that_have_it_and_others_recompute_nothing():
@@ -37,7 +38,7 @@ def test_words_and_names_add_up():
     assert recomputed(("selective", "norm"), "*") == {"core", "norm"}
     assert recomputed(("paper", "M:conv"), "M") == {"conv"}
     assert recomputed("paper", "E") == recomputed("selective", "-") == set()
-    assert all(recomputed("selective", letter) == names for letter, names in SELECTIVE.items())
+    assert all(recomputed("selective", letter) == kind.selective <= {*kind.names} for letter, kind in LAYERS.items())
 
 
 def test_megatrons_modules_are_names():
@@ -46,13 +47,13 @@ def test_megatrons_modules_are_names():
     assert recomputed("moe_act", "E") == {"expert_activation"}
     assert recomputed("layernorm", "-") == {"norm"}
     assert "rows" in recomputed("moe", "E") and PlanConfig(remat="moe").layer_remat("+") == Remat("none")
-    assert all(set(names) <= set(NAMES) for names in MODULES.values())
+    assert all(set(names) <= set(names_of(LAYERS)) for names in MODULES.values())
 
 
 @pytest.mark.parametrize(
     ("remat", "expected"),
     [
-        ("some", "expected one of none, full, elementwise, selective, paper, norm, query, "),
+        ("some", "expected one of none, full, elementwise, selective, paper, norm, in_proj, "),
         (("conv", "convolution"), "not 'convolution'"),
         ("input", "not 'input'"),
         ((), None),

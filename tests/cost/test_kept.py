@@ -6,8 +6,12 @@ from tests.helpers import hybrid
 
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
-from orogen.cost.kept import FEW, RUNS, expert_rows, kept_bytes, local, workspace
+from orogen.cost.dispatches import expert_rows
+from orogen.cost.kept import kept_bytes
+from orogen.cost.kind import costs_of
+from orogen.cost.kinds.attention import FEW, RUNS
 from orogen.cost.ledger import Workload
+from orogen.cost.local import local
 from orogen.kernels.attention import cudnn
 from orogen.kernels.grouped_matmul import mosaic
 from orogen.parallel.plan import make_plan
@@ -75,14 +79,16 @@ def test_rows_of_experts_by_hand():
     """64 tokens with 3 of 24 experts each, on four expert ranks: 192 assignments are an even share."""
 
     def of(*, dynamic: bool = False, **plan):
-        return expert_rows(local(MODEL, PlanConfig(expert=4, data=4, **plan), WORK, dynamic=dynamic, imbalance=1.25))
+        sizes = PlanConfig(expert=4, data=4, **plan)
+        return expert_rows(local(MODEL, sizes, WORK, dynamic=dynamic, imbalance=1.25))
 
-    assert of(dispatch="ragged", dynamic=True) == (240, 240)
-    assert of(dispatch="ragged") == (240, 64 * 4 * 3)
-    assert of(dispatch="ragged", buffer_factor=1.5) == (240, 288)
-    assert of(dispatch="ragged", buffer_factor=1.0) == (192, 192)
-    assert of(dispatch="alltoall", capacity_factor=1.5) == (24 * 12, 24 * 12)
-    assert of(dispatch="alltoall") == (24 * 64, 24 * 64)
+    assert of(dispatch="ragged", dynamic=True) == (240, 240, 192)
+    assert of(dispatch="ragged") == (240, 64 * 4 * 3, 192)
+    assert of(dispatch="ragged", buffer_factor=1.5) == (240, 288, 192)
+    assert of(dispatch="ragged", buffer_factor=1.0) == (192, 192, 192)
+    assert of(dispatch="alltoall", capacity_factor=1.5) == (24 * 12,) * 3
+    assert of(dispatch="alltoall") == (24 * 64,) * 3
+    assert of(dispatch="allgather") == (240, 64 * 4 * 3, 64 * 4 * 3)
 
 
 def test_dynamic_buffers_keep_the_rows_of_the_busiest_rank():
@@ -128,7 +134,7 @@ def test_states_of_the_fused_ssd_by_hand():
 def test_workspaces_of_attention_by_hand():
     """Six heads of 16 channels with two key heads: 8 bytes per number and document."""
     assert (FEW, RUNS) == (cudnn.FEW, cudnn.RUNS)
-    of = lambda rows, **plan: workspace("*", local(FUSED, PlanConfig(**plan), Workload(rows, 32, 2)))  # noqa: E731
+    of = lambda rows, **plan: costs_of("*").workspace(local(FUSED, PlanConfig(**plan), Workload(rows, 32, 2)))  # noqa: E731
     assert of(1, attention="cudnn") == 8 * 32 * 16 * RUNS * 3  # one row and key head at a time
     assert of(4, attention="cudnn") == 8 * 32 * 16 * FEW * 4 * 6  # a whole batch
     assert of(4, attention="cudnn", tensor=2) == 8 * 32 * 16 * FEW * 4 * 3

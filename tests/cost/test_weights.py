@@ -10,10 +10,13 @@ import pytest
 from flax import nnx
 from tests.helpers import hybrid
 
+from orogen.config.checks import field_types
+from orogen.config.kinds import LAYERS, reading
 from orogen.config.load import load
 from orogen.config.model import MAX_LAYERS, ModelConfig
 from orogen.config.shipped import SHIPPED
-from orogen.cost.weights import Weight, changed, weights
+from orogen.cost.weight import Weight
+from orogen.cost.weights import changed, weights
 from orogen.model.lm import build
 from orogen.simulate.fit import count
 
@@ -110,6 +113,49 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values()))[:40])
 def test_each_option_gives_what_the_modules_create(options):
     same_as_modules(hybrid(**{"mtp_depths": 0, **options}))
+
+
+# A model of every letter with each size that it may have, no two alike where they need not be.
+EVERY = hybrid(
+    pattern="".join(LAYERS), mtp_depths=0, sliding_window=3, mamba_intermediate_size=20, time_step_rank=3,
+    q_lora_rank=11, kv_lora_rank=7, qk_nope_head_dim=5, qk_rope_head_dim=4, v_head_dim=3, rope_theta=1e4,
+    image_feature_size=7, image_features=3, resampler_latents=5, resampler_layers=1, mlp_bias=True,
+)  # fmt: skip
+WORDS = {
+    "attention_bias": "all", "moe_bias": "shared", "mlp_hidden_act": "relu", "router_score": "softmax",
+    "router_balance": "global", "norm": "layer",
+}  # fmt: skip
+# Of floats no shape depends; rotary positions have no parameters, and a factor of YaRN needs others.
+SHAPELESS = {"yarn_factor", "yarn_original_positions", "yarn_mscale", "yarn_mscale_all_dim", "swiglu_limit",
+             "time_step_min", "time_step_max", "mamba_norm_groups"}  # fmt: skip
+
+
+def other_value(field: str) -> Any:
+    """Another value of a field of EVERY."""
+    value, kind = getattr(EVERY, field), field_types(ModelConfig)[field]
+    if kind is str:
+        return WORDS[field]
+    return not value if kind is bool else 2 * (value or 4)
+
+
+@pytest.mark.parametrize(
+    "field",
+    sorted(
+        {"hidden_size", "norm"}
+        | {
+            field
+            for kind in LAYERS.values()
+            for field in f"{kind.needs} {kind.reads}".split()
+            if field_types(ModelConfig)[field] is not float and field not in SHAPELESS
+        }
+    ),
+)
+def test_each_field_that_a_letter_reads_changes_what_it_changes_in_the_modules(field):
+    """Also of fields that no option above has: a new letter's are here as soon as its row names them."""
+    pattern = reading(field) or EVERY.pattern
+    more = {"caption_tokens": 6} if field == "retrieved_captions" else {"retrieved_captions": 2}
+    more = more if field in ("retrieved_captions", "caption_tokens") else {}
+    same_as_modules(changed(EVERY, pattern=pattern, **more, **{field: other_value(field)}))
 
 
 @pytest.mark.parametrize("file", sorted((SHIPPED / "models").glob("*.gin")), ids=lambda file: file.stem)

@@ -1,5 +1,6 @@
-"""A letter added as the docstring of `orogen.model` says trains under two plans, and every table knows each letter."""
+"""A letter added as the docstring of `orogen.model` says, by one row, trains under two plans and is counted."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,30 +12,37 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from tests.helpers import hybrid, run_config, several_devices
 from tests.model.small import randomised
+from tests.test_style import ORDER, place
 
-from orogen.config import remat
-from orogen.config.model import LAYERS, ModelConfig
+from orogen.compress.slices import units_of
+from orogen.config.checks import ConfigError
+from orogen.config.kinds import LAYERS, Kind, either, kind_of, reading, resolved
+from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.products import PRODUCTS
-from orogen.config.readers import LETTERS
-from orogen.config.remat import NAMES, Intermediate
-from orogen.config.rounded import LETTER_KINDS
-from orogen.cost.collectives import LAYER_COLLECTIVES, block
-from orogen.cost.communication import step_collectives
-from orogen.cost.flops import LAYER_FLOPS, forward_flops_per_token
-from orogen.cost.kept import LAYER_KEPT, LAYER_PRODUCTS, kept_bytes, local
+from orogen.config.precision import KINDS as WEIGHT_KINDS
+from orogen.config.products import product_of
+from orogen.config.remat import names_of
+from orogen.config.rounded import weight_kinds
+from orogen.cost.collectives import block
+from orogen.cost.communication import step_collectives, unit_collectives
+from orogen.cost.flops import forward_flops_per_token, layer_flops_per_token
+from orogen.cost.kept import kept_bytes, named_bytes
+from orogen.cost.kind import LayerCosts, costs_of
 from orogen.cost.ledger import Workload
-from orogen.cost.weights import LAYER_WEIGHTS, Weight, weights
+from orogen.cost.local import local
+from orogen.cost.operation import product
+from orogen.cost.weight import Weight
+from orogen.cost.weights import changed, weights
 from orogen.layers.documents import Documents, documents
 from orogen.layers.linear import linear
 from orogen.layers.parameter import normal
-from orogen.model.block import MIXERS, Stack, repeats
+from orogen.model.block import Layer, Stack, repeats
 from orogen.model.cache import Rows, caches
 from orogen.model.count import count
 from orogen.model.lm import build
 from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.fit import count as counted
-from orogen.simulate.operations import LAYER_OPERATIONS, product
+from orogen.simulate.operations import layer_operations
 from orogen.simulate.predict import predict
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.optimizer import make_optimizer
@@ -42,18 +50,9 @@ from orogen.train.sides import packed_batch
 from orogen.train.state import create_state
 from orogen.train.step import batch_to_devices, make_step
 
-TABLES: dict[str, dict[str, Any]] = {
-    "MIXERS": MIXERS,
-    "LAYER_FLOPS": LAYER_FLOPS,
-    "LAYER_COLLECTIVES": LAYER_COLLECTIVES,
-    "LAYER_WEIGHTS": LAYER_WEIGHTS,
-    "LAYER_KEPT": LAYER_KEPT,
-    "LAYER_PRODUCTS": LAYER_PRODUCTS,
-    "LAYER_OPERATIONS": LAYER_OPERATIONS,
-    "LETTER_KINDS": LETTER_KINDS,
-    "PRODUCTS": PRODUCTS,
-}  # fmt: skip
 WIDTH = 32
+HERE_WORK = Workload(rows=4, tokens=16)
+HERE = local(hybrid(), PlanConfig(), HERE_WORK)
 
 
 class Toy(nnx.Module):
@@ -74,43 +73,71 @@ class Toy(nnx.Module):
         return None
 
 
+COSTS = LayerCosts(
+    flops=lambda model, _: 4 * model.hidden_size * WIDTH,
+    weights=lambda model: [
+        Weight((model.hidden_size, WIDTH), ("embed", "mlp")),
+        Weight((WIDTH, model.hidden_size), ("mlp", "embed")),
+    ],
+    kept=lambda here: {"toy": here.tokens * here.split(WIDTH) * here.itemsize},
+    products=("toy",),
+    collectives=block,
+    operations=lambda here: [
+        product("up", here.tokens, here.model.hidden_size, here.split(WIDTH), here.itemsize, makes="toy"),
+        product("down", here.tokens, here.split(WIDTH), here.model.hidden_size, here.itemsize, last=True),
+    ],
+)
+ROW = Kind(
+    name="toy",
+    mixer="tests.model.test_add_a_layer:Toy",
+    costs="tests.model.test_add_a_layer:COSTS",
+    reads="learned_scale",
+    names={"toy": "the hidden units"},
+)
+
+
 @pytest.fixture
 def toy(monkeypatch):
-    """The letter t, in every table."""
-    entries = {
-        "MIXERS": Toy,
-        "LAYER_FLOPS": lambda model, _: 4 * model.hidden_size * WIDTH,
-        "LAYER_COLLECTIVES": block,
-        "LAYER_WEIGHTS": lambda model: [
-            Weight((WIDTH, model.hidden_size), ("mlp", "embed")),
-            Weight((model.hidden_size, WIDTH), ("embed", "mlp")),
-        ],
-        "LAYER_KEPT": lambda here: {"toy": here.tokens * here.split(WIDTH) * here.itemsize},
-        "LAYER_PRODUCTS": ("toy",),
-        "LETTER_KINDS": (),
-        "PRODUCTS": {},
-        "LAYER_OPERATIONS": lambda here: [
-            product("up", here.tokens, here.model.hidden_size, here.split(WIDTH), here.itemsize, makes="toy"),
-            product("down", here.tokens, here.split(WIDTH), here.model.hidden_size, here.itemsize, last=True),
-        ],
-    }
-    monkeypatch.setitem(LAYERS, "t", "toy")
-    monkeypatch.setattr(remat, "EVERY", "".join(LAYERS))  # as it would be, were the letter there at import
-    monkeypatch.setitem(NAMES, "toy", Intermediate("t", "the hidden units"))
-    for name, row in entries.items():
-        monkeypatch.setitem(TABLES[name], "t", row)
+    """The letter t: all that is added is its row."""
+    monkeypatch.setitem(LAYERS, "t", ROW)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_every_table_has_each_letter_and_no_other(name):
-    assert set(TABLES[name]) == set(LAYERS)
-    with pytest.raises(KeyError):
-        TABLES[name]["t"]
+@pytest.mark.parametrize("letter", LAYERS)
+def test_every_row_names_what_the_packages_above_have(letter):
+    kind = LAYERS[letter]
+    assert isinstance(costs_of(letter), LayerCosts) and callable(resolved(kind.mixer))
+    assert kind.selective <= kind.names.keys() and set(costs_of(letter).unread) <= kind.names.keys()
+    assert set(costs_of(letter).products) <= {*kind.names, "chosen"}
+    model, plan = ({field.name for field in dataclasses.fields(config)} for config in (ModelConfig, PlanConfig))
+    assert model >= {*kind.needs.split(), *kind.reads.split()} and plan >= {*kind.plan.split()} and not model & plan
+    assert set(kind.weights) <= {*WEIGHT_KINDS} and {name for name, _ in kind.products.values()} <= {*WEIGHT_KINDS}
+    assert not kind.units or units_of(letter)
 
 
-def test_fields_and_intermediates_are_of_known_letters():
-    assert set().union(*LETTERS.values()) == set(LAYERS)
-    assert set().union(*(letters for letters, _ in NAMES.values())) == set(LAYERS)
+def test_a_reference_is_not_above_the_package_that_resolves_it():
+    for kind in LAYERS.values():
+        for reference, package in ((kind.mixer, "model"), (kind.costs, "cost"), (kind.units, "compress")):
+            assert not reference or ORDER.index(place(reference.removeprefix("orogen."))) <= ORDER.index(package)
+
+
+@pytest.mark.parametrize(
+    "of_letter",
+    [
+        kind_of, costs_of, units_of, names_of, lambda letter: PlanConfig(remat="paper").layer_remat(letter),
+        lambda letter: product_of(letter, ("mixer", "up")), lambda letter: weight_kinds(letter, hybrid()),
+        lambda letter: Layer(letter, hybrid(), nnx.Rngs(0)), lambda letter: layer_operations(letter, HERE),
+        lambda letter: named_bytes(letter, HERE), lambda letter: layer_flops_per_token(letter, hybrid(), 8),
+        lambda letter: unit_collectives(letter, hybrid(), PlanConfig(), HERE_WORK),
+        lambda letter: weights(changed(hybrid(), pattern=letter)),
+    ],
+)  # fmt: skip
+def test_a_letter_without_a_row_is_refused_wherever_it_is_looked_up(of_letter):
+    with pytest.raises(ConfigError, match=r"'q' is no kind of layer|unknown letter 'q'"):
+        of_letter("q")
+
+
+def test_what_only_some_layers_read_is_read_by_the_new_ones(toy):
+    assert reading("learned_scale") == "t" and either("tM") == "toy (t) or Mamba-2 (M)"
 
 
 @several_devices
@@ -141,7 +168,7 @@ def test_a_new_letter_is_counted(toy):
         assert total(two) - total(one) == 2 * size * WIDTH + size  # with its norm
     norm, down, up = (size,), (WIDTH, size), (size, WIDTH)
     assert weights(one).layers["t"] == (
-        Weight(down, ("mlp", "embed")), Weight(up, ("embed", "mlp")), Weight(norm, ("norm",), float32=True),
+        Weight(up, ("embed", "mlp")), Weight(down, ("mlp", "embed")), Weight(norm, ("norm",), float32=True),
     )  # fmt: skip
     assert forward_flops_per_token(two, 16) - forward_flops_per_token(one, 16) == 4 * size * WIDTH
     config = run_config(two, plan={"tensor": 2})

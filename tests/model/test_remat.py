@@ -15,12 +15,14 @@ from jax.extend import core
 from tests.model.small import config, one_device, randomised, relative_error
 
 from orogen.config.checks import ConfigError
+from orogen.config.kinds import LAYERS
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
-from orogen.config.remat import EVERY, NAMES, SELECTIVE
+from orogen.config.remat import names_of
 from orogen.cost.activations import WEIGHTS, activation_bytes, bytes_by_name, kept_by_layer
-from orogen.cost.kept import kept_bytes, local
+from orogen.cost.kept import kept_bytes
 from orogen.cost.ledger import Workload
+from orogen.cost.local import local
 from orogen.kernels.grouped_matmul import mosaic
 from orogen.layers.documents import documents
 from orogen.model.block import Stack
@@ -174,26 +176,24 @@ def test_a_latent_moe_by_what_makes_it(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("letter", EVERY)
+@pytest.mark.parametrize("letter", LAYERS)
 def test_all_that_a_layer_keeps_has_a_name_and_every_name_is_kept(letter):
     """But for a router's smaller names, which its gradient may not need, as long as larger ones are there."""
     found = {name for name in bytes_by_name(kept(letter, every(letter), "paper")) if name != WEIGHTS}
-    assert found <= set(NAMES)
-    expected = {name for name, (letters, _) in NAMES.items() if letter in letters}
+    expected = set(names_of(letter))
     assert expected - found <= {"latent"}, expected - found  # a latent MoE's, of which the rows are a copy
     assert found <= expected
 
 
-@pytest.mark.parametrize("letter", EVERY)
+@pytest.mark.parametrize("letter", LAYERS)
 def test_names_are_in_the_layers_that_they_are_said_to_be_in(letter):
-    expected = {name for name, (letters, _) in NAMES.items() if letter in letters}
     unit = layer_jaxpr(letter, every(letter), "none")
-    assert set(names_in(unit)) == expected
+    assert set(names_in(unit)) == set(names_of(letter))
 
 
 @pytest.mark.parametrize(
     ("letter", "name"),
-    [(letter, name) for letter in EVERY for name, (letters, _) in NAMES.items() if letter in letters],
+    [(letter, name) for letter in LAYERS for name in names_of(letter)],
 )
 def test_a_name_that_is_made_again_is_not_kept_and_the_others_are(letter, name):
     if name == "input":
@@ -238,7 +238,7 @@ def gpu_kernels(monkeypatch):
 
 @pytest.mark.usefixtures("gpu_kernels")
 @pytest.mark.parametrize("linear", ("plain", "fp8"))
-@pytest.mark.parametrize("letter", EVERY)
+@pytest.mark.parametrize("letter", LAYERS)
 def test_elementwise_runs_no_kernel_for_gpus_twice(letter, linear):
     """And no derivative rule of theirs holds a constant array, which JAX does not take where some operands alone stand
     behind a barrier."""
@@ -292,7 +292,7 @@ def test_weights_stand_before_no_barrier_unless_much_is_made_of_them(remat, plan
     assert found == {"experts": experts, "shared": shared, "input": {True}}
 
 
-@pytest.mark.parametrize("letter", EVERY)
+@pytest.mark.parametrize("letter", LAYERS)
 def test_nothing_is_multiplied_again_while_every_name_is_kept(letter):
     flops = lambda remat: product_flops(layer_jaxpr(letter, every(letter), remat))  # noqa: E731
     assert flops("paper") == flops("none")
@@ -319,9 +319,8 @@ def test_selective_recomputation_of_mamba2_multiplies_its_ssd_again():
 @pytest.mark.parametrize("letter", "*M-E")
 def test_what_is_selected_is_large(letter):
     model = every(letter)
-    assert (activation_bytes(kept(letter, model, "selective")) < activation_bytes(kept(letter, model, "paper"))) == (
-        letter in SELECTIVE
-    )
+    selective, paper = (activation_bytes(kept(letter, model, remat)) for remat in ("selective", "paper"))
+    assert (selective < paper) == bool(LAYERS[letter].selective)
 
 
 # With each pattern, what recomputes something in its layers: `paper` all without a name, and the rest some more.

@@ -23,7 +23,7 @@ from tests.moe.meshes import (
 
 from orogen.config import plan as plan_config
 from orogen.config.plan import PlanConfig
-from orogen.cost.collectives import DISPATCH_COLLECTIVES
+from orogen.cost.dispatches import DISPATCH_COSTS
 from orogen.moe import dispatch as dispatches
 from orogen.moe.reference import Options, Weights, choose, largest, mixture
 
@@ -215,7 +215,7 @@ class Backwards:
 def test_a_new_dispatch_is_added_as_the_docs_say(monkeypatch):
     monkeypatch.setitem(dispatches.DISPATCHES, "backwards", Backwards)
     monkeypatch.setattr(plan_config, "DISPATCHES", [*plan_config.DISPATCHES, "backwards"])
-    monkeypatch.setitem(DISPATCH_COLLECTIVES, "backwards", DISPATCH_COLLECTIVES["allgather"])
+    monkeypatch.setitem(DISPATCH_COSTS, "backwards", DISPATCH_COSTS["allgather"])
     model, plan = config(moe_intermediate_size=12), PlanConfig(**MESHES["4both"], dispatch="backwards")
     given, data = weights(model, 0), inputs(model, 1, rows=ROWS, length=LENGTH)
     expected = reference_result(model, given, data, sources=(2, 2), capacity=None)
@@ -223,4 +223,4 @@ def test_a_new_dispatch_is_added_as_the_docs_say(monkeypatch):
 
 
 def test_every_table_has_each_dispatch_and_no_other():
-    assert set(plan_config.DISPATCHES) == set(dispatches.DISPATCHES) == set(DISPATCH_COLLECTIVES) == set(DISPATCHES)
+    assert set(plan_config.DISPATCHES) == set(dispatches.DISPATCHES) == set(DISPATCH_COSTS) == set(DISPATCHES)

@@ -14,8 +14,8 @@ from orogen.config.rounded import Products, products
 from orogen.kernels.grouped_matmul import grouped_matmul
 from orogen.precision import expert_rows as rows_module
 from orogen.precision.counts import COUNTS, NAMES
-from orogen.precision.emulated import How, Places, rounded_products
-from orogen.precision.expert_rows import GroupedHow, RowPlaces, expert_rows, rounded_grouped
+from orogen.precision.emulated import How, Offsets, rounded_products
+from orogen.precision.expert_rows import GroupedHow, RowOffsets, expert_rows, rounded_grouped
 from orogen.precision.words import step_key
 
 B, T, D = 2, 21, 40
@@ -38,15 +38,15 @@ def split(w):
     return tuple(np.split(w, np.cumsum(WIDTHS)[:-1], axis=-1))
 
 
-def places(step=0, rows=B):
+def offsets(step=0, rows=B):
     number = jnp.arange(rows * T).reshape(rows, T)
     first = tuple(jnp.uint32(n) for n in (0, WIDTHS[0]))
-    return Places(step_key(3, jnp.int32(step)), jnp.int32(5), number, jnp.uint32(0), first)
+    return Offsets(step_key(3, jnp.int32(step)), jnp.int32(5), number, jnp.uint32(0), first)
 
 
 @functools.lru_cache
 def run(used: Products, counted=False):
-    """The jitted function (x, weights, dy, places) -> y, dx, dw[, counters]."""
+    """The jitted function (x, weights, dy, offsets) -> y, dx, dw[, counters]."""
 
     @jax.jit
     def call(x, weights, dy, at):
@@ -90,7 +90,7 @@ def hand(parts, operand, axis):
 def test_products_and_gradients_are_those_of_rounded_operands(recipe):
     """nvfp4 rounds gradients to the nearest here; random rounding is tested below."""
     used = products(recipe, precision(recipe, **({"stochastic": ()} if recipe == "nvfp4" else {})))
-    y, dx, dw, _ = run(used)(X, split(W), split(DY), places())
+    y, dx, dw, _ = run(used)(X, split(W), split(DY), offsets())
     (fx, fw), (gy, gw), (wx, wy) = used.forward, used.input_gradient, used.weight_gradient
     w_forward, w_back = hand(split(W), fw, 0), hand(split(W), gw, 1)
     close = lambda found, exact: np.testing.assert_allclose(found, exact, atol=2e-6 * np.abs(exact).max())  # noqa: E731
@@ -102,7 +102,7 @@ def test_products_and_gradients_are_those_of_rounded_operands(recipe):
 
 def test_a_late_change_may_round_the_gradients_products_alone():
     used = products("mxfp8", precision("mxfp8"))
-    y, *_ = run(Products(input_gradient=used.input_gradient))(X, split(W), split(DY), places())
+    y, *_ = run(Products(input_gradient=used.input_gradient))(X, split(W), split(DY), offsets())
     np.testing.assert_allclose(np.concatenate(y, -1), X @ W, rtol=1e-5, atol=1e-3)
 
 
@@ -112,8 +112,8 @@ def test_random_gradients_differ_between_steps_and_halves_and_keep_the_mean():
     only = Products(input_gradient=used.input_gradient)
     # dx is dy itself, side by side.
     weights, dy = split(np.eye(D, sum(WIDTHS), dtype=np.float32)), split(np.stack([DY[0]] * 2))
-    found = np.stack([run(only)(np.stack([X[0]] * 2), weights, dy, places(step))[1] for step in range(64)])
-    again = run(only)(np.stack([X[0]] * 2), weights, dy, places(7))[1]
+    found = np.stack([run(only)(np.stack([X[0]] * 2), weights, dy, offsets(step))[1] for step in range(64)])
+    again = run(only)(np.stack([X[0]] * 2), weights, dy, offsets(7))[1]
     np.testing.assert_array_equal(found[7], again)
     assert all((found[i] != found[i + 1]).mean() > 0.1 for i in range(8))
     assert (found[:, 0] != found[:, 1]).mean() > 0.1
@@ -135,7 +135,7 @@ def test_counters_leave_as_a_gradient():
     used = products("nvfp4", precision("nvfp4", stochastic=(), hadamard=0))
     dy = np.full_like(DY, 1e-4)
     dy[:, ::16, ::16] = 1
-    *_, counts = run(used, True)(X, split(W), split(dy), places())
+    *_, counts = run(used, True)(X, split(W), split(dy), offsets())
     row = dict(zip(COUNTS, counts[NAMES.index("input_gradient.dy")].tolist(), strict=True))
     assert row["numbers"] == dy.size and row["zeros"] == 0 and row["nonfinite"] == 0
     # Rows 0 and 16 have a 1 in every block of 16 of each part's columns; other rows hold small numbers alone.
@@ -153,7 +153,7 @@ def test_what_fills_blocks_up_counts_only_where_a_transform_spreads_numbers():
     over 12, and 21 tokens over 24; no number is 0 before the rounding."""
     roles = ("forward", "input_gradient", "weight_gradient")
     used = products("nvfp4", precision("nvfp4", stochastic=(), hadamard=4, hadamard_roles=roles))
-    *_, counts = run(used, True)(X, split(W), split(DY), places())
+    *_, counts = run(used, True)(X, split(W), split(DY), offsets())
     expected = {
         "forward.x": B * T * 40, "forward.w": 40 * 35, "input_gradient.dy": B * T * 36, "input_gradient.w": 40 * 36,
         "weight_gradient.x": B * 24 * 40, "weight_gradient.dy": B * 24 * 35,
@@ -187,11 +187,11 @@ def test_experts_rows_do_not_depend_on_their_order_or_their_filling(recipe):
         unit = used.token_block
         at, filled = expert_rows(jnp.asarray(number_r), jnp.asarray(sizes), experts=E, tokens=42, chunk=21, unit=unit)
         how = GroupedHow(How(used, PLAN, 9, False), filled, "blocks")
-        place = RowPlaces(step_key(3, jnp.int32(1)), jnp.int32(2), *(jnp.uint32(n) for n in (4, 0, 0)))
+        place = RowOffsets(step_key(3, jnp.int32(1)), jnp.int32(2), *(jnp.uint32(n) for n in (4, 0, 0)))
 
         @jax.jit
         def product(x_r, w, dy_r):
-            settings = {"rows": at, "how": how, "places": place, "probe": None}
+            settings = {"rows": at, "how": how, "offsets": place, "probe": None}
             y, back = jax.vjp(lambda x_r, w: rounded_grouped(x_r, w, jnp.asarray(sizes), **settings), x_r, w)
             return y, *back(dy_r)
 
@@ -217,8 +217,8 @@ def test_experts_rows_are_rounded_by_tensor():
     w = np.stack([np.eye(32, dtype=np.float32) * 6])
     at, filled = expert_rows(jnp.asarray([0, 1, 10, 11]), jnp.asarray([4]), experts=1, tokens=20, chunk=10, unit=16)
     how = GroupedHow(How(used, PLAN, 9, False), filled, "blocks")
-    place = RowPlaces(step_key(3, jnp.int32(1)), jnp.int32(2), *(jnp.uint32(0),) * 3)
-    settings = {"rows": at, "how": how, "places": place, "probe": None}
+    place = RowOffsets(step_key(3, jnp.int32(1)), jnp.int32(2), *(jnp.uint32(0),) * 3)
+    settings = {"rows": at, "how": how, "offsets": place, "probe": None}
     y = jax.jit(lambda x, w: rounded_grouped(x, w, jnp.asarray([4]), **settings))(x, w) / 6
     for rows in (slice(0, 2), slice(2, 4)):
         values, scale = reference.two_level(x[rows], (1, 16))
@@ -231,11 +231,11 @@ def one_expert(used, x, dy, w, *, implementation="blocks"):
     sizes = jnp.asarray([4])
     at, filled = expert_rows(number, sizes, experts=1, tokens=20, chunk=10, unit=used.token_block)
     how = GroupedHow(How(used, PLAN, 9, True), filled, implementation)
-    place = RowPlaces(step_key(3, jnp.int32(1)), jnp.int32(2), *(jnp.uint32(0),) * 3)
+    place = RowOffsets(step_key(3, jnp.int32(1)), jnp.int32(2), *(jnp.uint32(0),) * 3)
 
     @jax.jit
     def product(x, w, dy, probe):
-        settings = {"rows": at, "how": how, "places": place}
+        settings = {"rows": at, "how": how, "offsets": place}
         y, back = jax.vjp(lambda x, w, p: rounded_grouped(x, w, sizes, probe=p, **settings), x, w, probe)
         return y, *back(dy)
 

@@ -9,7 +9,7 @@ from tests.report.traces import module, program, write_trace
 
 import orogen.report.profile
 from orogen.config.checks import ConfigError
-from orogen.model.block import MIXERS
+from orogen.config.kinds import LAYERS, resolved
 from orogen.report.profile import KINDS, PARTS, Scope, main, scope_of, step_table
 from orogen.report.profile_page import lines
 from orogen.report.trace import messages, read_program
@@ -251,5 +251,6 @@ def test_every_scope_of_the_code_is_known():
     source = Path(orogen.report.profile.__file__).parents[1]
     text = "".join(file.read_text() for file in source.rglob("*.py"))
     scopes = set(re.findall(r'jax\.named_scope\("(\w+)"\)', text))
-    mixers = {mixer.__name__ for mixer in MIXERS.values() if isinstance(mixer, type)} | {"MLP"}
+    built = (resolved(kind.mixer) for kind in LAYERS.values())
+    mixers = {mixer.__name__ for mixer in built if isinstance(mixer, type)} | {"MLP"}
     assert scopes | mixers == set(KINDS) | set(PARTS)

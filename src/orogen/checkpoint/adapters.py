@@ -14,7 +14,7 @@ from orogen.checkpoint.leaves import leaves_of
 from orogen.checkpoint.open import open_folder
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
-from orogen.config.lora import LoraConfig, adapted, kinds_of
+from orogen.config.lora import LoraConfig, adapted, kinds_in
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import GROUPS
 from orogen.convert import names
@@ -80,7 +80,7 @@ def write_peft(source: Path, target: Path) -> list[str]:
         if optimizer is not None and optimizer.trained:
             raise ConfigError(f"the run's OptimizerConfig.trained is {optimizer.trained!r}; expected (), or {MERGE}")
         for kinds, why in UNKNOWN.items():
-            if lora.kinds & {*kinds} & kinds_of(folder.config):
+            if lora.kinds & {*kinds} & kinds_in(folder.config):
                 expected = f"none of {', '.join(kinds)}, {why}; or {MERGE}"
                 raise ConfigError(f"the run's LoraConfig.weights is {lora.weights!r}; expected {expected}")
         built = build(folder.run.model)

@@ -15,7 +15,9 @@ import numpy as np
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.search import SearchConfig
-from orogen.cost.weights import Weight, weights
+from orogen.cost.kind import request_cache
+from orogen.cost.weight import Weight
+from orogen.cost.weights import weights
 
 GIB = 2**30
 # Widths take a third of a millisecond each, numbers of layers hardly any.
@@ -126,19 +128,10 @@ def widest_mlp(model: ModelConfig) -> int:
 
 def request_bits(letter: str, model: ModelConfig, search: SearchConfig) -> float:
     """What one layer keeps of one request of `context` tokens, in bits."""
-    length, cache, state = search.context, search.cache_bits, search.state_bits
-    if letter in "*w":
-        seen = length if letter == "*" else min(length, model.sliding_window)
-        return 2 * model.num_key_value_heads * model.head_dim * seen * cache
-    if letter == "+":
-        return (model.kv_lora_rank + model.qk_rope_head_dim) * length * cache
-    window = (model.conv_kernel - 1) * ACTIVATION_BITS if letter in "Mm" else 0
-    if letter == "M":
-        inner = model.mamba_num_heads * model.mamba_head_dim
-        return inner * model.ssm_state_size * state + (inner + 2 * model.n_groups * model.ssm_state_size) * window
-    if letter == "m":
-        return model.mamba_intermediate_size * (model.ssm_state_size * state + window)
-    return 0.0
+    cached = request_cache(letter, model)
+    seen = search.context if cached.window is None else min(search.context, cached.window)
+    states = cached.channels * (model.ssm_state_size or 0) * search.state_bits
+    return cached.token * seen * search.cache_bits + states + cached.taps * ACTIVATION_BITS
 
 
 def _costs(parameters: Sequence[Weight], model: ModelConfig, search: SearchConfig, *, kept: float) -> Costs:

@@ -11,7 +11,8 @@ import numpy as np
 
 from orogen.compress.importance import Scores, Units
 from orogen.config.checks import ConfigError, require
-from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.kinds import either
+from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
 from orogen.model.homes import homes
@@ -67,8 +68,7 @@ def pruned_config(model: ModelConfig, prune: PruneConfig, layers: tuple[int, ...
 def _check_present(model: ModelConfig, prune: PruneConfig, field: str) -> None:
     letters = OF.get(field)
     if letters is not None and not set(letters) & set(model.layers.main + model.layers.mtp):
-        names = " or ".join(f"{LAYERS[letter]} ({letter})" for letter in letters)
-        require(False, prune, field, f"None: the model has no layers of {names}")
+        require(False, prune, field, f"None: the model has no layers of {either(letters)}")
     require(getattr(model, field) is not None, prune, field, f"None: ModelConfig.{field} is None")
 
 

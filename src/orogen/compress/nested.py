@@ -22,7 +22,7 @@ from orogen.checkpoint.leaves import dotted, leaves_of
 from orogen.compress.choose import choose
 from orogen.compress.importance import order_scores
 from orogen.compress.rewrite import homes
-from orogen.compress.slices import HIDDEN, MIXERS, REST, SCALED, indices, norm_factor
+from orogen.compress.slices import HIDDEN, REST, SCALED, indices, norm_factor, units_of
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.prune import PruneConfig
@@ -101,7 +101,7 @@ class Nesting:
             else:
                 letter, inside = held[home], ".".join(map(str, keys[len(home) :]))
                 name = inside.removeprefix("mixer.")
-                axes = (HIDDEN,) if inside.startswith("norm.") else MIXERS[letter][name]
+                axes = (HIDDEN,) if inside.startswith("norm.") else units_of(letter)[name]
                 mask = self._mask(inside, axes, self._of_letter[letter], picks)
                 if LAYERS in picks and home[0] == "backbone" and not inside.startswith("norm."):
                     mask = self._of_present(name, axes, self._present(home, len(axes), picks), mask)

@@ -13,10 +13,10 @@ from orogen.compress.calibrate import Calibration, Idle, Measured
 from orogen.compress.choose import Kept, best, choose, pruned_config
 from orogen.compress.depth import Depth, Distance, check_depth, check_layer_scores, choose_layers
 from orogen.compress.importance import Scores, check_scores, order_scores, random_scores, scores
-from orogen.compress.slices import MIXERS
 from orogen.config.checks import ConfigError, require
 from orogen.config.data import DataConfig
-from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.kinds import LAYERS, listed
+from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.prune import PruneConfig
 from orogen.config.streams import say
@@ -65,10 +65,12 @@ class Choice(NamedTuple):
 
 def check_target(model: ModelConfig, prune: PruneConfig, plan: PlanConfig) -> None:
     """Raises ConfigError for sizes or layers that the pruned model cannot have. Reads no parameter."""
-    foreign = sorted(set(model.layers.main + model.layers.mtp) - set(MIXERS))
+    prunable = [letter for letter, kind in LAYERS.items() if kind.units]
+    foreign = sorted(set(model.layers.main + model.layers.mtp) - set(prunable))
     if foreign:
-        known = ", ".join(f"{letter} ({LAYERS[letter]})" for letter in MIXERS)
-        raise ConfigError(f"ModelConfig.pattern has layers {' '.join(foreign)}; expected only {known}, to be pruned")
+        raise ConfigError(
+            f"ModelConfig.pattern has layers {' '.join(foreign)}; expected only {listed(prunable)}, to be pruned"
+        )
     most = model.intermediate_size if "-" in model.layers.main else 0
     expected = f"sizes below {most}, ModelConfig.intermediate_size" if most else "(): the model has no dense MLP"
     require(all(size < (most or 0) for size in prune.scored_sizes), prune, "scored_sizes", expected)

@@ -13,10 +13,13 @@ import numpy as np
 from orogen.compress.choose import Kept
 from orogen.compress.importance import Units
 from orogen.compress.rewrite import LayerOf, Source
+from orogen.config.kinds import kind_of, resolved
 from orogen.config.model import ModelConfig
 from orogen.convert.names import Path as Leaf
 
 HIDDEN = "hidden"
+# The units along each axis of a mixer's parameters, of which the rows of config/kinds.py choose one; None: all stay.
+Axes = Mapping[str, tuple[str | None, ...]]
 MLP = {"up": (HIDDEN, "mlp"), "gate": (HIDDEN, "mlp"), "down": ("mlp", HIDDEN), "up_bias": ("mlp",),
        "gate_bias": ("mlp",), "down_bias": (HIDDEN,)}  # fmt: skip
 ATTENTION = {
@@ -54,10 +57,6 @@ EXPERTS = {
     "latent_up_bias": (HIDDEN,), "shared_gate": (HIDDEN, None),
     **{f"shared.{name}": tuple("shared" if axis == "mlp" else axis for axis in axes) for name, axes in MLP.items()},
 }  # fmt: skip
-# The units along each axis of a mixer's parameters, by the letter of its layer; None: all stay.
-MIXERS: dict[str, Mapping[str, tuple[str | None, ...]]] = {
-    "-": MLP, "*": ATTENTION, "w": ATTENTION, "+": LATENT, "M": MAMBA2, "m": MAMBA1, "E": EXPERTS,
-}  # fmt: skip
 # The same for parameters outside the layers.
 REST: dict[str, tuple[str | None, ...]] = {
     "embedding.weight": (None, HIDDEN), "embedding.positions": (None, HIDDEN), "head.weight": (HIDDEN, None),
@@ -66,6 +65,11 @@ REST: dict[str, tuple[str | None, ...]] = {
        for name in ("weight", "bias")},
 }  # fmt: skip
 SCALED = (HIDDEN, "inner")  # axes that a norm's mean is over
+
+
+def units_of(letter: str) -> Axes:
+    """The units along the axes of the parameters of a letter's mixer, which can be pruned."""
+    return resolved(kind_of(letter).units)
 
 
 class Pruned:
@@ -101,7 +105,7 @@ class Sliced(Mapping[Leaf, np.ndarray]):
     def __getitem__(self, leaf: Leaf) -> np.ndarray:
         array, name = self._layer[leaf], ".".join(map(str, leaf))
         inside = name.removeprefix("mixer.")
-        axes = (HIDDEN,) if name.startswith("norm.") else MIXERS[self._layer.letter][inside]
+        axes = (HIDDEN,) if name.startswith("norm.") else units_of(self._layer.letter)[inside]
         left = taken(array, axes, self._index)
         if _is_norm(name) and axes[0] in SCALED:
             return _scaled(left, len(array), self._config if name.startswith("norm.") else None)

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Annotated
 
 from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_positive
+from orogen.config.kinds import kind_of
 from orogen.config.model import ModelConfig
 from orogen.config.precision import GROUPS, KINDS
-from orogen.config.rounded import LETTER_KINDS
 
 ADAPTABLE = tuple(group for group in GROUPS if group != "mtp")
 
@@ -62,19 +62,19 @@ class AdaptedModel(ModelConfig):
 
 def adapted(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
     """The model with adapters. Raises ConfigError if it has no weight for them."""
-    names = {name for name in lora.weights if kinds_of(model) & {*GROUPS.get(name, (name,))}}
+    names = {name for name in lora.weights if kinds_in(model) & {*GROUPS.get(name, (name,))}}
     # The default names what most models have, so some of its weights are enough.
     if not names or (len(names) < len(lora.weights) and lora.weights != LoraConfig.weights):
-        found = ", ".join(kind for kind in KINDS if kind in kinds_of(model))
+        found = ", ".join(kind for kind in KINDS if kind in kinds_in(model))
         raise ConfigError(f"LoraConfig.weights is {lora.weights!r}; expected weights that the model has: {found}")
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
     return AdaptedModel(**fields, lora=lora)
 
 
-def kinds_of(model: ModelConfig) -> set[str]:
+def kinds_in(model: ModelConfig) -> set[str]:
     """The kinds of weight that the model has."""
     letters = set(model.layers.main + model.layers.mtp)
-    here = {kind for letter in letters for kind in LETTER_KINDS[letter]}
+    here = {kind for letter in letters for kind in kind_of(letter).weights}
     if "E" in letters:
         here |= {*GROUPS["latent"]} if model.moe_latent_size else set()
         here |= {*GROUPS["shared"]} if model.moe_shared_expert_intermediate_size else set()

@@ -12,7 +12,8 @@ from orogen.config.checks import (
     require_not_negative,
     require_positive,
 )
-from orogen.config.pattern import LAYERS, MAX_LAYERS, Pattern, parse_pattern
+from orogen.config.kinds import LAYERS, kind_of, reading
+from orogen.config.pattern import MAX_LAYERS, Pattern, parse_pattern
 
 NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh")
@@ -154,18 +155,17 @@ class ModelConfig:
         deeper = len(pattern.mtp) * self.mtp_depths
         require(deeper <= MAX_LAYERS, self, "mtp_depths", f"at most {MAX_LAYERS:,} layers after /, not {deeper:,}")
         letters = set(pattern.main + pattern.mtp)
+        for letter in LAYERS:
+            if letter in letters:
+                self._check_needs(letter)
         if letters & set("*w+"):
             self._check_attention(letters)
         if letters & set("-Exg"):
             self._check_activation()
-        for letter in letters & set("-g"):
-            self._need(letter, "intermediate_size")
         if "x" in letters:
             self._check_cross_attention(pattern)
         if "M" in letters:
             self._check_mamba2()
-        if "m" in letters:
-            self._need("m", "mamba_intermediate_size", "time_step_rank", "ssm_state_size")
         if "E" in letters:
             self._check_experts()
 
@@ -218,12 +218,13 @@ class ModelConfig:
     def reach(self) -> int:
         """How many tokens ahead or back a position reads at most, other than through attention and states: ahead the
         targets of the deepest MTP depth, back the convolution's taps."""
-        taps = self.conv_kernel - 1 if set("Mm") & set(self.layers.main + self.layers.mtp) else 0
+        taps = self.conv_kernel - 1 if set(reading("conv_kernel")) & set(self.layers.main + self.layers.mtp) else 0
         return max(self.mtp_depths + 1, taps)
 
-    def _need(self, letter: str, *fields: str) -> None:
-        for field in fields:
-            require(getattr(self, field) is not None, self, field, f"a number: the pattern has {LAYERS[letter]} layers")
+    def _check_needs(self, letter: str) -> None:
+        kind = kind_of(letter)
+        for field in kind.needs.split():
+            require(getattr(self, field) is not None, self, field, f"a number: the pattern has {kind.name} layers")
 
     def _divides(self, field: str, whole: str) -> None:
         total = getattr(self, whole)
@@ -242,16 +243,10 @@ class ModelConfig:
 
     def _check_attention(self, letters: set[str]) -> None:
         require_choice(self, "attention_bias", ATTENTION_BIASES)
-        letter = next(letter for letter in "*w+" if letter in letters)
-        self._need(letter, "num_attention_heads")
         if letters & set("*w"):
-            self._need(letter, "num_key_value_heads", "head_dim")
             self._divides("num_key_value_heads", "num_attention_heads")
             self._check_rotary("head_dim")
-        if "w" in letters:
-            self._need("w", "sliding_window")
         if "+" in letters:
-            self._need("+", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_theta")
             require(self.qk_rope_head_dim % 2 == 0, self, "qk_rope_head_dim", "an even number")
             require(self.qk_rope_head_dim <= MAX_ROTATED, self, "qk_rope_head_dim", f"at most {MAX_ROTATED:,}")
             self._check_yarn()
@@ -275,9 +270,7 @@ class ModelConfig:
 
     def _check_cross_attention(self, pattern: Pattern) -> None:
         require("x" not in pattern.mtp, self, "pattern", "no x after /: an MTP block sees no images")
-        self._need("x", "num_attention_heads", "num_key_value_heads", "head_dim")
         self._divides("num_key_value_heads", "num_attention_heads")
-        self._need("x", "image_feature_size", "image_features", "resampler_latents", "resampler_layers")
         both = (self.retrieved_captions is None) == (self.caption_tokens is None)
         require(both, self, "caption_tokens", f"None or a size, as retrieved_captions = {self.retrieved_captions}")
 
@@ -305,7 +298,6 @@ class ModelConfig:
             require(gated, self, "swiglu_limit", "None: mlp_hidden_act is not 'silu', or mlp_gated is False")
 
     def _check_mamba2(self) -> None:
-        self._need("M", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
         self._divides("n_groups", "mamba_num_heads")
         if self.mamba_norm_groups is not None:
             self._divides("mamba_norm_groups", "mamba_num_heads")
@@ -314,7 +306,6 @@ class ModelConfig:
         require(high is None or high > (low or 0), self, "time_step_max", f"above time_step_min = {low}")
 
     def _check_experts(self) -> None:
-        self._need("E", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
         require_choice(self, "router_score", ROUTER_SCORES)
         require_choice(self, "router_balance", ROUTER_BALANCES)
         require_choice(self, "moe_bias", MOE_BIASES)

@@ -1,21 +1,11 @@
-"""The layer pattern of a model: its letters, and how it is read."""
+"""The layer pattern of a model, and how it is read."""
 
 import dataclasses
 import functools
 
 from orogen.config.checks import ConfigError
+from orogen.config.kinds import LAYERS, listed
 
-LAYERS = {
-    "M": "Mamba-2",
-    "m": "Mamba-1",
-    "*": "attention",
-    "w": "sliding-window attention",
-    "+": "multi-head latent attention",
-    "-": "dense MLP",
-    "E": "mixture of experts",
-    "x": "gated cross-attention",
-    "g": "tanh-gated MLP",
-}
 # What a model has beside the layers of its backbone.
 MODEL_PARTS = ("embedding", "head", "norm", "mtp", "resampler", "score")
 MAX_LAYERS = 1024  # the deepest trained models have 1,000; the time to fold a pattern grows with its square
@@ -47,9 +37,10 @@ def parse_pattern(text: str) -> Pattern:
         if count > MAX_LAYERS:
             raise ConfigError(f"ModelConfig.pattern has {count:,} {what}; expected at most {MAX_LAYERS:,}")
     unknown = sorted(set(text) - set(LAYERS) - set("|/"))
-    letters = ", ".join(f"{letter} ({name})" for letter, name in LAYERS.items())
     if unknown:
-        raise ConfigError(f"ModelConfig.pattern is {text!r}: unknown letter {unknown[0]!r}; expected {letters}, | or /")
+        raise ConfigError(
+            f"ModelConfig.pattern is {text!r}: unknown letter {unknown[0]!r}; expected {listed(LAYERS)}, | or /"
+        )
     layers = main.replace("|", "")
     if not layers:
         raise ConfigError(f"ModelConfig.pattern is {text!r}; expected at least one layer before any /")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from orogen.config.checks import ABSENT, check_types, require, require_choice, require_positive
 from orogen.config.dtype import COMPUTE
-from orogen.config.model import LAYERS
+from orogen.config.kinds import LAYERS
 
 # Fields that are the new sizes of ModelConfig's fields of the same names.
 WIDTHS = (

@@ -6,7 +6,7 @@ from typing import Annotated
 from orogen.config.checks import check_types, require, require_choice, require_not_negative, require_positive
 from orogen.config.model import ModelConfig
 from orogen.config.precision import GROUPS, HEAD, KINDS, PLAIN
-from orogen.config.rounded import Operand, kinds_of
+from orogen.config.rounded import Operand, weight_kinds
 
 AUTO = "auto"
 FORMATS = ("fp8", "fp8_channel", "nvfp4")
@@ -148,7 +148,7 @@ class QuantizeConfig:
         expected = f"fewer than {len(main)} first and last layers together, as many as the pattern has"
         require(kept < len(main), self, "last_layers", expected)
         inner = range(self.first_layers, len(main) - self.last_layers)
-        present = {kind for letter in main for kind in kinds_of(letter, model)}
+        present = {kind for letter in main for kind in weight_kinds(letter, model)}
         usual = self.candidates if self.format == AUTO else (self.format,)
         named = dict.fromkeys(KINDS, usual)
         for entry in self.keep:
@@ -158,7 +158,7 @@ class QuantizeConfig:
         for number, letter in enumerate(main):
             feeds = letter in MAMBA and main[number + 1 : number + 2] in (*ATTENTION,)
             stays = number not in inner or (self.keep_before_attention and feeds)
-            found.append({kind: (PLAIN,) if stays else named[kind] for kind in kinds_of(letter, model)})
+            found.append({kind: (PLAIN,) if stays else named[kind] for kind in weight_kinds(letter, model)})
         expected = f"something to quantise among {', '.join(sorted(present))}, the kinds of {model.pattern!r}"
         require(any(set(c) != {PLAIN} for layer in found for c in layer.values()), self, "keep", expected)
         return tuple(found)

@@ -1,10 +1,10 @@
 """The table of when each field of a config is read; `reads` checks runs by it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from orogen.config import readers_of_tasks as tasks
+from orogen.config.kinds import LAYERS, Kind, either, reading
 from orogen.config.model import ModelConfig
-from orogen.config.pattern import LAYERS
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig
 from orogen.config.readers_of_tasks import Reader
@@ -18,10 +18,8 @@ def letters(model: ModelConfig) -> set[str]:
 
 
 def _by_letters(read_by: str, fields: str) -> Reader:
-    names = " or ".join(f"{LAYERS[letter]} ({letter})" for letter in read_by)
-    return Reader(
-        fields, ("model",), lambda run: bool(set(read_by) & letters(run.model)), f"the model has no layers of {names}"
-    )
+    otherwise = f"the model has no layers of {either(read_by)}"
+    return Reader(fields, ("model",), lambda run: bool(set(read_by) & letters(run.model)), otherwise)
 
 
 def _of_model(fields: str, holds: Callable[[ModelConfig], bool], otherwise: str) -> Reader:
@@ -36,27 +34,13 @@ def _of_precision(fields: str, holds: Callable[[PrecisionConfig], bool], otherwi
     return Reader(fields, ("precision",), lambda run: holds(run.precision), otherwise)
 
 
-# The letters whose layers read a field of the model.
-MODEL_LETTERS = {
-    "*w+x": "num_attention_heads",
-    "*w+": "attention_bias rope_theta partial_rotary_factor rope_interleave yarn_factor yarn_original_positions "
-    "yarn_beta_fast yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_truncate",
-    "*wx": "num_key_value_heads head_dim",
-    "*w": "qk_norm attention_sinks",
-    "w": "sliding_window",
-    "+": "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
-    "-g": "intermediate_size",
-    "-Eg": "mlp_bias",
-    "-Egx": "mlp_hidden_act mlp_gated swiglu_limit",
-    "x": "image_feature_size image_features resampler_latents resampler_layers retrieved_captions caption_tokens",
-    "M": "mamba_num_heads mamba_head_dim n_groups chunk_size mamba_norm_groups time_step_min time_step_max",
-    "m": "mamba_intermediate_size time_step_rank",
-    "Mm": "ssm_state_size conv_kernel use_conv_bias mamba_proj_bias",
-    "E": "n_routed_experts num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size "
-    "moe_shared_expert_gate moe_latent_size moe_bias router_score router_bias router_correction_bias norm_topk_prob "
-    "routed_scaling_factor n_group topk_group router_aux_loss_coef router_balance router_z_loss_coef",
-}
-LETTERS = {field: read_by for read_by, fields in MODEL_LETTERS.items() for field in fields.split()}
+def _of_kinds(of: Callable[[Kind], str]) -> Iterator[Reader]:
+    """The fields that some kinds of layers read."""
+    fields: dict[str, list[str]] = {}
+    for field in dict.fromkeys(field for kind in LAYERS.values() for field in of(kind).split()):
+        fields.setdefault(reading(field), []).append(field)
+    yield from (_by_letters(read_by, " ".join(some)) for read_by, some in fields.items())
+
 
 # By part, the fields that are always read; what their values allow is checked by the configs themselves.
 ALWAYS = {
@@ -77,7 +61,7 @@ ALWAYS = {
 READERS: dict[str, tuple[Reader, ...]] = {
     **tasks.READERS,
     "model": (
-        *(_by_letters(read_by, fields) for read_by, fields in MODEL_LETTERS.items()),
+        *_of_kinds(lambda kind: f"{kind.needs} {kind.reads}"),
         _of_model(
             "partial_rotary_factor rope_interleave yarn_factor yarn_original_positions yarn_beta_fast yarn_beta_slow "
             "yarn_mscale yarn_mscale_all_dim yarn_truncate",
@@ -116,14 +100,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         ),
     ),
     "plan": (
-        _by_letters(
-            "E",
-            "expert expert_tensor dispatch capacity_factor drop_policy buffer_factor grouped_matmul permutation",
-        ),
-        _by_letters("*w+", "attention context_attention"),
-        _by_letters("M", "ssd"),
-        _by_letters("m", "selective_scan"),
-        _by_letters("Mm", "causal_conv1d context_ssm"),
+        *_of_kinds(lambda kind: kind.plan),
         _of_plan(
             "drop_policy", lambda plan: plan.capacity_factor is not None, "PlanConfig.capacity_factor is None: no drops"
         ),
@@ -146,7 +123,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         _of_model(
             "rms_norm",
             lambda model: model.norm == "rms" or "M" in letters(model),
-            f"ModelConfig.norm is not 'rms', and the model has no layers of {LAYERS['M']} (M)",
+            f"ModelConfig.norm is not 'rms', and the model has no layers of {either('M')}",
         ),
     ),
     "data": (
@@ -179,7 +156,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
             "carry_states",
             ("model",),
             lambda run: bool(set("Mm") & set(run.model.layers.main)),
-            f"the model has no layers of {LAYERS['M']} (M) or {LAYERS['m']} (m) before /",
+            f"the model has no layers of {either('Mm')} before /",
         ),
         Reader(
             "router_bias_update_rate",

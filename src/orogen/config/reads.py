@@ -10,9 +10,10 @@ import itertools
 from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
+from orogen.config.kinds import reading
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.config.readers import LETTERS, READERS
+from orogen.config.readers import READERS
 from orogen.config.run import PARTS, RunConfig
 
 
@@ -33,7 +34,7 @@ class Setting(NamedTuple):
 
 def layers_read(pattern: str, field: str) -> bool:
     """Whether a layer of the pattern reads the field of ModelConfig; all layers read a field without letters."""
-    return bool(set(LETTERS.get(field, pattern)) & set(pattern))
+    return bool(set(reading(field) or pattern) & set(pattern))
 
 
 def plan_read(model: ModelConfig, plan: PlanConfig, field: str) -> bool:

@@ -8,24 +8,13 @@ import functools
 import math
 
 from orogen.config.checks import ConfigError, require
+from orogen.config.kinds import kind_of
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import KINDS, PLAIN, ROLES, PrecisionConfig
 
 BLOCKS = {"fp8_tensorwise": 0, "fp8_blockwise": 128, "mxfp8": 32, "nvfp4": 16}
 MOST_TOKENS = 2**24  # of a batch, where experts' rows are rounded
-# The kinds of weight in a layer, by its letter; of experts, those of every model.
-LETTER_KINDS = {
-    "M": ("mamba_in", "mamba_out"),
-    "m": ("mamba_in", "mamba_out"),
-    "*": ("attention_in", "attention_out"),
-    "w": ("attention_in", "attention_out"),
-    "+": ("attention_in", "attention_out"),
-    "-": ("dense_up", "dense_down"),
-    "E": ("routed_up", "routed_down"),
-    "x": (),
-    "g": ("dense_up", "dense_down"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,9 +116,9 @@ def layer_products(
     return (*found, *deeper)
 
 
-def kinds_of(letter: str, model: ModelConfig) -> tuple[str, ...]:
+def weight_kinds(letter: str, model: ModelConfig) -> tuple[str, ...]:
     """The kinds of weight in a layer."""
-    kinds = LETTER_KINDS[letter]
+    kinds = kind_of(letter).weights
     if letter == "E":
         kinds += ("latent_down", "latent_up") if model.moe_latent_size else ()
         kinds += ("shared_up", "shared_down") if model.moe_shared_expert_intermediate_size else ()
@@ -139,7 +128,7 @@ def kinds_of(letter: str, model: ModelConfig) -> tuple[str, ...]:
 def _of_letter(
     letter: str, model: ModelConfig, precision: PrecisionConfig, switched: bool
 ) -> tuple[tuple[str, Products], ...]:
-    return _rounded(kinds_of(letter, model), precision, switched)
+    return _rounded(weight_kinds(letter, model), precision, switched)
 
 
 def _rounded(kinds: tuple[str, ...], precision: PrecisionConfig, switched: bool) -> tuple[tuple[str, Products], ...]:
@@ -177,7 +166,7 @@ def check_precision(
     kept = precision.first_layers + precision.last_layers
     expected = f"fewer than {layers} first and last layers together, as many as the pattern has"
     require(kept < layers, precision, "last_layers", expected)
-    present = {kind for letter in model.layers.main + model.layers.mtp for kind in kinds_of(letter, model)}
+    present = {kind for letter in model.layers.main + model.layers.mtp for kind in weight_kinds(letter, model)}
     present |= {"mtp_project"} if model.layers.mtp else set()
     for kinds, _, _ in precision.entries():
         expected = f"kinds that the model has: {', '.join(kind for kind in KINDS if kind in present)}"

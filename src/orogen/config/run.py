@@ -19,9 +19,10 @@ from orogen.config.distill import DistillConfig
 from orogen.config.dtype import COMPUTE
 from orogen.config.elastic import ElasticConfig
 from orogen.config.evaluate import EvaluateConfig
+from orogen.config.kinds import LAYERS
 from orogen.config.lora import AdaptedModel, LoraConfig, adapted
 from orogen.config.model import ModelConfig
-from orogen.config.pattern import LAYERS, MODEL_PARTS
+from orogen.config.pattern import MODEL_PARTS
 from orogen.config.phases import PhaseConfig, Stretch, stretches
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import PrecisionConfig

@@ -5,7 +5,8 @@ import re
 from typing import Annotated
 
 from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_not_negative, require_positive
-from orogen.config.model import LAYERS, ModelConfig
+from orogen.config.kinds import LAYERS, kind_of, listed
+from orogen.config.model import ModelConfig
 
 # Fields of ModelConfig whose values may vary, with the letters of the layers that read them; hidden_size: all do.
 WIDTHS = {
@@ -19,7 +20,6 @@ WIDTHS = {
     "moe_shared_expert_intermediate_size": "E",
     "moe_latent_size": "E",
 }
-UNPRUNED = "xg"  # letters of layers that cannot be pruned
 ORDERS = ("layers", "parameters", "active", "bytes", "tokens_per_second")
 _COUNTS = re.compile(r"(.):(\d+)-(\d+)")
 
@@ -132,9 +132,9 @@ class SearchConfig:
     def counts(self, model: ModelConfig) -> dict[str, range]:
         """By letter of the model, how many of its layers may remain. Raises ConfigError for layers that it lacks."""
         main = model.layers.main
-        if foreign := sorted(set(main + model.layers.mtp) & set(UNPRUNED)):
-            names = ", ".join(f"{letter} ({LAYERS[letter]})" for letter in foreign)
-            raise ConfigError(f"ModelConfig.pattern has layers {names}; expected none: such layers cannot be pruned")
+        if foreign := [letter for letter in sorted(set(main + model.layers.mtp)) if not kind_of(letter).units]:
+            expected = "none: such layers cannot be pruned"
+            raise ConfigError(f"ModelConfig.pattern has layers {listed(foreign)}; expected {expected}")
         found = {letter: range(main.count(letter), main.count(letter) + 1) for letter in dict.fromkeys(main)}
         for entry in self.layers:
             letter, least, most = _COUNTS.fullmatch(entry).groups()  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from orogen.config.checks import check_types, require, require_choice, require_n
 class UpcycleConfig:
     """Dense MLPs into experts (arXiv:2410.07524).
 
-    An MLP is cut into `granularity` shards, and each shard has `expansion` copies: expansion x granularity experts.
+    An MLP is split into `granularity` shards, and each shard has `expansion` copies: expansion x granularity experts.
     virtual_groups: the router's columns of one copy's shards begin equal, so that a token's top_k experts, a multiple
     of granularity, are whole copies. scale: makes the new layer's output as large as the old one's. both puts it on
     both matrices: cube roots with squared ReLU (section 4.2), square roots with ReLU, and with a gated MLP square roots

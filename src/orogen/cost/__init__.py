@@ -4,8 +4,11 @@ Training and checkpoints build on this package: `assemble` gives the plan of a c
 stages balanced by `flops`, with which training also reports its utilisation. The cost of a whole step or task is in
 `orogen.simulate`.
 
-**Shapes are stated twice**: where a module makes its parameters, and in `weights`, which needs no jax. A test compares
-them for every shipped model and each option. `conventions` counts FLOPs as published tables do.
+**Kinds of layers.** `kinds/` has a file for each kind of layer with all that one such layer costs; `config/kinds.py`
+says which letter has which. `flops`, `weights`, `kept` and `communication` add them up for models on plans.
+
+**Shapes are stated twice**: where a module makes its parameters, and in `kinds/` and `weights`, which need no jax. A
+test compares them for every shipped model and each option. `conventions` counts FLOPs as published tables do.
 
 **Communication is counted twice.** `communication` is an analytic table: for each kind of layer the operations, axes
 and bytes, forward, recomputed, backward and once per step. Tests compare it with the jaxpr of every unit, which must

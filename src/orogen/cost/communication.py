@@ -6,7 +6,8 @@ from typing import Any
 
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.cost.collectives import LAYER_COLLECTIVES, embedded, load, outer
+from orogen.cost.collectives import embedded, load, outer
+from orogen.cost.kind import costs_of
 from orogen.cost.ledger import (
     COUNTING,
     FLOAT32,
@@ -35,7 +36,7 @@ def unit_collectives(unit: str, model: ModelConfig, plan: PlanConfig, work: Work
     elif unit == OUTER:
         return _outer(ledger)
     else:
-        LAYER_COLLECTIVES[unit](ledger)
+        costs_of(unit).collectives(ledger)
         own = weights(model).layers[unit]
     for weight in own:
         ledger.gathered(weight)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.remat import Remat
-from orogen.cost.weights import Weight
+from orogen.cost.weight import Weight
 from orogen.parallel.fold import expert_shards
 
 # Units other than the letters of the pattern: embedding, final norm, head and loss, at every depth of prediction; the

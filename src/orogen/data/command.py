@@ -111,17 +111,17 @@ def curate(options: argparse.Namespace) -> int:
     config, text = load_curation(options.gin_file, options.gin_bindings)
     _require_packages(config)
     _check_place(options)
-    from orogen.data.curate.execute import Place, cores
+    from orogen.data.curate.execute import Resources, cores
     from orogen.data.curate.run import curate, is_whole, prepare, tidy
     from orogen.data.curate.work import REPORT
     from orogen.train.lock import RunLock
 
-    fields = {name: getattr(options, name) for name in Place._fields if getattr(options, name) is not None}
-    place = Place(**{"workers": cores(), **fields})
+    fields = {name: getattr(options, name) for name in Resources._fields if getattr(options, name) is not None}
+    resources = Resources(**{"workers": cores(), **fields})
     work = prepare(config, text, options.out)
     if not is_whole(options.out):
         with RunLock(options.out, log=say), _full_disk_named(options.out):
-            job = curate(config, work, place, show)
+            job = curate(config, work, resources, show)
         if job is not None:
             answer(options, {"job": job}, [f"submitted; the last job is {job}"])
             return 0

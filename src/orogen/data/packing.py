@@ -114,11 +114,11 @@ def pack(pieces: Sequence[Stream], *, sequence_length: int, pad_id: int) -> Batc
     A piece's first token gets weight 0: nothing in the row predicts it.
     """
     return pack_rows(
-        pieces, places([len(piece.tokens_t) for piece in pieces], sequence_length), sequence_length, pad_id
+        pieces, starts([len(piece.tokens_t) for piece in pieces], sequence_length), sequence_length, pad_id
     )
 
 
-class Place(NamedTuple):
+class Start(NamedTuple):
     """Where a piece lies: its row, its first token there, and its number in the row, from 1."""
 
     row: int
@@ -126,8 +126,8 @@ class Place(NamedTuple):
     segment: int
 
 
-def places(lengths_n: Sequence[int], sequence_length: int) -> list[Place]:
-    """The place of each piece in as few rows as best-fit finds, in their given order within a row. Raises ConfigError
+def starts(lengths_n: Sequence[int], sequence_length: int) -> list[Start]:
+    """Where each piece in as few rows as best-fit finds, in their given order within a row. Raises ConfigError
     if one is too long."""
     if len(lengths_n) and not 1 <= min(lengths_n) <= max(lengths_n) <= sequence_length:
         raise ConfigError(
@@ -138,22 +138,22 @@ def places(lengths_n: Sequence[int], sequence_length: int) -> list[Place]:
     found = []
     for row, length in zip(row_n.tolist(), lengths_n, strict=True):
         segment_b[row] += 1
-        found.append(Place(row, int(used_b[row]), int(segment_b[row])))
+        found.append(Start(row, int(used_b[row]), int(segment_b[row])))
         used_b[row] += length
     return found
 
 
-def pack_rows(pieces: Sequence[Stream], at: Sequence[Place], sequence_length: int, pad_id: int) -> Batch:
+def pack_rows(pieces: Sequence[Stream], at: Sequence[Start], sequence_length: int, pad_id: int) -> Batch:
     """The pieces at their places; a piece's first token gets weight 0."""
-    rows = max((place.row for place in at), default=-1) + 1
+    rows = max((start.row for start in at), default=-1) + 1
     batch = empty_batch(rows, sequence_length=sequence_length, pad_id=pad_id)
     extras = pieces[0].extras if pieces else {}
     batch = batch._replace(extras={n: np.full(batch.tokens_bt.shape, -1, x.dtype) for n, x in extras.items()})
-    for piece, place in zip(pieces, at, strict=True):
+    for piece, start in zip(pieces, at, strict=True):
         length = len(piece.tokens_t)
-        span = (place.row, slice(place.start, place.start + length))
+        span = (start.row, slice(start.start, start.start + length))
         batch.tokens_bt[span] = piece.tokens_t
-        batch.segments_bt[span] = place.segment
+        batch.segments_bt[span] = start.segment
         batch.positions_bt[span] = np.arange(length)
         batch.weights_bt[span] = piece.weights_t
         for name, x_bt in batch.extras.items():

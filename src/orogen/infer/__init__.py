@@ -10,8 +10,8 @@ int8 (`model/stored_state.py`): `EngineConfig.key_values`, `.state_dtype` and `.
 
 **What is promised.** A request's tokens depend on nothing beside it: what is no token of a row is masked, experts take
 all tokens, and a request draws with a key of its own (`sampling.py`). With `EngineConfig.exact`, answers and their
-log-probabilities are equal to the bit however a text is cut (`exact.py`). A draft is kept exactly where it is the token
-that would have been chosen without it, so that speculation changes no answer, drawn ones included.
+log-probabilities are equal to the bit, whatever pieces a text comes in (`exact.py`). A draft is kept only where it is
+the token that would have been chosen without it, so that speculation changes no answer, drawn ones included.
 
 **Why admission reserves all pages** that a request may need: a hybrid's states are large, and to preempt a request
 means to copy them out or to read its text again. See `schedule.py`.

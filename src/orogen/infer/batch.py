@@ -118,7 +118,7 @@ def _twice_readable(path: Path) -> Iterator[_Source]:
         yield _Source(Path(copy.name), str(path))
 
 
-class _Place(NamedTuple):
+class _Extent(NamedTuple):
     """Where an answer is in its file, in bytes, and what kind of answer it is."""
 
     start: int
@@ -146,7 +146,7 @@ class _Run:
         self._reader, self._progress = reader, progress
         self._open: dict[int, _Open] = {}
 
-    def answer_all(self, settings: str, done: dict[int, _Place]) -> None:
+    def answer_all(self, settings: str, done: dict[int, _Extent]) -> None:
         """Adds what is missing to `done`."""
         requests = self._requests(settings, done)
         waiting = next(requests, None)
@@ -159,7 +159,7 @@ class _Run:
                 self._add(output, done)
             self._progress.update(len(done), {"tokens_per_second": tokens / max(time.monotonic() - since, 1e-9)})
 
-    def _requests(self, settings: str, done: dict[int, _Place]) -> Iterator[tuple[Line, Request]]:
+    def _requests(self, settings: str, done: dict[int, _Extent]) -> Iterator[tuple[Line, Request]]:
         """Those of the lines that are not done; broken ones are answered on the way."""
         for line in _lines(self._source, settings):
             if line.number in done:
@@ -171,7 +171,7 @@ class _Run:
             else:
                 yield line, request
 
-    def _takes(self, line: Line, request: Request, done: dict[int, _Place]) -> bool:
+    def _takes(self, line: Line, request: Request, done: dict[int, _Extent]) -> bool:
         """Whether the engine has dealt with the request: it waits here no more."""
         try:
             number = self._engine.submit(request)
@@ -185,12 +185,12 @@ class _Run:
             self._open[number] = _Open(line, request)
         return True
 
-    def _refuse(self, line: Line, error: str, done: dict[int, _Place]) -> None:
+    def _refuse(self, line: Line, error: str, done: dict[int, _Extent]) -> None:
         error = " ".join(error.split())
         say(f"orogen: {self._source} {error}")
         self._write(line, refusal(line, error), done)
 
-    def _add(self, output: Output, done: dict[int, _Place]) -> None:
+    def _add(self, output: Output, done: dict[int, _Extent]) -> None:
         one = self._open[output.number]
         one.chosen += output.tokens
         one.prompt += output.prompt
@@ -202,17 +202,17 @@ class _Run:
             facts = told(chosen=one.chosen, text=text, finish=output.finish, prompt=one.prompt if scored else None)
             self._write(one.line, answer(one.line, facts, error=error), done)
 
-    def _write(self, line: Line, facts: dict[str, Any], done: dict[int, _Place]) -> None:
+    def _write(self, line: Line, facts: dict[str, Any], done: dict[int, _Extent]) -> None:
         data = json.dumps(facts, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         start = self._journal.tell()
         self._journal.write(data)
         self._journal.flush()
-        done[line.number] = _place(facts, start, start + len(data))
+        done[line.number] = _extent(facts, start, start + len(data))
 
 
-def _place(facts: dict[str, Any], start: int, end: int) -> _Place:
+def _extent(facts: dict[str, Any], start: int, end: int) -> _Extent:
     broken = "finish" not in facts
-    return _Place(start, end, facts["digest"], broken, facts.get("finish") == ERROR)
+    return _Extent(start, end, facts["digest"], broken, facts.get("finish") == ERROR)
 
 
 def _journal_of(out: Path) -> Path:
@@ -238,9 +238,9 @@ def _locked(path: Path) -> IO[bytes]:
     return file
 
 
-def _index(file: IO[bytes], path: Path) -> dict[int, _Place]:
+def _index(file: IO[bytes], path: Path) -> dict[int, _Extent]:
     """The answers in a file, by line. The last one counts only if its line is whole. Raises ConfigError for others."""
-    places: dict[int, _Place] = {}
+    extents: dict[int, _Extent] = {}
     file.seek(0)
     start = 0
     for row, data in enumerate(file, 1):
@@ -248,14 +248,14 @@ def _index(file: IO[bytes], path: Path) -> dict[int, _Place]:
             break
         where = f"{path} line {row}"
         facts = read_object(data, _ANSWER, where=where)
-        if facts["line"] in places:
+        if facts["line"] in extents:
             raise ConfigError(f"{where} answers line {facts['line']} once more; expected each line once")
-        places[facts["line"]] = _place(facts, start, start + len(data))
+        extents[facts["line"]] = _extent(facts, start, start + len(data))
         start += len(data)
-    return places
+    return extents
 
 
-def _require_same(done: dict[int, _Place], source: _Source, path: Path, settings: str) -> None:
+def _require_same(done: dict[int, _Extent], source: _Source, path: Path, settings: str) -> None:
     """Raises ConfigError if an answer is not of this input under these settings."""
     digests = {line.number: line.digest for line in _lines(source, settings)} if done else {}
     for number, place in done.items():
@@ -266,7 +266,7 @@ def _require_same(done: dict[int, _Place], source: _Source, path: Path, settings
             )
 
 
-def _finish(journal: IO[bytes], done: dict[int, _Place], out: Path) -> None:
+def _finish(journal: IO[bytes], done: dict[int, _Extent], out: Path) -> None:
     """Makes the output of the journal, in the order of the input, and removes the journal."""
     temporary = out.with_name(out.name + ".tmp")
     with temporary.open("wb") as file:
@@ -279,5 +279,5 @@ def _finish(journal: IO[bytes], done: dict[int, _Place], out: Path) -> None:
     _journal_of(out).unlink()
 
 
-def _summary(done: dict[int, _Place], lines: int) -> Summary:
+def _summary(done: dict[int, _Extent], lines: int) -> Summary:
     return Summary(lines, sum(p.broken for p in done.values()), sum(p.failed for p in done.values()))

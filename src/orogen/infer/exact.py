@@ -1,4 +1,4 @@
-"""Logits that are the same to the bit however a text is cut, and whatever is computed beside it.
+"""Logits that are the same to the bit however a text is divided into pieces, and whatever is computed beside it.
 
 A text is computed in pieces of `chunk` tokens that begin at its multiples, each row by itself, so that every number
 comes from one program of one shape. States are kept as they were after the last whole piece; the tokens after it are

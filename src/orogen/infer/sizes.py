@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 from orogen.config.checks import require
 from orogen.config.engine import EngineConfig
+from orogen.config.kinds import reading
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
+from orogen.cost.kind import request_cache
 from orogen.infer.capacity import Capacity
-
-PAGED, RECURRENT = "*+", "Mmw"  # letters whose layers keep pages, and what does not grow with the text
 
 
 class Sizes(NamedTuple):
@@ -48,8 +48,9 @@ def sizes_of(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> Size
     # Drafts beyond the last token have positions too.
     length = min(config.max_length, (model.learned_positions or config.max_length + drafts) - drafts)
     reach = -(-(length + drafts) // config.page)
-    paged = any(letter in PAGED for letter in letters)
-    recurrent = any(letter in RECURRENT for letter in letters)
+    kept = [request_cache(letter, model) for letter in letters]
+    paged = any(cache.token and cache.window is None for cache in kept)
+    recurrent = any(cache.window is not None or cache.channels or cache.taps for cache in kept)
     pages = (config.pages or slots * reach) if paged else 0
     return Sizes(
         ranks=plan.data, slots=slots, length=length, drafts=drafts, reach=min(reach, pages) if paged else 1,
@@ -64,9 +65,9 @@ def _check(model: ModelConfig, plan: PlanConfig, config: EngineConfig) -> None:
     require(plan.stage == 1, plan, "stage", anywhere)
     if plan.context > 1:  # see `model.context_cache`
         letters = {*model.layers.main, *model.layers.mtp}
-        gathers = plan.context_attention == "allgather" or not letters & set("*+w")
+        gathers = plan.context_attention == "allgather" or not letters & set(reading("context_attention"))
         require(gathers, plan, "context_attention", "allgather in an engine: each rank has all pages")
-        passes = plan.context_ssm == "state" or not letters & set("Mm")
+        passes = plan.context_ssm == "state" or not letters & set(reading("context_ssm"))
         require(passes, plan, "context_ssm", "state in an engine: each rank has all heads")
     require(plan.capacity_factor is None, plan, "capacity_factor", "None: no token is dropped here")
     require(plan.buffer_factor is None, plan, "buffer_factor", "None: no token is dropped here")

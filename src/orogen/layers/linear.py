@@ -29,9 +29,9 @@ from orogen.layers.thin import thin_grouped, thin_products
 from orogen.parallel.axes import SHARDED
 from orogen.parallel.plan import Plan
 from orogen.parallel.rounding_state import Rounding
-from orogen.precision.calibration import Place, measured_products
-from orogen.precision.emulated import How, Places, rounded_products
-from orogen.precision.expert_rows import GroupedHow, RowPlaces, Rows, expert_rows, rounded_grouped
+from orogen.precision.calibration import Site, measured_products
+from orogen.precision.emulated import How, Offsets, rounded_products
+from orogen.precision.expert_rows import GroupedHow, RowOffsets, RowOrder, expert_rows, rounded_grouped
 from orogen.precision.fp8 import fp8_matmul
 from orogen.precision.scaled import weight_for
 
@@ -95,10 +95,10 @@ def _linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, kind: str |
         return _products(x_btd, given, plan)
     weights_df = [weight_for(x_btd, w) for w in given]
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, weights_df, _place(weights[0], measured, plan, (kind, call)))
+        return _measured(x_btd, weights_df, _site(weights[0], measured, plan, (kind, call)))
     if kind is not None and (products := plan.recipe.products(kind)) is not None:
         how, probe = _how(products, plan, kind, call)
-        return rounded_products(x_btd, weights_df, how, _places(x_btd, weights, plan), probe)
+        return rounded_products(x_btd, weights_df, how, _offsets(x_btd, weights, plan), probe)
     if unknown := formats.names() - {PLAIN, FP8}:
         raise ValueError(f"a recipe names the format {sorted(unknown)[0]!r}; expected {PLAIN} or {FP8}")
     parts_nf = fp8_matmul(flat(x_btd), weights_df, formats=formats, quantize=plan.config.quantize)
@@ -111,7 +111,7 @@ def linear_plain(x_btd: Array, weight: Weight, plan: Plan, kind: str | None = No
     base = base_of(weight)
     given = plan.weight(base)
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured(x_btd, (weight_for(x_btd, given),), _place(base, measured, plan, (kind, call)))[0]
+        return _measured(x_btd, (weight_for(x_btd, given),), _site(base, measured, plan, (kind, call)))[0]
     return _adapted(_products(x_btd, (given,), plan)[0], x_btd, weight, plan)
 
 
@@ -138,7 +138,7 @@ def grouped(
     kind: str | None = None,
     *,
     call: int = 0,
-    rows: tuple[Rows, int] | None = None,
+    rows: tuple[RowOrder, int] | None = None,
 ) -> Array:
     """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
     `rows_of_experts`, if the recipe rounds them."""
@@ -150,7 +150,7 @@ def grouped(
 
 def _grouped(
     x_rd: Array, weight: nnx.Param, group_sizes: Array | RowGroups | int, plan: Plan, *,
-    product: tuple[str | None, int], rows: tuple[Rows, int] | None,
+    product: tuple[str | None, int], rows: tuple[RowOrder, int] | None,
 ) -> Array:  # fmt: skip
     kind, call = product
     given, implementation = plan.weight(weight), plan.config.grouped_matmul
@@ -160,7 +160,7 @@ def _grouped(
             return y_rf
     weight_edf = weight_for(x_rd, given)
     if (measured := plan.recipe.measures(kind)) is not None:
-        return _measured_rows(x_rd, weight_edf, group_sizes, _place(weight, measured, plan, (kind, call)))
+        return _measured_rows(x_rd, weight_edf, group_sizes, _site(weight, measured, plan, (kind, call)))
     products = None if kind is None else plan.recipe.products(kind)
     if kind is None or products is None:
         return GROUPED[plan.recipe.grouped](x_rd, weight_edf, group_sizes, implementation=implementation)
@@ -170,41 +170,41 @@ def _grouped(
     at = _rounding(plan)
     in_axis, out_axis = weight.get_metadata()["axes"][-2:]
     first = (plan.index("expert") * weight_edf.shape[0], _first(in_axis, weight_edf.shape[1], plan))
-    places = RowPlaces(at.key, at.layer_l[0], *map(_word, (*first, _first(out_axis, weight_edf.shape[2], plan))))
+    offsets = RowOffsets(at.key, at.layer_l[0], *map(_word, (*first, _first(out_axis, weight_edf.shape[2], plan))))
     grouped_how = GroupedHow(how, rows[1], implementation)
-    settings: Any = {"rows": rows[0], "how": grouped_how, "places": places, "probe": probe}
+    settings: Any = {"rows": rows[0], "how": grouped_how, "offsets": offsets, "probe": probe}
     return rounded_grouped(x_rd, weight_edf, group_sizes, **settings)
 
 
-def _measured(x_btd: Array, weights_df: Sequence[Array], place: Place) -> tuple[Array, ...]:
+def _measured(x_btd: Array, weights_df: Sequence[Array], site: Site) -> tuple[Array, ...]:
     """`linears`, measured."""
 
     def product(x_btd: Array, weights_df: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(multiply(x_btd, w_df) for w_df in weights_df)
 
-    return measured_products(x_btd, weights_df, product, place)
+    return measured_products(x_btd, weights_df, product, site)
 
 
-def _measured_rows(x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroups | int, place: Place) -> Array:
+def _measured_rows(x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroups | int, site: Site) -> Array:
     """`grouped`, measured. Candidates are scored where the experts' outputs are combined (`moe/layer.py`)."""
     if isinstance(group_sizes, RowGroups):
         raise ValueError("rows that name their experts cannot be measured; expected rows sorted by expert")
-    plan = place.plan
+    plan = site.plan
     product = GROUPED[plan.recipe.grouped]
     held = True if isinstance(group_sizes, int) else (jnp.arange(len(x_rd)) < jnp.sum(group_sizes))[:, None]
 
     def rows(x_rd: Array, weights_edf: Sequence[Array]) -> tuple[Array, ...]:
         return (product(x_rd, weights_edf[0], group_sizes, implementation=plan.config.grouped_matmul),)
 
-    alone = place._replace(measured=dataclasses.replace(place.measured, candidates=()))
+    alone = site._replace(measured=dataclasses.replace(site.measured, candidates=()))
     return measured_products(x_rd, (weight_edf,), rows, alone, counted=held)[0]
 
 
-def _place(weight: nnx.Param, measured: Measured, plan: Plan, product: tuple[str | None, int]) -> Place:
+def _site(weight: nnx.Param, measured: Measured, plan: Plan, product: tuple[str | None, int]) -> Site:
     kind, call = product
     assert kind is not None, "only weights of a kind are measured"
     inputs, outputs = (axis if axis not in (None, *SHARDED) and plan.rules[axis] else None for axis in _axes(weight))
-    return Place(measured, plan, KINDS.index(kind), call, inputs, outputs)
+    return Site(measured, plan, KINDS.index(kind), call, inputs, outputs)
 
 
 def _axes(weight: nnx.Param) -> Sequence[str | None]:
@@ -223,7 +223,7 @@ def token_numbers(x_btd: Array, plan: Plan) -> Array:
     return number_bt if number_bt.shape[1] == x_btd.shape[1] else plan.piece(number_bt, "tensor", dim=1)
 
 
-def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: int) -> tuple[Rows, int]:
+def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: int) -> tuple[RowOrder, int]:
     """How the rows of tokens with these numbers are rounded together; see `precision.expert_rows`."""
     at = _rounding(plan)
     units = [p.token_block for kind in GROUPS["routed"] if (p := plan.recipe.products(kind)) is not None]
@@ -239,12 +239,12 @@ def _how(products: Products, plan: Plan, kind: str, call: int) -> tuple[How, Arr
     return how, None if probe_l is None else probe_l[0, number]
 
 
-def _places(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> Places:
+def _offsets(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> Offsets:
     at, axes = _rounding(plan), [weight.get_metadata()["axes"] for weight in weights]
     shapes = [weight.get_value().shape for weight in weights]
     column_i = tuple(_word(_first(out, shape[1], plan)) for (_, out), shape in zip(axes, shapes, strict=True))
     row = _word(_first(axes[0][0], shapes[0][0], plan))
-    return Places(at.key, at.layer_l[0], token_numbers(x_btd, plan), row, column_i)
+    return Offsets(at.key, at.layer_l[0], token_numbers(x_btd, plan), row, column_i)
 
 
 def _first(axis: str | None, size: int, plan: Plan) -> Array | int:

@@ -108,3 +108,8 @@ class MLP(nnx.Module):
         with jax.named_scope("down"):
             # The ranks' partial products are summed first, so that the bias is added once.
             return add_bias(plan.leave(linear(hidden_btf, self.down, plan, f"{self.kind}_down")), self.down_bias)
+
+
+def dense_mlp(config: ModelConfig, rngs: nnx.Rngs) -> MLP:
+    """The MLP of a layer of its own."""
+    return MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)

@@ -32,13 +32,14 @@ the identity. One perceiver resampler (`resampler.py`), a part of the model like
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.enter`, `plan.leave`, `plan.sum`, …; and
 `start` and `cache_axes` for what it is `given` with the first piece of a sequence: `KeyValues` or `Recurrent` of
 `model/cache.py`, or a class of its own with a method `with_piece`; None for a mixer without memory.
-Then give its letter a row in each table that has one per letter: its name in `LAYERS` (`config/pattern.py`), the mixer
-in `MIXERS` (`model/block.py`), `LAYER_FLOPS`, `LAYER_COLLECTIVES`, `LAYER_WEIGHTS`, `LAYER_KEPT` and `LAYER_PRODUCTS`
-(`cost/flops.py`, `collectives.py`, `weights.py`, and `kept.py` both), `LAYER_OPERATIONS` (`simulate/operations.py`),
-and its weights' kinds in `LETTER_KINDS` (`config/rounded.py`) and `PRODUCTS` (`config/products.py`); the fields that
-only it reads in `MODEL_LETTERS` (`config/readers.py`); the names of its intermediates in `NAMES` (`config/remat.py`);
-its tensors' names in `convert/mixers.py` if checkpoints have it; the units along its parameters' axes in `MIXERS`
-(`compress/slices.py`) and its statistics in `compress/importance.py` if it is to be pruned. A letter without a row is
-an error wherever it is looked up. Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds
-one in this way.
+A causal convolution takes the tokens before a piece, or before a rank's part, by `context_ssm.convolve`, and leaves its
+window by `context_cache.with_inputs` (`mamba1.py` is the shortest example). Give large intermediates names
+(`checkpoint_name`), so that they can be kept or recomputed.
+Then write what the layer costs, an `orogen.cost.kind.LayerCosts`, in a file of `orogen/cost/kinds/`: operations,
+parameters, bytes kept, collectives, caches. Last, add one row to `LAYERS` (`config/kinds.py`): the letter, its name,
+where mixer and costs are, the fields that it reads, its intermediates, and for adapters and formats its kinds of
+weight. A new field belongs into `ModelConfig`, with its checks. All else finds the row; `kind_of` refuses a letter
+without one. Only what few layers have is told elsewhere: checkpoints' names (`convert/mixers.py`), and for pruning
+units, which the row names (`compress/slices.py`), and scores (`compress/importance.py`).
+Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.
 """

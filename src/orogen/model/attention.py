@@ -95,6 +95,11 @@ class Attention(nnx.Module):
         return _split(checkpoint_name(add_bias(projected_btf, bias), name), self.head_dim)
 
 
+def sliding_window(config: ModelConfig, rngs: nnx.Rngs) -> Attention:
+    """Attention to the last `ModelConfig.sliding_window` tokens."""
+    return Attention(config, rngs, window=config.sliding_window)
+
+
 class LatentAttention(nnx.Module):
     """Attention with keys and values computed from one latent vector per token (DeepSeek's MLA, arXiv:2412.19437,
     section 2.1.1).

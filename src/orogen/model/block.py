@@ -4,7 +4,6 @@ Letters: b batch, t time, d model.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,35 +12,22 @@ from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from orogen.config.kinds import kind_of, resolved
 from orogen.config.lora import AdaptedModel
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU
 from orogen.config.recipe import FP8
 from orogen.layers.adapter import adapt
 from orogen.layers.documents import Documents
-from orogen.layers.mlp import MLP
 from orogen.layers.norm import make_norm
 from orogen.layers.probe import Seen, change, probe_of, stream_squares
-from orogen.model.attention import Attention, LatentAttention
-from orogen.model.cross_attention import GatedCrossAttention, GatedMLP
-from orogen.model.mamba1 import Mamba1
-from orogen.model.mamba2 import Mamba2
 from orogen.model.remat import checkpointed
-from orogen.moe.layer import MoE
 from orogen.parallel.plan import Plan
 
-# The mixer that each letter of a pattern builds.
-MIXERS: dict[str, Callable[[ModelConfig, nnx.Rngs], nnx.Module]] = {
-    "M": Mamba2,
-    "m": Mamba1,
-    "*": Attention,
-    "w": lambda config, rngs: Attention(config, rngs, window=config.sliding_window),
-    "+": LatentAttention,
-    "-": lambda config, rngs: MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs),
-    "E": MoE,
-    "x": GatedCrossAttention,
-    "g": GatedMLP,
-}
+
+def mixer_of(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The mixer that a letter of the pattern stands for. Raises ConfigError if it stands for none."""
+    return resolved(kind_of(letter).mixer)(config, rngs)
 
 
 class Repeat(NamedTuple):
@@ -125,7 +111,7 @@ class Layer(nnx.Module):
     def __init__(self, letter: str, config: ModelConfig, rngs: nnx.Rngs):
         self.letter = letter
         self.norm = make_norm(config)
-        self.mixer: Any = MIXERS[letter](config, rngs)
+        self.mixer: Any = mixer_of(letter, config, rngs)
         if isinstance(config, AdaptedModel):
             adapt(self.mixer, letter, config.lora, rngs)
 

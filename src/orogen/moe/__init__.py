@@ -15,8 +15,7 @@ bfloat16 parts: a GPU would round float32 operands to 10 bits of fraction (TF32)
 
 **Add a dispatch.** A dispatch is a value of `PlanConfig.dispatch`. Write a class with `dispatch` and `combine` as the
 docstring of `orogen.moe.dispatch` specifies them; its `Ticket` carries whatever `combine` needs. Then add the name to
-`DISPATCHES` there, to `DISPATCHES` in `config/plan.py` and to `DISPATCH_COLLECTIVES` (`cost/collectives.py`), which
-counts what it sends; also to `BUFFERED` there, if its ticket counts overflow. `tests/moe/test_dispatch.py` compares
-every dispatch with `orogen.moe.reference`, and adds one in this way; `orogen verify` compares a plan that uses it with
-one device.
+`DISPATCHES` there, to `DISPATCHES` in `config/plan.py` and to `DISPATCH_COSTS` (`cost/dispatches.py`): what it sends,
+the rows that experts get, and whether its ticket counts overflow. `tests/moe/test_dispatch.py` compares every dispatch
+with `orogen.moe.reference`, and adds one in this way; `orogen verify` compares a plan that uses it with one device.
 """

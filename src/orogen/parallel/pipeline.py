@@ -22,7 +22,7 @@ from jax.interpreters import partial_eval
 from orogen.parallel.dependence import BATCH, BOTH, PARAMETERS, dependence
 from orogen.parallel.plan import Plan
 from orogen.parallel.schedule import Schedule, Tables
-from orogen.parallel.stash import COPIED, STASHES, Copied, InPlace, Place, branches_ts, places
+from orogen.parallel.stash import COPIED, STASHES, Copied, InPlace, Variant, branches_ts, variants
 from orogen.parallel.varying import vary, vary_like
 
 
@@ -89,12 +89,12 @@ class _Traced(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """What the branches of a place are made of."""
+    """What the branches of a variant are made of."""
 
     program: Program
     traced: _Traced
     stash: Copied | InPlace
-    place: Place
+    variant: Variant
 
 
 def run(
@@ -118,7 +118,7 @@ def run(
     nothing = vary(jnp.zeros((), jnp.int32), stage)
     x = plan.vary(x)
     kind = COPIED if grads is None else plan.config.stash  # without gradients nothing is stashed
-    found, stash = places(schedule.tables, program_vp, len(programs), kind=kind), STASHES[kind]()
+    found, stash = variants(schedule.tables, program_vp, len(programs), kind=kind), STASHES[kind]()
     traced = [_trace(p, params, x, plan, nothing=nothing, gradient=grads is not None) for p in programs]
     for passed in traced:
         stash.add(passed.kept)
@@ -133,7 +133,7 @@ def run(
         reports=reports,
     )
     branches = [lambda now, state: (x, state)]
-    compiled = [_Branch(programs[place.program], traced[place.program], stash, place) for place in found]
+    compiled = [_Branch(programs[variant.program], traced[variant.program], stash, variant) for variant in found]
     branches += [functools.partial(_forward, branch, params) for branch in compiled]
     if grads is not None:
         branches += [functools.partial(_backward, branch, (params, x)) for branch in compiled]
@@ -161,21 +161,21 @@ def _of_stage(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
 
 
 def _forward(branch: _Branch, params: Any, now: _Now, state: _State) -> tuple[Array, _State]:
-    program, traced, stash, place = branch
+    program, traced, stash, variant = branch
     x = _get(state.forward_inbox, now.forward_inbox)
     values = jex.jaxpr_as_fun(traced.forward)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     y, loss, *rest = values
     count = traced.report.num_leaves
     report = jax.tree.unflatten(traced.report, rest[:count])
-    held = stash.put(state.stash, place, now.stash, rest[count:])
+    held = stash.put(state.stash, variant, now.stash, rest[count:])
     reports = program.note(state.reports, report, now.chunk, now.microbatch)
     return y, state._replace(stash=held, loss=state.loss + loss, reports=reports)
 
 
 def _backward(branch: _Branch, operands: tuple[Any, Array], now: _Now, state: _State) -> tuple[Array, _State]:
-    program, traced, stash, place = branch
+    program, traced, stash, variant = branch
     params, x = operands
-    residuals = stash.get(state.stash, place, now.stash)
+    residuals = stash.get(state.stash, variant, now.stash)
     residuals += jex.jaxpr_as_fun(traced.recompute)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     gradient = jax.tree.unflatten(traced.gradient, [residuals[i] for i in traced.order])
     dy = _get(state.backward_inbox, now.backward_inbox)

@@ -21,27 +21,27 @@ MOST_ELEMENTS = 2**31
 COPIED, IN_PLACE = "copied", "in_place"
 
 
-class Place(NamedTuple):
+class Variant(NamedTuple):
     """What a branch is compiled for: a program, and a slot of the stash; None: for any slot."""
 
     program: int
     slot: int | None
 
 
-def places(tables: Tables, program_vp: np.ndarray, count: int, *, kind: str) -> list[Place]:
-    """The places of a schedule. program_vp: which of `count` programs chunk v of stage p runs."""
+def variants(tables: Tables, program_vp: np.ndarray, count: int, *, kind: str) -> list[Variant]:
+    """The variants of a schedule. program_vp: which of `count` programs chunk v of stage p runs."""
     if kind == COPIED:
-        return [Place(program, None) for program in range(count)]
+        return [Variant(program, None) for program in range(count)]
     used = {
-        Place(int(program_vp[tables.chunk[t, s], s]), int(tables.stash[t, s]))
+        Variant(int(program_vp[tables.chunk[t, s], s]), int(tables.stash[t, s]))
         for t, s in np.argwhere(tables.operation == FORWARD)
     }
     return sorted(used)
 
 
-def branches_ts(tables: Tables, program_vp: np.ndarray, found: Sequence[Place]) -> np.ndarray:
+def branches_ts(tables: Tables, program_vp: np.ndarray, found: Sequence[Variant]) -> np.ndarray:
     """(ticks, stages) int: the branch of the loop that a stage takes. 0 idles, the next are the forward passes of the
-    places `found`, the last their backward passes."""
+    variants `found`, the last their backward passes."""
     program_ts = program_vp[tables.chunk, np.arange(tables.chunk.shape[1])]
     branch_ts = np.zeros_like(program_ts)
     for index, (program, slot) in enumerate(found):
@@ -86,25 +86,25 @@ class Copied:
         self._kept.append(tuple(kept))
         return self._kept[-1]
 
-    def empty(self, schedule: Schedule, found: Sequence[Place]) -> Any:
+    def empty(self, schedule: Schedule, found: Sequence[Variant]) -> Any:
         """The stash before the first tick."""
         slots = max(schedule.stash_slots)
         pairs = zip(self._kinds, self._lengths, strict=True)
         return tuple(vary(jnp.zeros((slots, length), dtype), axes) for (dtype, axes), length in pairs)
 
-    def put(self, stash: Any, place: Place, slot: Array, values: Sequence[Array]) -> Any:
+    def put(self, stash: Any, variant: Variant, slot: Array, values: Sequence[Array]) -> Any:
         """The stash with the residuals of a forward pass in a slot."""
         stash = list(stash)
-        for kept, value in zip(self._kept[place.program], values, strict=True):
+        for kept, value in zip(self._kept[variant.program], values, strict=True):
             buffer = stash[kept.buffer]
             flat = vary(value.reshape(1, -1), varying_axes(buffer))
             stash[kept.buffer] = lax.dynamic_update_slice(buffer, flat, (slot, jnp.full_like(slot, kept.start)))
         return tuple(stash)
 
-    def get(self, stash: Any, place: Place, slot: Array) -> list[Array]:
+    def get(self, stash: Any, variant: Variant, slot: Array) -> list[Array]:
         """The residuals in a slot."""
         found = []
-        for kept in self._kept[place.program]:
+        for kept in self._kept[variant.program]:
             start = slot, jnp.full_like(slot, kept.start)
             flat = lax.dynamic_slice(stash[kept.buffer], start, (1, math.prod(kept.shape)))
             found.append(flat.reshape(kept.shape))
@@ -112,7 +112,7 @@ class Copied:
 
 
 class InPlace:
-    """Arrays of their own for each place, which differ in number and shape between programs."""
+    """Arrays of their own for each variant, which differ in number and shape between programs."""
 
     def __init__(self) -> None:
         self._avals: list[tuple[Any, ...]] = []
@@ -121,18 +121,18 @@ class InPlace:
         """As of `Copied`."""
         self._avals.append(tuple(avals))
 
-    def empty(self, schedule: Schedule, found: Sequence[Place]) -> Any:
+    def empty(self, schedule: Schedule, found: Sequence[Variant]) -> Any:
         """As of `Copied`."""
         zeros = lambda aval: vary(jnp.zeros(aval.shape, aval.dtype), tuple(sorted(aval.mat.varying)))  # noqa: E731
-        return {place: tuple(zeros(aval) for aval in self._avals[place.program]) for place in found}
+        return {variant: tuple(zeros(aval) for aval in self._avals[variant.program]) for variant in found}
 
-    def put(self, stash: Any, place: Place, slot: Array, values: Sequence[Array]) -> Any:
+    def put(self, stash: Any, variant: Variant, slot: Array, values: Sequence[Array]) -> Any:
         """As of `Copied`."""
-        return {**stash, place: tuple(jnp.asarray(value, value.dtype) for value in values)}
+        return {**stash, variant: tuple(jnp.asarray(value, value.dtype) for value in values)}
 
-    def get(self, stash: Any, place: Place, slot: Array) -> list[Array]:
+    def get(self, stash: Any, variant: Variant, slot: Array) -> list[Array]:
         """As of `Copied`."""
-        return list(stash[place])
+        return list(stash[variant])
 
 
 STASHES = {COPIED: Copied, IN_PLACE: InPlace}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orogen.config.rl import RLConfig
-from orogen.data.packing import Batch, Place, Stream, empty_batch, pack_rows, places
+from orogen.data.packing import Batch, Start, Stream, empty_batch, pack_rows, starts
 from orogen.infer.lookup import NONE
 from orogen.posttrain.advantages import corrected, taught
 from orogen.posttrain.objective import ADVANTAGE, IMPORTANCE, OLD, REFERENCE, ROLLOUT, WEIGHT
@@ -106,7 +106,7 @@ class Mismatch(NamedTuple):
 
 
 # Log-probabilities (b, t) of a packed batch; each position's are those of the next token.
-Score = Callable[[Batch, Sequence[Track], Sequence[Place]], np.ndarray]
+Score = Callable[[Batch, Sequence[Track], Sequence[Start]], np.ndarray]
 # Those under the teachers of the samples' environments, by the environments that have one.
 Taught = Callable[[Sequence[Sample], Batch], Mapping[str, np.ndarray]]
 
@@ -124,7 +124,7 @@ def batch_of(
     rows, length = shape
     held = [(sample, track) for sample in samples for track in sample.tracks]
     tracks = [track for _, track in held]
-    at = places([len(track.ids) for track in tracks], length)
+    at = starts([len(track.ids) for track in tracks], length)
     streams = [Stream(np.array(t.ids, np.int32), np.array(t.chosen, np.float32)) for t in tracks]
     batch = _whole(pack_rows(streams, at, length, pad_id), rows, pad_id)
     routing = {ROUTING: _routing(tracks, at, batch.tokens_bt.shape)} if rl.router_replay else {}
@@ -137,28 +137,28 @@ def batch_of(
         extras[REFERENCE] = reference(batch, tracks, at)
     by_teacher = {} if teachers is None else teachers(samples, batch)
     found = Mismatch()
-    for (sample, track), place in zip(held, at, strict=True):
-        row = _Row(place, trainer_bt, by_teacher.get(sample.environment), extras)
+    for (sample, track), start in zip(held, at, strict=True):
+        row = _Row(start, trainer_bt, by_teacher.get(sample.environment), extras)
         found = found.plus(_lay(sample, track, rl, row))
     return batch._replace(extras=extras), found
 
 
-def _routing(tracks: Sequence[Track], at: Sequence[Place], shape: tuple[int, int]) -> np.ndarray:
+def _routing(tracks: Sequence[Track], at: Sequence[Start], shape: tuple[int, int]) -> np.ndarray:
     """(b, t, l, k) int32: the recorded experts of packed tokens, NONE for others, such as the last of a sequence, which
     no engine reads."""
     known = [track.experts for track in tracks if track.experts is not None]
     if len(known) < len(tracks) or not known:
         raise ValueError("samples without experts; expected an engine that reports them")
     found = np.full((*shape, *known[0].shape[1:]), NONE, np.int32)
-    for experts, place in zip(known, at, strict=True):
-        found[place.row, place.start : place.start + len(experts)] = experts
+    for experts, start in zip(known, at, strict=True):
+        found[start.row, start.start : start.start + len(experts)] = experts
     return found
 
 
 class _Row(NamedTuple):
     """Where a sequence lies, and the arrays (b, t) of its batch. teacher_bt: None without a teacher."""
 
-    place: Place
+    start: Start
     trainer_bt: np.ndarray
     teacher_bt: np.ndarray | None
     extras: dict[str, np.ndarray]
@@ -167,7 +167,7 @@ class _Row(NamedTuple):
 def _lay(sample: Sample, track: Track, rl: RLConfig, at: _Row) -> Mismatch:
     """Writes what the objective needs of one sequence: at position i what is about token i + 1."""
     chosen_t = np.flatnonzero(track.chosen)
-    where = at.place.row, at.place.start + chosen_t - 1
+    where = at.start.row, at.start.start + chosen_t - 1
     rollout_t = np.array(track.rollout, np.float32)[chosen_t]
     fixed = corrected(at.trainer_bt[where], rollout_t, rl)
     sample.largest_gap = max(sample.largest_gap, fixed.largest)

@@ -17,7 +17,7 @@ import numpy as np
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.run import RunConfig
-from orogen.data.packing import Batch, Place
+from orogen.data.packing import Batch, Start
 from orogen.infer.engine import Engine
 from orogen.infer.exact_scores import ExactScores
 from orogen.posttrain.ahead import Ahead
@@ -121,12 +121,12 @@ class RolloutSource:
     def _batch(self, samples: Sequence[Sample], state: Any, engine: Any) -> tuple[Batch, Mismatch]:
         train = self._config.train
 
-        def trained(batch: Batch, tracks: Sequence[Track], at: Sequence[Place]) -> np.ndarray:
+        def trained(batch: Batch, tracks: Sequence[Track], at: Sequence[Start]) -> np.ndarray:
             if self._rl.exact:
                 return self._exactly(batch, tracks, at, engine)
             return self._scorer.of(state.params, state.buffers, batch)
 
-        def referred(batch: Batch, tracks: Sequence[Track], at: Sequence[Place]) -> np.ndarray:
+        def referred(batch: Batch, tracks: Sequence[Track], at: Sequence[Start]) -> np.ndarray:
             assert self._reference is not None
             return self._scorer.of(*self._reference(state), batch._replace(extras={}))  # it routes by itself
 
@@ -135,7 +135,7 @@ class RolloutSource:
             shape=(train.batch_size, train.sequence_length), pad_id=self._pad_id, teachers=self._teachers,
         )  # fmt: skip
 
-    def _exactly(self, batch: Batch, tracks: Sequence[Track], at: Sequence[Place], engine: Engine) -> np.ndarray:
+    def _exactly(self, batch: Batch, tracks: Sequence[Track], at: Sequence[Start], engine: Engine) -> np.ndarray:
         """As `Likelihoods.of`, of chosen tokens, rounded as the engine rounds."""
         if self._exact is None:
             self._exact = ExactScores(engine)

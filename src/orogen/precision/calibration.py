@@ -30,7 +30,7 @@ CLIP = 1e10  # of gradient times error
 Product = Callable[[Array, Sequence[Array]], Sequence[Array]]
 
 
-class Place(NamedTuple):
+class Site(NamedTuple):
     """Of a product: what it measures, on which plan; the number of its kind, and of the product among those of its kind
     in the layer; the axis over which its weights' inputs are split, None: each rank has all; and that of the
     outputs."""
@@ -57,30 +57,30 @@ def probe_shape(layers: int, candidates: int) -> tuple[int, ...]:
 
 
 def measured_products(
-    x: Array, weights: Sequence[Array], product: Product, place: Place, *, counted: Array | bool = True
+    x: Array, weights: Sequence[Array], product: Product, site: Site, *, counted: Array | bool = True
 ) -> tuple[Array, ...]:
-    """The outputs of x (…, d) for each weight (…, d, f), computed and measured as `place` says. counted: which rows of
+    """The outputs of x (…, d) for each weight (…, d, f), computed and measured as `site` says. counted: which rows of
     x there are."""
-    measured, plan = place.measured, place.plan
+    measured, plan = site.measured, site.plan
     rounding = plan.rounding
     if rounding is None:
         raise ValueError("a recipe measures products outside a pass over a batch; expected Plan.in_step")
     if measured.applied is not None:
-        x = _rounded_input(x, measured.applied, place)
-        weights = rounded_weights(weights, measured.applied, place) if measured.weights else weights
+        x = _rounded_input(x, measured.applied, site)
+        weights = rounded_weights(weights, measured.applied, site) if measured.weights else weights
     ys = tuple(product(x, weights))
     if rounding.probe_l is None:
         return ys
-    probe = rounding.probe_l[0, place.kind, place.call]
+    probe = rounding.probe_l[0, site.kind, site.call]
     x = jax.lax.stop_gradient(x)  # nothing below is differentiated, and maxima over ranks have no derivative
     seen = jnp.where(counted, magnitude(x), 0)
     found = plan.agreed(finite_or_infinite(jnp.max(seen, initial=0)))
     errors = []
     for target in measured.candidates:
-        both = _rounded_input(x, target, place), rounded_weights(weights, target, place)
+        both = _rounded_input(x, target, site), rounded_weights(weights, target, site)
         rounded = jax.lax.stop_gradient(tuple(product(*both)))
-        errors.append(_errors(rounded, ys, place.inputs, plan))
-    return _probed(_where(plan, place.inputs), ys, probe, found, errors)
+        errors.append(_errors(rounded, ys, site.inputs, plan))
+    return _probed(_where(plan, site.inputs), ys, probe, found, errors)
 
 
 def with_scores(outcome: Callable[[Plan], Array], targets: Sequence[Target], kinds: Sequence[str], plan: Plan) -> Array:
@@ -140,21 +140,21 @@ def _backward(where, kept, grads):
 _probed.defvjp(_forward, _backward)
 
 
-def _input_largest(place: Place) -> Array | None:
+def _input_largest(site: Site) -> Array | None:
     """The calibrated magnitude of this product's input, a scalar."""
-    rounding = place.plan.rounding
+    rounding = site.plan.rounding
     if rounding is None or rounding.maxima is None:
         return None
-    return jnp.asarray(rounding.maxima)[rounding.layer_l[0], place.kind, place.call]
+    return jnp.asarray(rounding.maxima)[rounding.layer_l[0], site.kind, site.call]
 
 
-def _rounded_input(x: Array, target: Target, place: Place) -> Array:
+def _rounded_input(x: Array, target: Target, site: Site) -> Array:
     """With the calibrated scale; with fp8_channel, with each token's own."""
     if target.format == "plain" or not target.inputs:
         return x
     if target.format == "fp8_channel":
-        largest = _over_ranks(jnp.max(magnitude(x), -1, keepdims=True), (place.inputs,), place.plan)
-    elif (known := _input_largest(place)) is not None:
+        largest = _over_ranks(jnp.max(magnitude(x), -1, keepdims=True), (site.inputs,), site.plan)
+    elif (known := _input_largest(site)) is not None:
         largest = known.reshape([1] * x.ndim)
     else:
         raise ValueError(f"inputs in {target.format} without calibrated magnitudes; expected Plan.maxima")
@@ -163,17 +163,17 @@ def _rounded_input(x: Array, target: Target, place: Place) -> Array:
     return (found.value * found.scale).astype(x.dtype)
 
 
-def rounded_weights(weights: Sequence[Array], target: Target, place: Place) -> tuple[Array, ...]:
+def rounded_weights(weights: Sequence[Array], target: Target, site: Site) -> tuple[Array, ...]:
     """The weights (…, d, f) as the target stores them, decoded. They share the scale of their tensor; with fp8_channel,
     of each output."""
     if target.format == "plain":
         return tuple(weights)
     sizes = [magnitude(w) for w in weights]
     if target.format == "fp8_channel":
-        largest = [_over_ranks(jnp.max(a, -2, keepdims=True), (place.inputs,), place.plan) for a in sizes]
+        largest = [_over_ranks(jnp.max(a, -2, keepdims=True), (site.inputs,), site.plan) for a in sizes]
     else:
-        axes = (place.inputs, place.outputs)
-        each = [_over_ranks(jnp.max(a, (-2, -1), keepdims=True), axes, place.plan) for a in sizes]
+        axes = (site.inputs, site.outputs)
+        each = [_over_ranks(jnp.max(a, (-2, -1), keepdims=True), axes, site.plan) for a in sizes]
         largest = [functools.reduce(jnp.maximum, each)] * len(weights)
     found = []
     for w, most in zip(weights, largest, strict=True):

@@ -27,7 +27,7 @@ from orogen.precision.words import columns, operand_key, words
 WEIGHT, ACTIVATION, GRADIENT, OVER_TOKENS = 0, 16, 32, 8
 
 
-class Places(NamedTuple):
+class Offsets(NamedTuple):
     """Where a product's operands lie in the whole tensors; what random words are made of. key: of the step; layer: its
     number; number_bt: of each token; row: the first of this rank's rows of the weights; column_i: of each weight, the
     first of this rank's columns."""
@@ -54,37 +54,37 @@ class How(NamedTuple):
 
 
 def rounded_products(
-    x_btd: Array, weights_df: Sequence[Array], how: How, places: Places, probe: Array | None
+    x_btd: Array, weights_df: Sequence[Array], how: How, offsets: Offsets, probe: Array | None
 ) -> tuple[Array, ...]:
     """x w (b, t, f) in x's dtype for each weight (d, f). The weights share a tensor scale, as do the gradients of their
     outputs. probe: (operands, counters) zeros whose gradient is the counters, if `how.counted`."""
     probe = jnp.zeros(()) if probe is None else probe
-    operands = (x_btd, tuple(weights_df), probe, places)
+    operands = (x_btd, tuple(weights_df), probe, offsets)
     return _products(how, *vary_like(operands, operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _products(how: How, x_btd: Array, weights_df: tuple[Array, ...], probe: Array, places: Places) -> Any:
-    return _forward(how, x_btd, weights_df, probe, places)[0]
+def _products(how: How, x_btd: Array, weights_df: tuple[Array, ...], probe: Array, offsets: Offsets) -> Any:
+    return _forward(how, x_btd, weights_df, probe, offsets)[0]
 
 
-def _forward(how, x_btd, weights_df, probe, places):
+def _forward(how, x_btd, weights_df, probe, offsets):
     pair, counted = how.products.forward, jnp.zeros((2, len(COUNTS)))
     if pair is None:
         y_btf = tuple((_flat(x_btd) @ w_df).reshape(*x_btd.shape[:2], -1) for w_df in weights_df)
     else:
-        x, x_counts = _activations(how, Joined.of((x_btd,), 1), pair[0], 2, places, name=ACTIVATION)
+        x, x_counts = _activations(how, Joined.of((x_btd,), 1), pair[0], 2, offsets, name=ACTIVATION)
         joint = Joined.of(weights_df, how.unit)
-        w, w_counts = _weights(how, joint, pair[1], 0, places)
+        w, w_counts = _weights(how, joint, pair[1], 0, offsets)
         y_btf = joint.split(_times(_contract(x.value, w.value, 0), (x, w), x_btd))
         counted = jnp.stack([x_counts, w_counts])
-    return y_btf, (x_btd, weights_df, places, counted)
+    return y_btf, (x_btd, weights_df, offsets, counted)
 
 
 def _backward(how, kept, grads_btf):
-    x_btd, weights_df, places, counted = kept
-    dx_btd, dx_counts = _input_gradient(how, x_btd, weights_df, grads_btf, places)
-    dweights_df, dw_counts = _weight_gradient(how, x_btd, weights_df, grads_btf, places)
+    x_btd, weights_df, offsets, counted = kept
+    dx_btd, dx_counts = _input_gradient(how, x_btd, weights_df, grads_btf, offsets)
+    dweights_df, dw_counts = _weight_gradient(how, x_btd, weights_df, grads_btf, offsets)
     stats = jnp.concatenate([counted, dx_counts, dw_counts]) if how.counted else jnp.zeros(())
     return dx_btd, dweights_df, vary_like(stats, (x_btd, weights_df)), None
 
@@ -92,24 +92,24 @@ def _backward(how, kept, grads_btf):
 _products.defvjp(_forward, _backward)
 
 
-def _input_gradient(how, x_btd, weights_df, grads_btf, places):
+def _input_gradient(how, x_btd, weights_df, grads_btf, offsets):
     pair = how.products.input_gradient
     if pair is None:
         dx_nd = jnp.concatenate([_flat(g_btf) for g_btf in grads_btf], 1) @ jnp.concatenate(weights_df, 1).T
         return dx_nd.reshape(x_btd.shape).astype(x_btd.dtype), jnp.zeros((2, len(COUNTS)))
-    grad, g_counts = _activations(how, Joined.of(grads_btf, how.unit), pair[0], 2, places, name=GRADIENT)
-    w, w_counts = _weights(how, Joined.of(weights_df, how.unit), pair[1], 1, places)
+    grad, g_counts = _activations(how, Joined.of(grads_btf, how.unit), pair[0], 2, offsets, name=GRADIENT)
+    w, w_counts = _weights(how, Joined.of(weights_df, how.unit), pair[1], 1, offsets)
     return _times(_contract(grad.value, w.value, 1), (grad, w), x_btd), jnp.stack([g_counts, w_counts])
 
 
-def _weight_gradient(how, x_btd, weights_df, grads_btf, places):
+def _weight_gradient(how, x_btd, weights_df, grads_btf, offsets):
     pair = how.products.weight_gradient
     if pair is None:
         found = (_flat(x_btd).T @ _flat(g_btf) for g_btf in grads_btf)
         return tuple(dw.astype(w.dtype) for dw, w in zip(found, weights_df, strict=True)), jnp.zeros((2, len(COUNTS)))
     joint = Joined.of(grads_btf, how.unit)
-    x, x_counts = _activations(how, Joined.of((x_btd,), 1), pair[0], 1, places, name=ACTIVATION + OVER_TOKENS)
-    grad, g_counts = _activations(how, joint, pair[1], 1, places, name=GRADIENT + OVER_TOKENS)
+    x, x_counts = _activations(how, Joined.of((x_btd,), 1), pair[0], 1, offsets, name=ACTIVATION + OVER_TOKENS)
+    grad, g_counts = _activations(how, joint, pair[1], 1, offsets, name=GRADIENT + OVER_TOKENS)
     parts = joint.split(_sum_over_tokens(x, grad))
     found = tuple(dw.astype(w.dtype) for dw, w in zip(parts, weights_df, strict=True))
     return found, jnp.stack([x_counts, g_counts])
@@ -154,7 +154,7 @@ class Joined(NamedTuple):
         return tuple(array[..., start : start + width] for start, width in zip(starts, self.widths, strict=True))
 
     def columns(self, first_i: Sequence[Array]) -> Array:
-        """The places of the columns, of which each part's first ones are given; no two parts share a place."""
+        """The offsets of the columns, of which each part's first ones are given; no two parts share a place."""
         apart = [
             columns(first + np.uint32(i << 26), n)
             for i, (first, n) in enumerate(zip(first_i, self.filled, strict=True))
@@ -163,30 +163,30 @@ class Joined(NamedTuple):
 
 
 def _activations(
-    how: How, joint: Joined, operand: Operand, axis: int, places: Places, *, name: int
+    how: How, joint: Joined, operand: Operand, axis: int, offsets: Offsets, *, name: int
 ) -> tuple[Encoded, Array]:
     """Activations or gradients (b, t, f), rounded along `axis`, and their counters."""
     x = prepared(joint.array, operand, axis)
     largest = _largest(how.plan, x, (1, 2), operand, ("context", "tensor"))
     random = None
     if operand.stochastic:
-        key = operand_key(places.key, places.layer, how.name * 64 + name)
-        first_i = (places.row,) if name < GRADIENT else places.column_i
+        key = operand_key(offsets.key, offsets.layer, how.name * 64 + name)
+        first_i = (offsets.row,) if name < GRADIENT else offsets.column_i
         place_f = _filled(joint.columns(first_i), x.shape[2])
-        random = words(key, _filled(places.number_bt, x.shape[1]), place_f)
+        random = words(key, _filled(offsets.number_bt, x.shape[1]), place_f)
     blocks = tuple(operand.block or 1 if i == axis else 1 for i in range(3))
     return _kept(how, joint, x, encode(x, operand, blocks, largest, random), (operand, axis))
 
 
-def _weights(how: How, joint: Joined, operand: Operand, axis: int, places: Places) -> tuple[Encoded, Array]:
+def _weights(how: How, joint: Joined, operand: Operand, axis: int, offsets: Offsets) -> tuple[Encoded, Array]:
     """Weights (d, f), rounded along `axis`, and their counters."""
     w = prepared(joint.array, operand, axis)
     largest = _largest(how.plan, w, (0, 1), operand, ("tensor",))
     random = None
     if operand.stochastic:
-        key = operand_key(places.key, places.layer, how.name * 64 + WEIGHT)
-        place_f = _filled(joint.columns(places.column_i), w.shape[1])
-        random = words(key, columns(places.row, w.shape[0]), place_f)
+        key = operand_key(offsets.key, offsets.layer, how.name * 64 + WEIGHT)
+        place_f = _filled(joint.columns(offsets.column_i), w.shape[1])
+        random = words(key, columns(offsets.row, w.shape[0]), place_f)
     blocks = tuple(operand.block or 1 if operand.square or i == axis else 1 for i in range(2))
     return _kept(how, joint, w, encode(w, operand, blocks, largest, random), (operand, axis))
 
@@ -209,12 +209,14 @@ def along_axis(mask: Array, axis: int, ndim: int) -> Array:
     return mask.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
-def _filled(places: Array, length: int) -> Array:
-    """Places for what fills up the last block of the last axis too: a transform spreads numbers over it."""
-    if places.shape[-1] == length:
-        return places
-    more = jnp.arange(length - places.shape[-1], dtype=places.dtype) + np.asarray(1 << 30, places.dtype)
-    return jnp.concatenate([places, jnp.broadcast_to(more, (*places.shape[:-1], len(more))) + places[..., :1]], axis=-1)
+def _filled(offsets: Array, length: int) -> Array:
+    """Offsets for what fills up the last block of the last axis too: a transform spreads numbers over it."""
+    if offsets.shape[-1] == length:
+        return offsets
+    more = jnp.arange(length - offsets.shape[-1], dtype=offsets.dtype) + np.asarray(1 << 30, offsets.dtype)
+    return jnp.concatenate(
+        [offsets, jnp.broadcast_to(more, (*offsets.shape[:-1], len(more))) + offsets[..., :1]], axis=-1
+    )
 
 
 def prepared(x: Array, operand: Operand, axis: int) -> Array:

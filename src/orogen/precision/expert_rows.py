@@ -37,7 +37,7 @@ from orogen.precision.rounding import Encoded, encode, magnitude
 from orogen.precision.words import columns, operand_key, words
 
 
-class Rows(NamedTuple):
+class RowOrder(NamedTuple):
     """Where the rows of a rank's experts belong. number_r: the token's number in the global batch, -1 for a row of no
     token; expert_r: the rank's expert, e for none; tensor_r: the tensor, r for none; place_r: the row's place in order,
     tensors filled up, p for none; filled_e: rows per expert, filled up."""
@@ -49,8 +49,8 @@ class Rows(NamedTuple):
     filled_e: Array
 
 
-class RowPlaces(NamedTuple):
-    """`emulated.Places` of experts' operands. expert: the first of this rank's experts; row, column: of this rank's
+class RowOffsets(NamedTuple):
+    """`emulated.Offsets` of experts' operands. expert: the first of this rank's experts; row, column: of this rank's
     part of the weights."""
 
     key: Array
@@ -62,8 +62,8 @@ class RowPlaces(NamedTuple):
 
 def expert_rows(
     number_r: Array, group_sizes: Array | int, *, experts: int, tokens: int, chunk: int, unit: int
-) -> tuple[Rows, int]:
-    """The rows' places, and the number of filled up rows. tokens: of the global batch; chunk: tokens per tensor; unit:
+) -> tuple[RowOrder, int]:
+    """The rows' offsets, and the number of filled up rows. tokens: of the global batch; chunk: tokens per tensor; unit:
     how many rows are rounded together."""
     rows = len(number_r)
     index_r = jnp.arange(rows, dtype=jnp.int32)
@@ -86,7 +86,7 @@ def expert_rows(
     back = lambda a: jnp.zeros_like(index_r).at[at[2]].set(a.astype(jnp.int32), unique_indices=True)  # noqa: E731
     filled_e = vary_like(jnp.zeros(experts + 1, jnp.int32), expert_r)
     filled_e = filled_e.at[at[0]].add(jnp.where(first & held, filled_s[tensor], 0))[:experts]
-    return Rows(number_r, expert_r, back(tensor), back(place), filled_e), total
+    return RowOrder(number_r, expert_r, back(tensor), back(place), filled_e), total
 
 
 def _differs(a: Array) -> Array:
@@ -106,9 +106,9 @@ def rounded_grouped(
     weights_edf: Array,
     group_sizes: Array | int,
     *,
-    rows: Rows,
+    rows: RowOrder,
     how: GroupedHow,
-    places: RowPlaces,
+    offsets: RowOffsets,
     probe: Array | None,
 ) -> Array:
     """x w_e (r, f) in x's dtype for the rows of each expert; zero for rows of none. Every expert has a tensor scale of
@@ -116,7 +116,7 @@ def rounded_grouped(
     if isinstance(group_sizes, int):
         group_sizes = jnp.full(len(weights_edf), group_sizes, jnp.int32)
     probe = jnp.zeros(()) if probe is None else probe
-    operands = (x_rd, weights_edf, probe, (group_sizes, rows, places))
+    operands = (x_rd, weights_edf, probe, (group_sizes, rows, offsets))
     return _products(how, *vary_like(operands, operands))
 
 
@@ -126,14 +126,14 @@ def _products(how: GroupedHow, x_rd: Array, weights_edf: Array, probe: Array, at
 
 
 def _forward(how, x_rd, weights_edf, probe, at):
-    sizes, rows, places = at
+    sizes, rows, offsets = at
     pair, counted = how.how.products.forward, jnp.zeros((2, len(COUNTS)))
     multiply = functools.partial(grouped_matmul, implementation=how.implementation)
     if pair is None:
         y_rf = multiply(x_rd, weights_edf, sizes)
     else:
         x, x_counts = _features(how, x_rd, pair[0], at, name=ACTIVATION)
-        w, w_counts = _weights(how, weights_edf, pair[1], 1, places)
+        w, w_counts = _weights(how, weights_edf, pair[1], 1, offsets)
         y_rf = _scaled(multiply(x.value, w.value, sizes), x, w, rows).astype(x_rd.dtype)
         counted = jnp.stack([x_counts, w_counts])
     return y_rf, (x_rd, weights_edf, at, counted)
@@ -152,18 +152,18 @@ _products.defvjp(_forward, _backward)
 
 
 def _input_gradient(how, weights_edf, grad_rf, at):
-    sizes, rows, places = at
+    sizes, rows, offsets = at
     pair = how.how.products.input_gradient
     multiply = functools.partial(grouped_matmul, implementation=how.implementation)
     if pair is None:
         return multiply(grad_rf, weights_edf.swapaxes(1, 2), sizes), jnp.zeros((2, len(COUNTS)))
     grad, g_counts = _features(how, grad_rf, pair[0], at, name=GRADIENT)
-    w, w_counts = _weights(how, weights_edf, pair[1], 2, places)
+    w, w_counts = _weights(how, weights_edf, pair[1], 2, offsets)
     return _scaled(multiply(grad.value, w.value.swapaxes(1, 2), sizes), grad, w, rows), jnp.stack([g_counts, w_counts])
 
 
 def _weight_gradient(how, x_rd, grad_rf, weights_edf, at):
-    sizes, rows, places = at
+    sizes, rows, offsets = at
     pair = how.how.products.weight_gradient
     if pair is None:
         return _outer(how, x_rd, grad_rf, weights_edf, sizes), jnp.zeros((2, len(COUNTS)))
@@ -186,21 +186,21 @@ def _outer(how: GroupedHow, x_rd: Array, grad_rf: Array, weights_edf: Array, siz
     return jax.vjp(multiply, zeros)[1](grad_rf.astype(x_rd.dtype))[0]
 
 
-def _scaled(y_rf: Array, left: Encoded, weights: Encoded, rows: Rows) -> Array:
-    """Rows times their own scale and that of their expert's weights."""
+def _scaled(y_rf: Array, left: Encoded, weights: Encoded, rows: RowOrder) -> Array:
+    """RowOrder times their own scale and that of their expert's weights."""
     scale_e = weights.scale[:, 0]
     expert_r = jnp.minimum(rows.expert_r, len(scale_e) - 1) if len(scale_e) > 1 else 0 * rows.expert_r
     return y_rf.astype(jnp.float32) * left.scale * scale_e[expert_r]
 
 
 def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
-    """Rows rounded along their features, and the operand's counters."""
-    _, rows, places = at
+    """RowOrder rounded along their features, and the operand's counters."""
+    _, rows, offsets = at
     moved = prepared(x_rd, operand, 1)
-    random = _row_words(how, operand, places, (rows.number_r, rows.expert_r), name=name, width=moved.shape[1])
+    random = _row_words(how, operand, offsets, (rows.number_r, rows.expert_r), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, rows.tensor_r)
     found = encode(moved, operand, (1, operand.block or 1), largest, random)
-    # Rows of no token do not count, nor do their blocks: other ranks, or none, multiply them.
+    # RowOrder of no token do not count, nor do their blocks: other ranks, or none, multiply them.
     held_r = rows.tensor_r < len(x_rd)
     found = found._replace(unit=jnp.where(along_axis(held_r, 0, found.unit.ndim), found.unit, 0))
     held_d = held_along(jnp.ones(x_rd.shape[1], bool), moved.shape[1], operand.hadamard)
@@ -208,8 +208,8 @@ def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: 
 
 
 def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
-    """Rows in order, filled up (p, d), rounded along the rows, and the operand's counters."""
-    _, rows, places = at
+    """RowOrder in order, filled up (p, d), rounded along the rows, and the operand's counters."""
+    _, rows, offsets = at
     source_p = vary_like(jnp.full(how.filled, len(x_rd), jnp.int32), rows.place_r)
     source_p = source_p.at[rows.place_r].set(jnp.arange(len(x_rd), dtype=jnp.int32), mode="drop")
     placed = lambda a, fill: jnp.take(a, source_p, axis=0, mode="fill", fill_value=fill)  # noqa: E731
@@ -221,7 +221,7 @@ def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name:
     # The filling, too, has random words of its own, since a transform spreads numbers over it.
     number_p, expert_p = placed(rows.number_r, -1)[first_p], placed(rows.expert_r, 0)[first_p]
     number_p += (jnp.arange(how.filled, dtype=jnp.int32) - first_p) * np.int32(1 << 24)
-    random = _row_words(how, operand, places, (number_p, expert_p), name=name, width=moved.shape[1])
+    random = _row_words(how, operand, offsets, (number_p, expert_p), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, tensor_p)
     found = encode(moved, operand, (operand.block or 1, 1), largest, random)
     held_p = held_along(source_p < len(x_rd), how.filled, operand.hadamard)
@@ -235,17 +235,17 @@ def _kept(how: GroupedHow, moved: Array, found: Encoded, dtype: Any, held: Seque
 
 
 def _weights(
-    how: GroupedHow, weights_edf: Array, operand: Operand, axis: int, places: RowPlaces
+    how: GroupedHow, weights_edf: Array, operand: Operand, axis: int, offsets: RowOffsets
 ) -> tuple[Encoded, Array]:
     """Weights rounded along `axis`, and the operand's counters."""
     moved = prepared(weights_edf, operand, axis)
     blocks = tuple(operand.block or 1 if (operand.square and i) or i == axis else 1 for i in range(3))
     random = None
     if operand.stochastic:
-        key = operand_key(places.key, places.layer, how.how.name * 64 + WEIGHT)
-        row = columns(places.row, moved.shape[1])
-        row_ed = columns(places.expert, moved.shape[0])[:, None] * np.uint32(0x9E3779B9) + row
-        random = words(key, row_ed, columns(places.column, moved.shape[2]))
+        key = operand_key(offsets.key, offsets.layer, how.how.name * 64 + WEIGHT)
+        row = columns(offsets.row, moved.shape[1])
+        row_ed = columns(offsets.expert, moved.shape[0])[:, None] * np.uint32(0x9E3779B9) + row
+        random = words(key, row_ed, columns(offsets.column, moved.shape[2]))
     largest = jnp.ones((1, 1, 1))
     if operand.scale != "power":
         largest = finite_or_infinite(jnp.max(magnitude(moved), (1, 2), keepdims=True))
@@ -256,17 +256,17 @@ def _weights(
 
 
 def _row_words(
-    how: GroupedHow, operand: Operand, places: RowPlaces, tokens: tuple[Array, Array], *, name: int, width: int
+    how: GroupedHow, operand: Operand, offsets: RowOffsets, tokens: tuple[Array, Array], *, name: int, width: int
 ) -> Array | None:
     """Random words for rows of `width` numbers, if the operand needs any. tokens: their numbers and their experts."""
     if not operand.stochastic:
         return None
     number_r, expert_r = tokens
-    key = operand_key(places.key, places.layer, how.how.name * 64 + name)
+    key = operand_key(offsets.key, offsets.layer, how.how.name * 64 + name)
     # A token has a row at each of its experts.
-    expert_r = places.expert.astype(jnp.uint32) + expert_r.astype(jnp.uint32)
+    expert_r = offsets.expert.astype(jnp.uint32) + expert_r.astype(jnp.uint32)
     row_r = number_r.astype(jnp.uint32) + expert_r * np.uint32(0x9E3779B9)
-    first = places.column if name >= GRADIENT else places.row
+    first = offsets.column if name >= GRADIENT else offsets.row
     return words(key, row_r, columns(first, width))
 
 

@@ -24,7 +24,7 @@ from orogen.model.lm import build
 from orogen.model.stages import Stages
 from orogen.parallel.legal import fold_plan
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
-from orogen.parallel.stash import branches_ts, places
+from orogen.parallel.stash import branches_ts, variants
 from orogen.precision.policy import working_copy
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
 from orogen.simulate.jaxprs import equations, jaxpr_collectives, opened, product, product_flops
@@ -119,7 +119,7 @@ def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
     """The same, averaged over a pipeline's stages. At each tick a stage takes the branch that the schedule names."""
     schedule: Any = plan.schedule
     kinds, kind_vp = stages.kinds(plan.recipes), stages.kind_vp(plan.recipes)
-    found = places(schedule.tables, kind_vp, len(kinds), kind=plan.config.stash)
+    found = variants(schedule.tables, kind_vp, len(kinds), kind=plan.config.stash)
     branch_ts = branches_ts(schedule.tables, kind_vp, found)
     choices = [e for times, e in equations(jaxpr, product) if e.primitive.name == "cond" and times == schedule.ticks]
     (choice,) = [e for e in choices if len(e.params["branches"]) == 1 + 2 * len(found)]

@@ -13,9 +13,11 @@ from orogen.config.dtype import BYTES, state_bytes
 from orogen.config.engine import IN_FP8, KEPT, EngineConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.cost.kept import FLOAT32, local
-from orogen.cost.ledger import OUTER, Ledger, Workload
-from orogen.cost.weights import Weight, weights
+from orogen.cost.kind import costs_of
+from orogen.cost.ledger import FLOAT32, OUTER, Ledger, Workload
+from orogen.cost.local import local
+from orogen.cost.weight import Weight
+from orogen.cost.weights import weights
 from orogen.parallel.legal import fold_plan
 from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.passes import FORWARD, LOGITS, TOKENS, Passes
@@ -70,23 +72,13 @@ def cache_of(model: ModelConfig, plan: PlanConfig, engine: EngineConfig) -> Cach
     token = windowed = states = ring = decoded = 0.0
     letters = model.layers.main + (model.layers.mtp if engine.drafter == "mtp" else "")
     for letter in letters:
-        if letter in "*w":
-            more = 2 * here.split(model.num_key_value_heads) * model.head_dim * kept + INT32
-            token, windowed = (token + more, windowed) if letter == "*" else (token, windowed + more)
-        elif letter == "+":
-            token += (model.kv_lora_rank + model.qk_rope_head_dim) * kept + INT32
-        elif letter == "M":
-            heads, shared = here.split(model.mamba_num_heads), here.split(model.n_groups) * model.ssm_state_size
-            inner = heads * model.mamba_head_dim
-            states += inner * state
-            decoded += inner * whole
-            states += (model.conv_kernel - 1) * (inner + 2 * shared) * size
-            ring += engine.replayed * ((inner + shared) * size + heads * FLOAT32)
-        elif letter == "m":
-            inner = here.split(model.mamba_intermediate_size)
-            states += inner * (state + (model.conv_kernel - 1) * size)
-            decoded += inner * whole
-            ring += engine.replayed * inner * (size + FLOAT32)
+        cached = costs_of(letter).cache(here)
+        if cached.token:
+            more = cached.token * kept + INT32
+            token, windowed = (token + more, windowed) if cached.window is None else (token, windowed + more)
+        states += cached.channels * state + cached.taps * size
+        decoded += cached.channels * whole
+        ring += engine.replayed * (cached.replayed * size + cached.replayed_float32 * FLOAT32)
     return Cache(token, windowed, states, ring, decoded)
 
 

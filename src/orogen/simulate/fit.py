@@ -16,7 +16,8 @@ from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig, TrainConfig
 from orogen.cost.assemble import assemble
-from orogen.cost.weights import Weight, changed, weights
+from orogen.cost.weight import Weight
+from orogen.cost.weights import changed, weights
 from orogen.infer.generate import engine_for
 from orogen.infer.prepare import buckets_of
 from orogen.infer.programs import Programs

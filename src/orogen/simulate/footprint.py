@@ -12,9 +12,12 @@ from orogen.config.dtype import BYTES
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import OptimizerConfig
-from orogen.cost.kept import FLOAT32, Local, kept_bytes, named_bytes, workspace
-from orogen.cost.ledger import OUTER, Ledger, Workload
-from orogen.cost.weights import Weight, Weights, weights
+from orogen.cost.kept import kept_bytes, named_bytes
+from orogen.cost.kind import costs_of
+from orogen.cost.ledger import FLOAT32, OUTER, Ledger, Workload
+from orogen.cost.local import Local
+from orogen.cost.weight import Weight
+from orogen.cost.weights import Weights, weights
 from orogen.simulate.pipeline import Flight
 from orogen.simulate.prediction import MEMORY_PARTS, StageMemory
 
@@ -185,7 +188,7 @@ def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Hel
             default=0.0,
         )
     alone = max(*arrays.values(), loss, 0.0)
-    working = max((size + workspace(letter, here) for letter, size in arrays.items()), default=0.0)
+    working = max((size + costs_of(letter).workspace(here) for letter, size in arrays.items()), default=0.0)
     return alone + gathered, max(0.0, working - alone)
 
 

@@ -19,7 +19,7 @@ from orogen.model.layout import Layout
 from orogen.model.lm import Built
 from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
-from orogen.parallel.stash import IN_PLACE, places
+from orogen.parallel.stash import IN_PLACE, variants
 from orogen.precision.policy import working_copy
 from orogen.train import carry
 from orogen.train.formats import in_formats
@@ -104,7 +104,7 @@ def activations(
 ) -> dict[str, dict[str, Any]]:
     """{letter: the layers live at once, with those of the MTP block once per depth, and one layer's bytes by name}, of
     a microbatch; for a pipeline, of the fullest chunk, once per slot of the stash or, if residuals stay in place, of
-    all places of the schedule."""
+    all variants of the schedule."""
     pattern, found = model.layers, {}
     plan, one_stage = (make_plan(c, model, abstract=True) for c in (sizes, dataclasses.replace(sizes, stage=1)))
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
@@ -117,11 +117,11 @@ def activations(
 
 
 def _in_place(model: ModelConfig, plan: Plan, layout: Layout) -> str:
-    """The layers of all places of a pipeline's schedule, if its residuals stay in place."""
+    """The layers of all variants of a pipeline's schedule, if its residuals stay in variant."""
     if plan.schedule is None or not isinstance(layout, Stages) or plan.config.stash != IN_PLACE:
         return ""
     kinds, kind_vp = layout.kinds(plan.recipes), layout.kind_vp(plan.recipes)
-    held = [kinds[place.program] for place in places(plan.schedule.tables, kind_vp, len(kinds), kind=IN_PLACE)]
+    held = [kinds[variant.program] for variant in variants(plan.schedule.tables, kind_vp, len(kinds), kind=IN_PLACE)]
     return "".join(segment.pattern + model.mtp_depths * segment.mtp for segment in held)
 
 

@@ -11,19 +11,14 @@ from orogen.config.plan import PlanConfig
 from orogen.config.remat import FUSED
 from orogen.cost.collectives import embedded, enter
 from orogen.cost.communication import unit_collectives
-from orogen.cost.kept import FLOAT32, kept_bytes, local
-from orogen.cost.ledger import LOAD, MTP, OUTER, PIPELINE, Collective, Ledger, Workload
+from orogen.cost.kept import kept_bytes
+from orogen.cost.ledger import FLOAT32, LOAD, MTP, OUTER, PIPELINE, Collective, Ledger, Workload
+from orogen.cost.local import local
+from orogen.cost.operation import Operation, memory
 from orogen.cost.weights import weights
 from orogen.simulate.hardware import Hardware, Software
 from orogen.simulate.links import KIND_NAMES, kind_of, links_of
-from orogen.simulate.operations import (
-    Operation,
-    end_operations,
-    layer_operations,
-    logit_operations,
-    memory,
-    mtp_operations,
-)
+from orogen.simulate.operations import end_operations, layer_operations, logit_operations, mtp_operations
 from orogen.simulate.prediction import Roofline
 from orogen.simulate.program import AROUND, SIZES, added, graph_launches, launches, sent_by
 from orogen.simulate.roofline import Clock

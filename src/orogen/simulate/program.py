@@ -3,10 +3,11 @@ and the kernels that the host of an eager program launches."""
 
 from collections.abc import Iterable, Sequence
 
-from orogen.cost.kept import Local, expert_rows
+from orogen.cost.dispatches import expert_rows
 from orogen.cost.ledger import Collective
+from orogen.cost.local import Local
+from orogen.cost.operation import Operation, memory
 from orogen.simulate.hardware import Software
-from orogen.simulate.operations import Operation, memory
 
 # Layers whose passes a CUDA graph may hold, by the constant that says so.
 GRAPHS = {"graph_attention": "*w+", "graph_mamba": "Mm"}
@@ -39,7 +40,7 @@ def added(
                 memory(f"cast {operation.name}", read, written, makes=operation.makes, kernels=operation.groups)
             )
     if name == "E" and software.sorts:
-        rows = expert_rows(here)[0] * here.model.expert_width * here.itemsize
+        rows = expert_rows(here).multiplied * here.model.expert_width * here.itemsize
         moved = 2 * software.sorts * rows
         found.append(memory("sort", moved, moved, makes="rows", kernels=software.sorts))
     return found

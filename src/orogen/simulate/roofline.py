@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 from orogen.config.plan import PlanConfig
+from orogen.cost.operation import Operation
 from orogen.simulate.hardware import Hardware, Software
-from orogen.simulate.operations import Operation
 from orogen.simulate.prediction import Roofline
 
 

@@ -14,8 +14,8 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.dtype import BYTES
 from orogen.config.plan import PlanConfig
 from orogen.config.run import RunConfig
-from orogen.cost.kept import local
 from orogen.cost.ledger import Workload
+from orogen.cost.local import local
 from orogen.parallel.legal import fits
 from orogen.parallel.schedule import chunks_per_stage
 from orogen.simulate.footprint import stage_memory

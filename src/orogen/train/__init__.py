@@ -13,8 +13,10 @@ final hidden states and reads the head through `orogen.model.heads`, as weighted
 What the loss needs beside tokens and weights (advantages, a teacher's hidden states) comes with the batch, in
 `Batch.extras`: named arrays (b, t, …), from the source or from a `FrozenModel` that runs beside the trained one.
 `source` yields batches, and its position can be saved and restored to the bit; `evaluation` scores a state.
-`pretraining.py` is the task of `orogen train`. `tests/train/test_task.py` defines another, a policy gradient, works out
-its numbers by hand, and compares several plans with one device.
+`pretraining.py` is the task of `orogen train`; another is run by `train.run.train(config, text, DIR, TASK)`, and
+`train.verify.verify(config, objective=…)` compares its loss and gradients under a plan with one device's.
+`tests/train/test_task.py` defines another, a policy gradient, works out its numbers by hand, and compares several plans
+with one device.
 
 **Muon** is scaled to AdamW's update size (0.2·√max(in, out), arXiv:2502.16982), so one learning rate serves both.
 

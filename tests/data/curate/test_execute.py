@@ -6,7 +6,7 @@ import pytest
 from datatrove.executor import slurm
 
 from orogen.config.curate import CurateConfig, DedupConfig
-from orogen.data.curate.execute import Place
+from orogen.data.curate.execute import Resources
 from orogen.data.curate.run import curate, prepare
 
 from .corpora import texts, write_jsonl
@@ -32,8 +32,8 @@ def test_every_pass_is_an_array_of_jobs_after_the_one_before(submitted, tmp_path
     config = CurateConfig(
         sources=(("in", str(tmp_path / "in")),), stages=(DedupConfig(bands=4, rows=2),), shard_bytes=1
     )
-    place = Place("slurm", workers=2, partition="cpu", time="01:00:00", memory_gb=3, setup="module load x")
-    job = curate(config, prepare(config, "", tmp_path / "out"), place, lambda out, facts: None)
+    resources = Resources("slurm", workers=2, partition="cpu", time="01:00:00", memory_gb=3, setup="module load x")
+    job = curate(config, prepare(config, "", tmp_path / "out"), resources, lambda out, facts: None)
     # Beside each pass, datatrove submits a job that joins its statistics, which nothing waits for.
     passes = [(number, *job) for number, job in enumerate(submitted, 101) if "launch_pickled_pipeline" in job[0]]
     names = [re.search(r"--job-name=curate-(\w+)", script)[1] for _, script, _ in passes]

@@ -10,7 +10,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.curate import ClassifyConfig, CurateConfig, DecontaminateConfig, DedupConfig, LanguageConfig
 from orogen.data.compressed import opened
 from orogen.data.curate import steps
-from orogen.data.curate.execute import Place, execute
+from orogen.data.curate.execute import Resources, execute
 from orogen.data.curate.run import curate, is_whole, passes, prepare, tidy
 from orogen.data.curate.store import DocumentWriter, read_records
 from orogen.data.curate.tally import Tally, merged
@@ -23,7 +23,7 @@ TEXTS = texts(12)
 
 def run(config: CurateConfig, out: Path, *, workers: int = 1) -> dict:
     """The report of a curation run to its end."""
-    curate(config, prepare(config, repr(config), out), Place(workers=workers), lambda out, facts: None)
+    curate(config, prepare(config, repr(config), out), Resources(workers=workers), lambda out, facts: None)
     tidy(out)
     return json.loads((out / "report.json").read_bytes())
 
@@ -117,7 +117,7 @@ def test_a_run_stopped_before_its_last_file_ends_the_same(sources, tmp_path):
     run(config, tmp_path / "whole")
     out = tmp_path / "out"
     work = prepare(config, repr(config), out)
-    execute(passes(config, work, lambda out, facts: None), work, Place())
+    execute(passes(config, work, lambda out, facts: None), work, Resources())
     (out / "manifest.json").unlink()
     (work.logs("finish") / "completions" / "00000").unlink()
     assert not is_whole(out)

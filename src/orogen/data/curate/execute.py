@@ -22,7 +22,7 @@ class Pass(NamedTuple):
     tasks: int
 
 
-class Place(NamedTuple):
+class Resources(NamedTuple):
     """Where and on how many workers. partition, time, memory_gb: for SLURM; memory_gb for Ray too."""
 
     executor: str = "local"
@@ -33,15 +33,15 @@ class Place(NamedTuple):
     setup: str | None = None
 
 
-def execute(passes: Sequence[Pass], work: Work, place: Place) -> str | None:
+def execute(passes: Sequence[Pass], work: Work, resources: Resources) -> str | None:
     """Runs the passes in order, without the tasks that are complete. With SLURM they are submitted only, and the last
     job's id is returned. Raises what a task raises."""
-    if place.executor == "slurm":
-        return _submit(passes, work, place)
+    if resources.executor == "slurm":
+        return _submit(passes, work, resources)
     for one in passes:
         if _left(one, work):
             with _Progress(one, work):
-                _executor(one, work, place).run()
+                _executor(one, work, resources).run()
     return None
 
 
@@ -51,13 +51,13 @@ def _left(one: Pass, work: Work) -> int:
     return one.tasks - (len(list(folder.iterdir())) if folder.is_dir() else 0)
 
 
-def _executor(one: Pass, work: Work, place: Place) -> Any:
-    if place.executor == "ray":
+def _executor(one: Pass, work: Work, resources: Resources) -> Any:
+    if resources.executor == "ray":
         from datatrove.executor.ray import RayPipelineExecutor
 
         return RayPipelineExecutor(
-            one.steps, tasks=one.tasks, workers=place.workers, logging_dir=str(work.logs(one.name)),
-            mem_per_cpu_gb=place.memory_gb,
+            one.steps, tasks=one.tasks, workers=resources.workers, logging_dir=str(work.logs(one.name)),
+            mem_per_cpu_gb=resources.memory_gb,
         )  # fmt: skip
     import multiprocess
     from datatrove.executor.local import LocalPipelineExecutor
@@ -65,21 +65,21 @@ def _executor(one: Pass, work: Work, place: Place) -> Any:
     # Workers are forked from a process that has imported what they need, instead of importing it once each per pass.
     forkserver = multiprocess.get_context("forkserver")  # pyright: ignore[reportAttributeAccessIssue]
     forkserver.set_forkserver_preload(["orogen.data.curate.run"])
-    workers = min(place.workers, one.tasks)
+    workers = min(resources.workers, one.tasks)
     return LocalPipelineExecutor(one.steps, tasks=one.tasks, workers=workers, logging_dir=str(work.logs(one.name)))
 
 
-def _submit(passes: Sequence[Pass], work: Work, place: Place) -> str:
+def _submit(passes: Sequence[Pass], work: Work, resources: Resources) -> str:
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
-    assert place.partition is not None  # the command line asks for it
+    assert resources.partition is not None  # the command line asks for it
     last = None
     for one in passes:
         folder = work.logs(one.name)
         last = SlurmPipelineExecutor(
-            one.steps, tasks=one.tasks, workers=place.workers, time=place.time, partition=place.partition,
-            mem_per_cpu_gb=place.memory_gb, job_name=f"curate-{one.name}", logging_dir=str(folder),
-            slurm_logs_folder=str(folder / "slurm"), env_command=place.setup or "", depends=last,
+            one.steps, tasks=one.tasks, workers=resources.workers, time=resources.time, partition=resources.partition,
+            mem_per_cpu_gb=resources.memory_gb, job_name=f"curate-{one.name}", logging_dir=str(folder),
+            slurm_logs_folder=str(folder / "slurm"), env_command=resources.setup or "", depends=last,
             mail_type="NONE", qos="",
         )  # fmt: skip
     assert last is not None

@@ -17,7 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from orogen.config.checks import ConfigError
 from orogen.config.curate import ClassifyConfig, CurateConfig, DecontaminateConfig, DedupConfig
 from orogen.config.files import write_atomically
-from orogen.data.curate.execute import Pass, Place, execute
+from orogen.data.curate.execute import Pass, Resources, execute
 from orogen.data.curate.inputs import list_inputs, listed, load_inputs, save_inputs
 from orogen.data.curate.match import Choose, Gather, Match
 from orogen.data.curate.read import Broken
@@ -57,9 +57,9 @@ def prepare(config: CurateConfig, text: str, out: Path) -> Work:
     return work
 
 
-def curate(config: CurateConfig, work: Work, place: Place, show: Show) -> str | None:
+def curate(config: CurateConfig, work: Work, resources: Resources, show: Show) -> str | None:
     """Runs all passes. show: makes the page of the report from its facts. Returns what `execute` returns."""
-    return execute(passes(config, work, show), work, place)
+    return execute(passes(config, work, show), work, resources)
 
 
 def is_whole(out: Path) -> bool:

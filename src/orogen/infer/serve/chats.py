@@ -67,10 +67,10 @@ async def chats(request: HttpRequest) -> Response:
     parts.check_body(body)
     if parts.sees is not None and pictures.has_images(body):
         return await pictures.answer(request, parts.sees, body, unknown)
-    with parts.preparing.place(body.get("n", 1)) as place:
-        asked, requests = await parts.preparing.run_chat(prepared, body, parts, place=place)
+    with parts.preparing.reserve(body.get("n", 1)) as reserved:
+        asked, requests = await parts.preparing.run_chat(prepared, body, parts, reserved=reserved)
         form, stream = _Form(parts, body, asked), forms.streams(body)
-        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, place=place)
+        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, reserved=reserved)
         return await respond(request, answers, form, stream=stream, headers=ignored(unknown))
 
 

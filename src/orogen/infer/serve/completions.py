@@ -60,10 +60,10 @@ async def completions(request: HttpRequest) -> Response:
     parts: Parts = request.app.state.parts
     body, unknown = await read_body(request, forms.COMPLETION)
     parts.check_body(body)
-    with parts.preparing.place(_counts(body)[1] * len(_listed(body))) as place:
-        choices, requests = await parts.preparing.run(_asked, body, parts, place=place)
+    with parts.preparing.reserve(_counts(body)[1] * len(_listed(body))) as reserved:
+        choices, requests = await parts.preparing.run(_asked, body, parts, reserved=reserved)
         form = _Form(parts, body, choices)
-        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, place=place)
+        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, reserved=reserved)
         return await respond(request, answers, form, stream=forms.streams(body), headers=ignored(unknown))
 
 

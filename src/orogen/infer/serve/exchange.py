@@ -19,7 +19,7 @@ from orogen.infer.serve.errors import HttpError, bad, closed, full
 from orogen.infer.serve.events import PLAIN, Events, Framing, ended, vanished
 from orogen.infer.serve.grammars import Grammars
 from orogen.infer.serve.measures import Measures
-from orogen.infer.serve.preparing import Place, Preparing
+from orogen.infer.serve.preparing import Preparing, Reservation
 from orogen.infer.service import ClosedError, Service, Stream
 from orogen.infer.sight import Sees
 
@@ -106,14 +106,16 @@ class Answers:
 
     Use as an asynchronous context manager, which hands the requests over and, at its end, cancels what still runs. The
     requests run together or not at all. salt: requests of different ones share no cached prefix. since: when they
-    arrived, by `time.perf_counter`. place: theirs while they were prepared, held until the engine has them. size: of
-    what was answered, in tokens, likely ones that are reported included.
+    arrived, by `time.perf_counter`. reserved: their room while they were prepared, held until the engine has them.
+    size: of what was answered, in tokens, likely ones that are reported included.
     Raises HttpError for what the engine or the service refuses.
     """
 
-    def __init__(self, parts: Parts, requests: Sequence[Request], *, salt: str, since: float, place: Place) -> None:
+    def __init__(
+        self, parts: Parts, requests: Sequence[Request], *, salt: str, since: float, reserved: Reservation
+    ) -> None:
         self._parts, self._requests, self._salt, self._since = parts, requests, salt, since
-        self._prepared = place
+        self._reserved = reserved
         self._grammars: list[Compiled] = []  # held until the engine has made matchers of them
         self.size = 0
         self._arrived: asyncio.Queue[Output] = asyncio.Queue()
@@ -141,7 +143,7 @@ class Answers:
             self.close()
             raise _told(error) from None
         finally:
-            self._prepared.leave()
+            self._reserved.leave()
         self._parts.measures.prompt_tokens.inc(sum(len(request.prompt) for request in self._requests))
         return self
 
@@ -172,7 +174,7 @@ class Answers:
                 self._grammars.append(await self._parts.grammars.prepare(grammar))
 
     async def _submit(self, number: int) -> None:
-        asked, counted = self._requests[number], self._prepared.counted
+        asked, counted = self._requests[number], self._reserved.counted
         stream = await self._parts.service.submit(asked, self._arrived, salt=self._salt, counted=counted)
         # At once: if this request's client vanishes now, `close` must find the stream.
         self._streams.append(stream)

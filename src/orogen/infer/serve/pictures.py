@@ -48,8 +48,8 @@ async def answer(request: HttpRequest, sees: Sees, body: dict[str, Any], unknown
     parts: Parts = request.app.state.parts
     said, most = said_of(body), forms.most_new(body, TOKENS)
     streams = forms.streams(body)
-    with parts.preparing.place() as place:
-        seen = await parts.preparing.run_seen(_answered, sees, said, most, place=place)
+    with parts.preparing.reserve() as reserved:
+        seen = await parts.preparing.run_seen(_answered, sees, said, most, reserved=reserved)
     form = _Form(parts, body, seen)
     parts.measures.prompt_tokens.inc(seen.prompt)
     parts.measures.tokens.inc(seen.tokens)

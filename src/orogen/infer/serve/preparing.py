@@ -30,38 +30,38 @@ class Preparing:
         self._pictures = ThreadPoolExecutor(1, "pictures")
         self._lock = threading.Lock()
         self._under_way = dict.fromkeys((self._bodies, self._chats, self._pictures), 0)
-        self._places: set[Place] = set()
+        self._reserved: set[Reservation] = set()
 
-    def place(self, requests: int = 1) -> "Place":
+    def reserve(self, requests: int = 1) -> "Reservation":
         """Room among the engine's requests for so many that are prepared together."""
-        return Place(self, min(requests, self._service.limit))  # more are refused by what would submit them
+        return Reservation(self, min(requests, self._service.limit))  # more are refused by what would submit them
 
-    async def run(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
-        """`work(*arguments)`, which takes the place as it begins. Raises HttpError with status 429 if too much is under
-        way, or there is no place; 503 as soon as the server shuts down; 504 if time is up."""
-        return await self._run(self._bodies, _with(place, work), *arguments)
+    async def run(self, work: Callable[..., T], *arguments: Any, reserved: "Reservation | None" = None) -> T:
+        """`work(*arguments)`, which takes the reservation as it begins. Raises HttpError with status 429 if too much is
+        under way, or there is no room; 503 as soon as the server shuts down; 504 if time is up."""
+        return await self._run(self._bodies, _with(reserved, work), *arguments)
 
-    async def run_chat(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
+    async def run_chat(self, work: Callable[..., T], *arguments: Any, reserved: "Reservation | None" = None) -> T:
         """As `run`, for work with a chat template."""
-        return await self._run(self._chats, _with(place, work), *arguments)
+        return await self._run(self._chats, _with(reserved, work), *arguments)
 
-    async def run_seen(self, work: Callable[..., T], *arguments: Any, place: "Place | None" = None) -> T:
+    async def run_seen(self, work: Callable[..., T], *arguments: Any, reserved: "Reservation | None" = None) -> T:
         """As `run`, for answers to images, which come one after another."""
-        return await self._run(self._pictures, _with(place, work), *arguments)
+        return await self._run(self._pictures, _with(reserved, work), *arguments)
 
-    def take(self, place: "Place") -> None:
-        """Counts a place. Raises HttpError with status 429 if there is none."""
+    def take(self, reserved: "Reservation") -> None:
+        """Counts a reservation. Raises HttpError with status 429 if there is no room for it."""
         with self._lock:
-            count = self._service.open + sum(other.requests for other in self._places)
-            if count + place.requests > (limit := self._service.limit):
-                more = f", and {place.requests} more asked for" if place.requests > 1 else ""
+            count = self._service.open + sum(other.requests for other in self._reserved)
+            if count + reserved.requests > (limit := self._service.limit):
+                more = f", and {reserved.requests} more asked for" if reserved.requests > 1 else ""
                 raise full(Full(f"{count} requests are open or prepared{more}; expected at most {limit}"))
-            self._places.add(place)
+            self._reserved.add(reserved)
 
-    def give_back(self, place: "Place") -> None:
+    def give_back(self, reserved: "Reservation") -> None:
         """The engine has the request, or nobody wants it any more."""
         with self._lock:
-            self._places.discard(place)
+            self._reserved.discard(reserved)
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
         with self._lock:
@@ -92,7 +92,7 @@ class Preparing:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Place:
+class Reservation:
     """Room among the engine's requests for those that are prepared, from the beginning of that work until the engine
     has them, or to the end of a `with` block. Work that waits for a thread has none, so that it keeps no other route
     from the engine; and nobody waits for a template to hear then that the queue is full.
@@ -107,7 +107,7 @@ class Place:
         if self._left:  # the client vanished as the work began
             self._preparing.give_back(self)
 
-    def __enter__(self) -> "Place":
+    def __enter__(self) -> "Reservation":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,12 +123,12 @@ class Place:
         self._preparing.give_back(self)
 
 
-def _with(place: Place | None, work: Callable[..., T]) -> Callable[..., T]:
-    if place is None:
+def _with(reserved: Reservation | None, work: Callable[..., T]) -> Callable[..., T]:
+    if reserved is None:
         return work
 
     def placed(*arguments: Any) -> T:
-        place.take()
+        reserved.take()
         return work(*arguments)
 
     return placed

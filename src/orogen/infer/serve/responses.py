@@ -36,10 +36,10 @@ async def responses(request: HttpRequest) -> Response:
     parts.check_body(body)
     parts.need_chat()
     asked_body = await parts.preparing.run(chat_of, body)
-    with parts.preparing.place() as place:
-        asked, requests = await parts.preparing.run_chat(prepared, asked_body, parts, place=place)
+    with parts.preparing.reserve() as reserved:
+        asked, requests = await parts.preparing.run_chat(prepared, asked_body, parts, reserved=reserved)
         form, stream = _Form(parts, body, asked, logprobs=asked_body.get("logprobs", False)), body.get("stream", False)
-        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, place=place)
+        answers = Answers(parts, requests, salt=forms.salt(body), since=request.state.arrived, reserved=reserved)
         framing, headers = Framing(_event, form.failure, ""), ignored(unknown)
         return await respond(request, answers, form, stream=stream, headers=headers, framing=framing)
 
