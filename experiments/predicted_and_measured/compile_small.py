@@ -48,7 +48,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "four expert ranks": ("ME*-", {"data": 4, "expert": 4, "fsdp": "optimizer", **ALLTOALL}),
     "tensor 2": ("ME*-", {"tensor": 2}),
     "two microbatches": ("ME*-", {"microbatches": 2}),
-    "two stages, in place": ("ME*-ME*-", {"stage": 2, "microbatches": 4, "stash": "in_place"}),
     "two stages, *": ("-*-*-*-*", {"stage": 2, "microbatches": 4}),
     "ragged": ("ME*-", {"data": 2, "expert": 2, "fsdp": "optimizer", "dispatch": "ragged", "buffer_factor": 1.5}),
     "context 2": ("M*-", {"context": 2, "context_attention": "allgather"}),

@@ -156,7 +156,6 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
       for f, v in (("context_attention", "allgather"), ("context_ssm", "heads"), ("shift", "alltoall"))),
     *((f"plan__{f}", v, {"plan__stage": 2, "plan__schedule": "interleaved"}, {}, "PlanConfig.stage is 1")
       for f, v in (("schedule", "gpipe"), ("virtual", 1))),
-    ("plan__stash", "in_place", {"plan__stage": 2}, {}, "PlanConfig.stage is 1"),
     ("plan__interleave", 2, {"plan__microbatches": 2}, {"plan__microbatches": 2, "plan__stage": 2},
      "PlanConfig.stage is above 1"),
     ("plan__interleave", 2, {"plan__microbatches": 2}, {}, "PlanConfig.microbatches is 1"),

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from orogen.config.plan import PlanConfig
 from orogen.parallel.dependence import BATCH, BOTH, PARAMETERS, dependence
+from orogen.parallel.pipeline import branches_ts
 from orogen.parallel.schedule import BACKWARD, FORWARD, IDLE, make_schedule
-from orogen.parallel.stash import COPIED, IN_PLACE, branches_ts, variants
-from orogen.simulate.footprint import in_place
-from orogen.simulate.pipeline import expected_flight
 
 FLAGS = [PARAMETERS, BATCH, BOTH]
 W, TOKENS, X = jnp.ones((3, 3)), jnp.ones((4, 3)), jnp.ones((4, 3))
@@ -61,52 +58,11 @@ def test_branches_are_those_of_the_chunks_programs(stages, microbatches, virtual
     kind = "1f1b" if virtual == 1 else "interleaved"
     schedule = make_schedule(kind, stages=stages, microbatches=microbatches, virtual=virtual)
     program_vp = np.arange(stages * virtual).reshape(virtual, stages) % 3
-    branch_ts = branches_ts(schedule.tables, program_vp, variants(schedule.tables, program_vp, 3, kind=COPIED))
+    branch_ts = branches_ts(schedule.tables, program_vp, 3)
     for t, s in np.ndindex(branch_ts.shape):
         operation, chunk = schedule.tables.operation[t, s], schedule.tables.chunk[t, s]
         expected = {IDLE: 0, FORWARD: 1 + program_vp[chunk, s], BACKWARD: 4 + program_vp[chunk, s]}
         assert branch_ts[t, s] == expected[operation]
-
-
-@pytest.mark.parametrize(("stages", "microbatches", "virtual"), [(2, 3, 1), (4, 6, 2)])
-def test_branches_in_place_are_those_of_a_program_and_a_slot(stages, microbatches, virtual):
-    """A backward pass takes the branch of the variant in which the forward pass of its microbatch and chunk wrote."""
-    kind = "1f1b" if virtual == 1 else "interleaved"
-    tables = make_schedule(kind, stages=stages, microbatches=stages * microbatches, virtual=virtual).tables
-    program_vp = np.arange(stages * virtual).reshape(virtual, stages) % 3
-    found = variants(tables, program_vp, 3, kind=IN_PLACE)
-    branch_ts = branches_ts(tables, program_vp, found)
-    wrote, slots = {}, {}
-    for t, s in np.ndindex(branch_ts.shape):
-        branch, key = branch_ts[t, s], (s, tables.microbatch[t, s], tables.chunk[t, s])
-        if tables.operation[t, s] == FORWARD:
-            variant = found[branch - 1]
-            assert variant.program == program_vp[tables.chunk[t, s], s]
-            assert slots.setdefault((s, variant.slot), key) == key, "it holds another pass"
-            wrote[key] = branch
-        elif tables.operation[t, s] == BACKWARD:
-            assert branch == len(found) + wrote.pop(key)
-            del slots[s, found[branch - 1 - len(found)].slot]
-        else:
-            assert branch == 0
-    assert not wrote
-
-
-@pytest.mark.parametrize(
-    ("stages", "virtual", "microbatches", "count", "slots"),
-    [(2, 1, 8, 3, 2), (4, 1, 8, 10, 4), (8, 1, 16, 36, 8), (2, 2, 8, 16, 5)],
-)
-def test_in_place_every_device_has_the_slots_of_all_stages(stages, virtual, microbatches, count, slots):
-    kind = "1f1b" if virtual == 1 else "interleaved"
-    schedule = make_schedule(kind, stages=stages, microbatches=microbatches, virtual=virtual)
-    program_vp = np.arange(stages * virtual).reshape(virtual, stages)
-    assert len(variants(schedule.tables, program_vp, stages * virtual, kind=IN_PLACE)) == count
-    assert max(schedule.stash_slots) == slots
-    patterns = [letter * (1 + g) for g, letter in enumerate("-" * stages * virtual)]
-    kept = [(1.0, 0.0)] * len(patterns)
-    plan = PlanConfig(stage=stages, stash="in_place", schedule=kind, microbatches=microbatches)
-    flight = expected_flight(kind, stages, microbatches, virtual)
-    assert in_place(patterns, kept, plan, flight) == count
 
 
 @pytest.mark.parametrize(("stages", "microbatches", "virtual"), [(2, 1, 1), (4, 6, 1), (2, 4, 2), (4, 4, 4)])

@@ -7,7 +7,7 @@ from tests.helpers import hybrid, run_config
 
 from orogen.cli import main
 from orogen.cost.ledger import Workload
-from orogen.simulate.memory import activations, describe_memory, memory_lines, placed_state
+from orogen.simulate.memory import describe_memory, memory_lines
 
 D, F, VOCABULARY, HEADS = 48, 72, 96, 24 * 4
 ATTENTION = D * HEADS + 2 * D * 2 * 4 + HEADS * D
@@ -65,15 +65,6 @@ def test_a_stage_holds_its_own_layers_and_a_slot_for_each_microbatch_in_flight()
     assert {letter: each["layers"] for letter, each in facts["activations"].items()} == {"-": 2, "*": 2}
     assert facts["activations"]["-"]["bytes"]["up"] == 4 * F * ROWS * TOKENS
     assert facts["compiled"]["aliased"] == facts["state"]["parameters"] * 3 + 2 * 4 + 3 * 4
-
-
-def test_in_place_a_stage_holds_the_slots_of_all_stages():
-    """The first stage's two slots and the last one's: each of an attention layer, and of one and two MLPs."""
-    plan = {"stage": 2, "microbatches": 4, "stash": "in_place"}
-    model = hybrid(pattern="-*|*--", mtp_depths=0)
-    laid = placed_state(run_config(model, plan=plan, batch_size=4 * ROWS))
-    found = activations(model, laid.plan.config, Workload(ROWS, TOKENS, 4), dtype="float32", layout=laid.built.layout)
-    assert {letter: each["layers"] for letter, each in found.items()} == {"-": 2 * 1 + 2, "*": 2 + 1}
 
 
 def test_lines_have_every_number(facts):

@@ -62,8 +62,6 @@ PIPELINE: dict[str, tuple] = {
     "remat": ("none", "full", "elementwise", "selective", "paper"),
 }
 
-STASHES = ("copied", "in_place")
-
 
 def random_run(rng: random.Random, devices: int, *, stages: bool = False, short: bool = False) -> tuple[str, Any]:
     """The name of a model in MODELS, or in SHORT, and a run of it on a legal plan of 2 to `devices` devices; with
@@ -89,10 +87,8 @@ def random_run(rng: random.Random, devices: int, *, stages: bool = False, short:
         length = pieces * rng.choice((3, 5, 6)) if pieces > 8 else pieces * rng.choice((9, 10, 13))
         try:
             seed = rng.randrange(1000)
-            # gpipe uses as many slots as there are microbatches.
-            in_place = seed % 2 * (plan.get("schedule") != "gpipe")
-            interleave = 1 + seed % 2 * (plan["microbatches"] % 2 == 0)
-            plan |= {"stash": STASHES[in_place]} if stages else {"interleave": interleave}
+            if not stages:
+                plan["interleave"] = 1 + seed % 2 * (plan["microbatches"] % 2 == 0)
             pattern = {"pattern": SHORT[name]} if short else {}
             model = hybrid(**MODELS[name] | pattern, vocab_size=VOCABULARIES[seed % len(VOCABULARIES)])
             run = run_config(model, plan=plan, batch_size=rows, sequence_length=length, seed=seed).check()

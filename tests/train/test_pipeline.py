@@ -17,7 +17,7 @@ from orogen.data.packing import Batch
 from orogen.model.lm import initial_state
 from orogen.parallel import placement
 from orogen.parallel.plan import make_plan
-from orogen.parallel.stash import Copied
+from orogen.parallel.stash import Stash
 from orogen.simulate.aot import flops_overhead
 from orogen.train.next_token import NEXT_TOKENS
 from orogen.train.step import BATCH_AXES, batch_to_devices, gradients
@@ -97,12 +97,6 @@ def test_every_depth_of_interleaving_equals_one_device(stage, virtual):
     verified(model, stage=stage, schedule="interleaved", virtual=virtual, microbatches=stage)
 
 
-def test_a_stash_in_place_equals_one_device():
-    """Each slot in use has its own program; equal layers of a segment are not scanned."""
-    model = {"pattern": "--|*|--|E", "mtp_depths": 0}
-    verified(model, stage=2, schedule="interleaved", microbatches=4, stash="in_place")
-
-
 def test_experts_balanced_over_the_global_batch():
     """The choices of all microbatches weight each one's loss, in the backbone's segments and at both depths."""
     model = {"pattern": "E|E/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
@@ -140,7 +134,7 @@ def test_stages_in_few_bits_are_as_near_to_float32_as_one_device(linear):
 
 def test_a_slot_of_many_elements_is_cut_before_its_offsets_wrap():
     """A slot of 5 · 2³⁰ elements takes three buffers without overlap, which another program's slots share."""
-    stash = Copied()
+    stash = Stash()
     kept = stash.add([jax.core.ShapedArray((2**15, 2**15), jnp.bfloat16)] * 5)
     assert [place.buffer for place in kept] == [0, 1, 2, 3, 4]
     small = stash.add([jax.core.ShapedArray((2**15, 2**14), jnp.bfloat16)] * 4)

@@ -63,9 +63,6 @@ class PlanConfig:
     interleave: one iteration of the loop over microbatches has the passes of so many. They do not depend on each other,
     so XLA can put the exchanges of one beside the computation of another. The model is compiled as often, and the
     activations of as many are held. Several CPU devices run them in turn all the same (train/whole.py).
-    stash: in place, residuals are not copied, but each slot that a stage uses takes a program of its own, and every
-    device holds the arrays of all stages' slots. Where all chunks differ, 1F1B has 3, 10 and 36 of them on 2, 4 and 8
-    stages instead of 2, 4 and 8 slots; 2 interleaved stages of 2 chunks with 8 microbatches have 16 instead of 5.
     linear: fp8 is not used in the first layer, the last layer and the MTP block, nor where the output is too narrow to
     gain. It is the only choice that changes results by more than rounding in the compute dtype.
     unroll: unrolled layers take longer to compile and run faster: a loop copies residuals and gradients into stacks.
@@ -115,9 +112,6 @@ class PlanConfig:
     virtual: Annotated[
         int | None, "chunks of the model per stage; None: by the pattern's `|`, else two if interleaved, else one"
     ] = None
-    stash: Annotated[
-        str, "how a stage keeps what its backward passes need: copied (all slots share a program) or in_place"
-    ] = "copied"
     microbatches: Annotated[int, "parts of a batch that are processed one after another"] = 1
     interleave: Annotated[
         int, "so many microbatches may overlap: one computes while another communicates; a divisor of them all"
@@ -158,7 +152,6 @@ class PlanConfig:
         require_positive(self, "fsdp_size", "capacity_factor", "buffer_factor")
         require_choice(self, "stream", ("time", "whole"))
         require_choice(self, "schedule", ("gpipe", "1f1b", "eager_1f1b", "interleaved"))
-        require_choice(self, "stash", ("copied", "in_place"))
         require_positive(self, "virtual")
         several = self.virtual is None or self.virtual == 1 or self.schedule == "interleaved"
         require(several, self, "virtual", f"1 or None where schedule is {self.schedule}")

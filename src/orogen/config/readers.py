@@ -110,7 +110,7 @@ READERS: dict[str, tuple[Reader, ...]] = {
         _of_plan("stream", lambda plan: plan.tensor > 1, "PlanConfig.tensor is 1"),
         _of_plan("interleave", lambda plan: plan.stage == 1, "PlanConfig.stage is above 1"),
         _of_plan("interleave", lambda plan: plan.microbatches > 1, "PlanConfig.microbatches is 1"),
-        _of_plan("schedule virtual stash", lambda plan: plan.stage > 1, "PlanConfig.stage is 1"),
+        _of_plan("schedule virtual", lambda plan: plan.stage > 1, "PlanConfig.stage is 1"),
         _of_plan(
             "logit_rows", lambda plan: plan.cross_entropy == "chunked", "PlanConfig.cross_entropy is not 'chunked'"
         ),

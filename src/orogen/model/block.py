@@ -222,10 +222,8 @@ def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any) -
 
     apart = lambda a: a.reshape(count, stack.size, *a.shape[1:])  # noqa: E731
     each = (None, None) if plan.rounding is None else jax.tree.map(apart, plan.rounding.each)
-    in_place = plan.config.stage > 1 and plan.config.stash == "in_place" and count <= plan.config.unroll
-    if in_place or len({turn.recipes for turn in turns}) > 1:
-        # Unrolled, since some turns differ: a loop over the others would first copy their weights out. Or since a scan,
-        # even an unrolled one, copies the residuals of all turns into one array.
+    if len({turn.recipes for turn in turns}) > 1:
+        # Unrolled, since some turns differ: a loop over the others would first copy their weights out.
         kept = []
         for index, turn in enumerate(turns):
             inputs = jax.tree.map(lambda a, index=index: a[index], (states, given, each))

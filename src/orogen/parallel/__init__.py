@@ -39,9 +39,6 @@ backward pass reads them there. So 1F1B holds as many microbatches as its table 
 recomputes only what `remat` recomputes. Residuals that depend on parameters alone (slices, gathered weights) or on the
 batch alone (masks) are identified in the jaxpr and recomputed.
 
-With `PlanConfig.stash = 'in_place'` every slot in use has arrays and a program of its own (`stash.py`): nothing is
-copied into a stash or out of it, but there is more to compile, and every device has the arrays of all stages' slots.
-
 **Microbatches that overlap.** Exchanges between ranks of `tensor` or `expert` have nothing to overlap with inside their
 microbatch. With `PlanConfig.interleave = 2` the loop's body has two microbatches, which do not depend on each other.
 

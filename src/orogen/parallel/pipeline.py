@@ -21,8 +21,8 @@ from jax.interpreters import partial_eval
 
 from orogen.parallel.dependence import BATCH, BOTH, PARAMETERS, dependence
 from orogen.parallel.plan import Plan
-from orogen.parallel.schedule import Schedule, Tables
-from orogen.parallel.stash import COPIED, STASHES, Copied, InPlace, Variant, branches_ts, variants
+from orogen.parallel.schedule import BACKWARD, FORWARD, Schedule, Tables
+from orogen.parallel.stash import Kept, Stash, get, put
 from orogen.parallel.varying import vary, vary_like
 
 
@@ -67,7 +67,7 @@ class _State(NamedTuple):
 
     forward_inbox: Array
     backward_inbox: Array
-    stash: Any
+    stash: tuple[Array, ...]
     loss: Array
     grads: Any
     reports: Any
@@ -89,12 +89,11 @@ class _Traced(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """What the branches of a variant are made of."""
+    """What a program's branches are made of. place: where its residuals lie in the stash."""
 
     program: Program
     traced: _Traced
-    stash: Copied | InPlace
-    variant: Variant
+    place: tuple[Kept, ...]
 
 
 def run(
@@ -117,23 +116,20 @@ def run(
     stage = plan.rules["stage"]
     nothing = vary(jnp.zeros((), jnp.int32), stage)
     x = plan.vary(x)
-    kind = COPIED if grads is None else plan.config.stash  # without gradients nothing is stashed
-    found, stash = variants(schedule.tables, program_vp, len(programs), kind=kind), STASHES[kind]()
     traced = [_trace(p, params, x, plan, nothing=nothing, gradient=grads is not None) for p in programs]
-    for passed in traced:
-        stash.add(passed.kept)
+    stash = Stash()
+    compiled = [_Branch(p, passed, stash.add(passed.kept)) for p, passed in zip(programs, traced, strict=True)]
     for program, passed in zip(programs, traced, strict=True):
         reports = _as_noted(program, passed, reports, nothing)
     state = _State(
         forward_inbox=_slots(x, max(schedule.forward_slots)),
         backward_inbox=_slots(x, max(schedule.backward_slots)),
-        stash=stash.empty(schedule, found),
+        stash=stash.empty(max(schedule.stash_slots)),
         loss=vary(jnp.zeros(()), stage),
         grads=grads,
         reports=reports,
     )
     branches = [lambda now, state: (x, state)]
-    compiled = [_Branch(programs[variant.program], traced[variant.program], stash, variant) for variant in found]
     branches += [functools.partial(_forward, branch, params) for branch in compiled]
     if grads is not None:
         branches += [functools.partial(_backward, branch, (params, x)) for branch in compiled]
@@ -148,9 +144,17 @@ def run(
             inboxes[name] = _put(getattr(state, name), plan.pass_on(sent, "stage", toward), lands)
         return state._replace(**inboxes), None
 
-    ticks = _of_stage(schedule.tables, branches_ts(schedule.tables, program_vp, found), plan)
+    ticks = _of_stage(schedule.tables, branches_ts(schedule.tables, program_vp, len(programs)), plan)
     state, _ = lax.scan(tick, state, ticks)
     return Result(lax.psum(state.loss, stage), state.grads, state.reports)
+
+
+def branches_ts(tables: Tables, program_vp: np.ndarray, count: int) -> np.ndarray:
+    """(ticks, stages) int: the branch of the loop that a stage takes. 0 idles, 1 to `count` are the forward passes of
+    the programs, the next `count` their backward passes."""
+    program_ts = program_vp[tables.chunk, np.arange(tables.chunk.shape[1])]
+    first = {FORWARD: 1, BACKWARD: 1 + count}
+    return np.select([tables.operation == o for o in first], [program_ts + start for start in first.values()], 0)
 
 
 def _of_stage(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
@@ -161,21 +165,21 @@ def _of_stage(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
 
 
 def _forward(branch: _Branch, params: Any, now: _Now, state: _State) -> tuple[Array, _State]:
-    program, traced, stash, variant = branch
+    program, traced, place = branch
     x = _get(state.forward_inbox, now.forward_inbox)
     values = jex.jaxpr_as_fun(traced.forward)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     y, loss, *rest = values
     count = traced.report.num_leaves
     report = jax.tree.unflatten(traced.report, rest[:count])
-    held = stash.put(state.stash, variant, now.stash, rest[count:])
+    stash = put(state.stash, place, now.stash, rest[count:])
     reports = program.note(state.reports, report, now.chunk, now.microbatch)
-    return y, state._replace(stash=held, loss=state.loss + loss, reports=reports)
+    return y, state._replace(stash=stash, loss=state.loss + loss, reports=reports)
 
 
 def _backward(branch: _Branch, operands: tuple[Any, Array], now: _Now, state: _State) -> tuple[Array, _State]:
-    program, traced, stash, variant = branch
+    program, traced, place = branch
     params, x = operands
-    residuals = stash.get(state.stash, variant, now.stash)
+    residuals = get(state.stash, place, now.stash)
     residuals += jex.jaxpr_as_fun(traced.recompute)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
     gradient = jax.tree.unflatten(traced.gradient, [residuals[i] for i in traced.order])
     dy = _get(state.backward_inbox, now.backward_inbox)

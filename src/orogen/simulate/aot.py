@@ -23,8 +23,8 @@ from orogen.data.packing import Batch
 from orogen.model.lm import build
 from orogen.model.stages import Stages
 from orogen.parallel.legal import fold_plan
+from orogen.parallel.pipeline import branches_ts
 from orogen.parallel.plan import Plan, make_plan, single_device_plan
-from orogen.parallel.stash import branches_ts, variants
 from orogen.precision.policy import working_copy
 from orogen.simulate.hlo import Table, Traffic, add, hlo_collectives
 from orogen.simulate.jaxprs import equations, jaxpr_collectives, opened, product, product_flops
@@ -118,11 +118,10 @@ def step_flops(model: ModelConfig, plan: Plan, batch_size: int, length: int) -> 
 def _stage_flops(jaxpr: core.Jaxpr, plan: Plan, stages: Stages) -> int:
     """The same, averaged over a pipeline's stages. At each tick a stage takes the branch that the schedule names."""
     schedule: Any = plan.schedule
-    kinds, kind_vp = stages.kinds(plan.recipes), stages.kind_vp(plan.recipes)
-    found = variants(schedule.tables, kind_vp, len(kinds), kind=plan.config.stash)
-    branch_ts = branches_ts(schedule.tables, kind_vp, found)
+    kinds = stages.kinds(plan.recipes)
+    branch_ts = branches_ts(schedule.tables, stages.kind_vp(plan.recipes), len(kinds))
     choices = [e for times, e in equations(jaxpr, product) if e.primitive.name == "cond" and times == schedule.ticks]
-    (choice,) = [e for e in choices if len(e.params["branches"]) == 1 + 2 * len(found)]
+    (choice,) = [e for e in choices if len(e.params["branches"]) == 1 + 2 * len(kinds)]
     flops = np.array([product_flops(opened(branch)) for branch in choice.params["branches"]])
     others = product_flops(jaxpr) - schedule.ticks * int(flops.max())
     return others + int(flops[branch_ts].sum()) // schedule.stages

@@ -34,10 +34,9 @@ KERNELS = {
 # layers beside it.
 EXCHANGED = 2
 # Of what one pass keeps, the share that lies beside the slots of a pipeline while it is copied into its own or out of
-# it; and how often residuals that stay in place lie in memory, since every tick's choice of a pass returns them anew.
-# Source of these: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two
+# it. Source of these: what XLA:GPU lays out for small steps (experiments/predicted_and_measured) and allocated on two
 # GPUs (experiments/two_gpus).
-COPIED, IN_PLACE = 0.5, 2
+COPIED = 0.5
 
 
 class Moments(NamedTuple):
@@ -61,8 +60,7 @@ def stage_memory(
     outermost: of the first and the last stage alone.
 
     alike: whether all stages run one program, as in this code: each then holds as many rows of a letter as the fullest
-    chunk, and as many slots as the fullest stage with what is copied, or the slots of all stages if residuals stay in
-    place.
+    chunk, and as many slots as the fullest stage.
     """
     model, plan = here.model, here.plan
     found, held = weights(model, plan.vocab_rows(model.vocab_size)), _Held(here, moments(optimizer))
@@ -78,7 +76,7 @@ def stage_memory(
         held_here = [(n, held.of(found.layers[letter])) for letter, n in rows.items()]
         held_here += [(1, held.of(part)) for part in shared]
         parts = {part: float(sum(n * each.get(part, 0) for n, each in held_here)) for part in MEMORY_PARTS}
-        parts["activations"], host = _activations(chunks, kept, stage, plan, flight, alike=alike)
+        parts["activations"], host = _activations(kept, stage, plan, flight, alike=alike)
         parts["temporary"], parts["workspace"] = _temporary(
             found, "".join(chunks[stage :: plan.stage]), stage, here, held
         )
@@ -146,30 +144,17 @@ def _layer_bytes(letter: str, here: Local) -> tuple[float, float]:
 
 
 def _activations(
-    chunks: Sequence[str], kept: Sequence[tuple[float, ...]], stage: int, plan: PlanConfig, flight: Flight, *,
-    alike: bool,
-) -> tuple[float, float]:  # fmt: skip
+    kept: Sequence[tuple[float, ...]], stage: int, plan: PlanConfig, flight: Flight, *, alike: bool
+) -> tuple[float, float]:
     """Bytes of the activations of all passes in flight on a stage's device, and on its host. kept: of each chunk."""
     if plan.stage == 1:
         return plan.overlapping * kept[0][0], plan.overlapping * kept[0][1]
-    if alike and plan.stash == "in_place":
-        return IN_PLACE * in_place(chunks, kept, plan, flight), 0.0
     if alike:
         return max(device for device, _ in kept) * (max(flight.slots) + COPIED), 0.0
     # Each pair in flight holds one of the stage's chunks.
     mine = kept[stage :: plan.stage]
     device, host = (flight.in_flight[stage] * sum(chunk[i] for chunk in mine) / len(mine) for i in (0, 1))
     return device, host
-
-
-def in_place(chunks: Sequence[str], kept: Sequence[tuple[float, ...]], plan: PlanConfig, flight: Flight) -> float:
-    """Bytes of the arrays that every device has for each program and slot of any stage (parallel/stash.py), if each
-    chunk of a stage comes to use each of its slots, as in long schedules. Equal chunks share a program."""
-    last, found = len(chunks) - 1, {}
-    for segment, chunk in enumerate(chunks):
-        program = chunk, segment == 0, segment == last
-        found |= {(program, slot): kept[segment][0] for slot in range(flight.slots[segment % plan.stage])}
-    return sum(found.values())
 
 
 def _temporary(found: Weights, letters: str, stage: int, here: Local, held: _Held) -> tuple[float, float]:

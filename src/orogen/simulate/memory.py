@@ -17,9 +17,7 @@ from orogen.cost.ledger import Workload
 from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
 from orogen.model.layout import Layout
 from orogen.model.lm import Built
-from orogen.model.stages import Stages
 from orogen.parallel.plan import Plan, make_plan
-from orogen.parallel.stash import IN_PLACE, variants
 from orogen.precision.policy import working_copy
 from orogen.train import carry
 from orogen.train.formats import in_formats
@@ -103,8 +101,7 @@ def activations(
     model: ModelConfig, sizes: PlanConfig, work: Workload, *, dtype: str, layout: Layout
 ) -> dict[str, dict[str, Any]]:
     """{letter: the layers live at once, with those of the MTP block once per depth, and one layer's bytes by name}, of
-    a microbatch; for a pipeline, of the fullest chunk, once per slot of the stash or, if residuals stay in place, of
-    all variants of the schedule."""
+    a microbatch; for a pipeline, of the fullest chunk, once per slot of the stash."""
     pattern, found = model.layers, {}
     plan, one_stage = (make_plan(c, model, abstract=True) for c in (sizes, dataclasses.replace(sizes, stage=1)))
     for letter in dict.fromkeys(pattern.main + pattern.mtp):
@@ -112,17 +109,8 @@ def activations(
         found[letter].pop(WEIGHTS, None)
     chunks = [main + model.mtp_depths * mtp for main, mtp in layout.chunks]
     fullest = max(chunks, key=lambda chunk: sum(sum(found[letter].values()) for letter in chunk))
-    live = _in_place(model, plan, layout) or fullest * (max(plan.schedule.stash_slots) if plan.schedule else 1)
-    return {letter: {"layers": live.count(letter), "bytes": kept} for letter, kept in found.items()}
-
-
-def _in_place(model: ModelConfig, plan: Plan, layout: Layout) -> str:
-    """The layers of all variants of a pipeline's schedule, if its residuals stay in variant."""
-    if plan.schedule is None or not isinstance(layout, Stages) or plan.config.stash != IN_PLACE:
-        return ""
-    kinds, kind_vp = layout.kinds(plan.recipes), layout.kind_vp(plan.recipes)
-    held = [kinds[variant.program] for variant in variants(plan.schedule.tables, kind_vp, len(kinds), kind=IN_PLACE)]
-    return "".join(segment.pattern + model.mtp_depths * segment.mtp for segment in held)
+    slots = max(plan.schedule.stash_slots) if plan.schedule else 1
+    return {letter: {"layers": slots * fullest.count(letter), "bytes": kept} for letter, kept in found.items()}
 
 
 def _placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -122,7 +122,7 @@ class Passes:
             backward += numbers * (2 * FLOAT32 + self.work.itemsize)
         if plan.stage > 1 and self.software.one_program:
             kept = 0.0 if name == MTP else sum(kept_bytes(name, self.here)[0].values())
-            copied = 2 * numbers * self.work.itemsize + 2 * kept * (plan.stash == "copied")
+            copied = 2 * numbers * self.work.itemsize + 2 * kept
             forward, backward = forward + copied, backward + copied
         return [memory("accumulate", forward, backward)] if forward + backward else []
 
