@@ -4,8 +4,11 @@ import pytest
 from tests.helpers import hybrid, run_config
 
 from orogen.config.plan import PlanConfig
-from orogen.cost.kept import FEW, kept_bytes, local, named_bytes, workspace
+from orogen.cost.kept import kept_bytes, named_bytes
+from orogen.cost.kind import costs_of
+from orogen.cost.kinds.attention import FEW
 from orogen.cost.ledger import Workload
+from orogen.cost.local import local
 from orogen.simulate.predict import predict
 
 D, F, TOKENS = 48, 72, 2 * 24
@@ -55,8 +58,9 @@ def test_what_cudnn_works_in_is_counted_where_it_is_the_most():
     plan = {"attention": "cudnn", "remat": "full"}
     found = parts("*", dtype="bfloat16", **plan)
     here = local(hybrid(), PlanConfig(**plan), Workload(2, 24, 2))
-    assert workspace("*", here) == 8 * 24 * 4 * max(FEW * 2 * 24, 32 * 12)
-    assert 0 < found["workspace"] <= workspace("*", here)
+    workspace = costs_of("*").workspace(here)
+    assert workspace == 8 * 24 * 4 * max(FEW * 2 * 24, 32 * 12)
+    assert 0 < found["workspace"] <= workspace
     assert parts("*", dtype="bfloat16", remat="full", attention="blocked")["workspace"] == 0
 
 

@@ -44,6 +44,7 @@ class LayerCosts(NamedTuple):
     products: names that `elementwise` keeps: outputs of products with weights and of fused kernels.
     unread: named arrays that no gradient reads, because a later one holds the same.
     workspace: bytes that a kernel of its backward pass works in.
+    kernel: the field of PlanConfig that says whether a GPU's kernel does most of its work; "": none does.
     autodiff: what is kept without remat, given the named bytes.
     cache: what it keeps of a request that is decoded.
     """
@@ -56,6 +57,7 @@ class LayerCosts(NamedTuple):
     products: tuple[str, ...]
     unread: Callable[[Local], tuple[str, ...]] = lambda here: ()
     workspace: Callable[[Local], float] = lambda here: 0.0
+    kernel: str = ""
     autodiff: Callable[[Local, dict[str, float]], dict[str, float]] = _as_named
     cache: Callable[[Local], Cached] = lambda here: Cached()
 

@@ -26,10 +26,6 @@ LOGITS = 3
 # In a layer's backward pass, the bytes of gradients that are live at once over those of its named arrays; and of all
 # arrays together, if a GPU's kernel does not do its work, which then has arrays of its own.
 GRADIENTS, WIDEST = 0.5, 2
-# By letter, the operation whose kernel that is; other layers have none.
-KERNELS = {
-    **dict.fromkeys("*w+", "attention"), "M": "ssd", "E": "grouped_matmul", "-": "rms_norm",
-}  # fmt: skip
 # Buffers of rows that experts on other ranks have sent or are sent: both ends of an exchange, which waits for the
 # layers beside it.
 EXCHANGED = 2
@@ -181,8 +177,8 @@ def _backward(letter: str, found: Weights, here: Local, held: _Held) -> float:
     """What a layer recomputes, gradients of its arrays and of its weights, and rows on their way to or from experts."""
     named, (kept, host) = named_bytes(letter, here), kept_bytes(letter, here)
     arrays = sum(named.values())
-    kernel = KERNELS.get(letter)
-    if kernel is None or getattr(here.plan, kernel) != FOR_GPU[kernel]:
+    kernel = costs_of(letter).kernel
+    if not kernel or getattr(here.plan, kernel) != FOR_GPU[kernel]:
         return WIDEST * arrays
     recomputed = max(0.0, arrays - sum(kept.values()) - host)
     weights = sum(FLOAT32 * held.ledger.held(weight) for weight in found.layers[letter])

@@ -168,6 +168,7 @@ COSTS = LayerCosts(
     cache=_cache,
     collectives=_collectives,
     operations=_operations,
+    kernel="attention",
 )
 SLIDING_WINDOW = COSTS._replace(
     workspace=lambda here: 0.0,

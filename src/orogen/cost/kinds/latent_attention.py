@@ -88,4 +88,5 @@ COSTS = LayerCosts(
     cache=_cache,
     collectives=_collectives,
     operations=_operations,
+    kernel="attention",
 )

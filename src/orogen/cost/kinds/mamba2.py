@@ -156,4 +156,5 @@ COSTS = LayerCosts(
     cache=_cache,
     collectives=_collectives,
     operations=_operations,
+    kernel="ssd",
 )

@@ -57,6 +57,7 @@ COSTS = LayerCosts(
     products=("up",),
     collectives=block,
     operations=mlp_operations,
+    kernel="rms_norm",
 )
 TANH_GATED = COSTS._replace(
     weights=lambda model: [*_weights(model), vector(1, "norm")],
