@@ -18,7 +18,7 @@ from orogen.compress.slices import units_of
 from orogen.config.checks import ConfigError
 from orogen.config.kinds import LAYERS, Kind, either, kind_of, reading, resolved
 from orogen.config.model import ModelConfig
-from orogen.config.plan import PlanConfig
+from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.precision import KINDS as WEIGHT_KINDS
 from orogen.config.products import product_of
 from orogen.config.remat import names_of
@@ -104,9 +104,10 @@ def toy(monkeypatch):
 
 @pytest.mark.parametrize("letter", LAYERS)
 def test_every_row_names_what_the_packages_above_have(letter):
-    kind = LAYERS[letter]
+    kind, here = LAYERS[letter], local(hybrid(), PlanConfig(), Workload(1, 1))
     assert isinstance(costs_of(letter), LayerCosts) and callable(resolved(kind.mixer))
-    assert kind.selective <= kind.names.keys() and set(costs_of(letter).unread) <= kind.names.keys()
+    assert kind.selective <= kind.names.keys() and {*costs_of(letter).unread(here)} <= kind.names.keys()
+    assert not (kernel := costs_of(letter).kernel) or kernel in FOR_GPU
     assert set(costs_of(letter).products) <= {*kind.names, "chosen"}
     model, plan = ({field.name for field in dataclasses.fields(config)} for config in (ModelConfig, PlanConfig))
     assert model >= {*kind.needs.split(), *kind.reads.split()} and plan >= {*kind.plan.split()} and not model & plan
