@@ -98,10 +98,11 @@ def test_dynamic_buffers_keep_the_rows_of_the_busiest_rank():
     assert (held["rows"], held["expert_activation"]) == (240 * 18 * 2, 240 * 22 * 2)
 
 
-# On a GPU: sizes that its kernels take as they are, but for a chunk of the SSD, which is rounded up to a power of two.
+# On a GPU: sizes that its kernels take as they are (of experts' columns, multiples of 128), but for a chunk of the SSD,
+# which is rounded up to a power of two.
 FUSED = hybrid(
     pattern="ME*-", mtp_depths=0, mamba_num_heads=12, mamba_head_dim=16, ssm_state_size=32, chunk_size=24,
-    num_attention_heads=6, head_dim=16, hidden_size=64, intermediate_size=80, moe_intermediate_size=64,
+    num_attention_heads=6, head_dim=16, hidden_size=64, intermediate_size=80, moe_intermediate_size=128,
     moe_latent_size=128, moe_shared_expert_intermediate_size=48,
 )  # fmt: skip
 KERNELS = {field: kernel for field, kernel in FOR_GPU.items() if field != "quantize"}
@@ -118,7 +119,12 @@ def test_what_kernels_of_a_gpu_keep(remat, monkeypatch):
     monkeypatch.setattr(cudnn.cudnn, "check_compute_capability", lambda *_: True)
     sizes = PlanConfig(remat=remat, **KERNELS)
     for letter in "ME*-":
-        by_trace = sum(traced(letter, sizes, FUSED).values())
+        found = traced(letter, sizes, FUSED)
+        if jax.__version_info__ < (0, 11):
+            found.pop(
+                "latent", None
+            )  # kept there for the gradient of the kernel that permutes rows, which has no use for it
+        by_trace = sum(found.values())
         by_formula = sum(kept_bytes(letter, local(FUSED, sizes, WORK))[0].values())
         assert by_formula == pytest.approx(by_trace, rel=ROUTING), letter
 

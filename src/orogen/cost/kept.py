@@ -27,7 +27,7 @@ def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     if remat.kind == "elementwise":
         held |= {name: named[name] for name in (*costs.products, *_by_kernels(here)) if name in named}
     elif remat.kind == "names":
-        names = (name for name in named if name not in remat.again and name not in ("chosen", *costs.unread(here)))
+        names = (name for name in named if name not in remat.again and name not in ("chosen", *costs.unread))
         held |= {name: named[name] for name in names}
     elif remat.kind == "none":
         held |= costs.autodiff(here, named)

@@ -55,7 +55,7 @@ class LayerCosts(NamedTuple):
     collectives: Callable[[Ledger], None]
     operations: Callable[[Local], list[Operation]]
     products: tuple[str, ...]
-    unread: Callable[[Local], tuple[str, ...]] = lambda here: ()
+    unread: tuple[str, ...] = ()
     workspace: Callable[[Local], float] = lambda here: 0.0
     kernel: str = ""
     autodiff: Callable[[Local, dict[str, float]], dict[str, float]] = _as_named

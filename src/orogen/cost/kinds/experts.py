@@ -1,7 +1,6 @@
 """The mixture of experts."""
 
 from orogen.config.model import ModelConfig
-from orogen.config.plan import FOR_GPU
 from orogen.cost.collectives import block
 from orogen.cost.dispatches import dispatch_of, expert_rows
 from orogen.cost.kind import LayerCosts
@@ -132,17 +131,12 @@ def _grouped(name: str, shape: tuple[float, float, float], groups: int, size: in
     return Operation(name, "grouped", flops, moved, (2 * flops, 2 * moved), shape, makes, groups=groups)
 
 
-def _unread(here: Local) -> tuple[str, ...]:
-    """The kernel that permutes rows keeps what it reads."""
-    return ("latent",) if here.plan.permutation != FOR_GPU["permutation"] else ()
-
-
 COSTS = LayerCosts(
     flops=_flops,
     weights=_weights,
     kept=_kept,
     products=("router", "latent", "expert_activation", "shared_up", "chosen"),
-    unread=_unread,
+    unread=("latent",),
     autodiff=_autodiff,
     collectives=_collectives,
     operations=_operations,
