@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from orogen.report.metrics import read_metrics
 
 CLOCKS = {"rollout_ms", "verify_ms", "score_ms", "rollout_tokens_per_second", *kills.TIMED}
 WORKER = "orogen.posttrain.environments.worker"
+MARK = "OROGEN_SURVIVAL_RUN"  # by which a run's processes are told from others, whoever has become their parent
 # A function, the last call of it that may be chosen, and the longest delay after that call began.
 MOMENTS = {
     "rl": {
@@ -104,15 +106,18 @@ TrainConfig.sequence_length = 144
 """
 
 
+def said(number: int) -> list[dict[str, str]]:
+    """The conversation of this number."""
+    return [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"{number**2}"}]
+
+
 def write_recipe(task: str, folder: Path) -> Path:
     """The gin file of a task, and its conversations."""
     more = RL
     if task == "sft":
         corpus = folder / "chats"
         corpus.mkdir()
-        said = lambda n: [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"{n * n}"}]  # noqa: E731
-        lines = (json.dumps({"messages": said(n)}) + "\n" for n in range(30))
-        (corpus / "chats.jsonl").write_text("".join(lines))
+        (corpus / "chats.jsonl").write_text("".join(json.dumps({"messages": said(n)}) + "\n" for n in range(30)))
         more = SFT.format(corpus=str(corpus))
     file = folder / f"{task}.gin"
     file.write_text(MODEL + more)
@@ -135,7 +140,7 @@ def facts_of(run_dir: Path) -> dict[str, Any]:
     return {"curve": lines, "tables": tables, "last": last.name, "params": digest.hexdigest()}
 
 
-def fact_file(run_dir: Path) -> dict[str, Any]:
+def forked_facts(run_dir: Path) -> dict[str, Any]:
     """`facts_of`, found in a process of its own."""
     out = run_dir.with_suffix(".facts")
     child = os.fork()
@@ -151,16 +156,21 @@ def fact_file(run_dir: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def orphans() -> list[str]:
-    """Processes that verify and whose parent is gone: each ends by itself within a second."""
+def marked(kill: Callable[[], None], value: str) -> None:
+    """Gives this process, and all that it starts from now on, a mark in their environment."""
+    os.environ[MARK] = value
+    kill()
+
+
+def survivors(value: str) -> list[str]:
+    """Processes that verify with that mark: each ends by itself within a second of its run's end."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words, facts = (folder / "cmdline").read_bytes(), (folder / "stat").read_text()
-        except OSError:  # it has ended meanwhile
+            words, variables = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended meanwhile, or is another user's
             continue
-        parent = facts.rpartition(")")[2].split()[1]
-        if WORKER.encode() in words and parent == "1":
+        if WORKER.encode() in words and f"{MARK}={value}".encode() in variables.split(b"\0"):
             found.append(folder.name)
     return found
 
@@ -174,16 +184,16 @@ def trial(task: str, number: int, seed: int, recipe: Path, folder: Path, expecte
     facts["seconds"] = round(rng.uniform(0, longest), 3)
     run_dir = folder / f"{task}{number}"
     kill = functools.partial(kills.signal_after, module, path, "SIGKILL", facts["call"], facts["seconds"])
-    status, said = kills.run(recipe, run_dir, kill, task=task)
+    status, output = kills.run(recipe, run_dir, functools.partial(marked, kill, str(run_dir)), task=task)
     facts["too late"] = status == 0
-    wrong = [] if status in (-9, 0) else [f"status {status}: {said[-2000:]}"]
+    wrong = [] if status in (-9, 0) else [f"status {status}: {output[-2000:]}"]
     time.sleep(1.5)
-    wrong += [f"processes {left} still verify" for left in [orphans()] if left]
-    status, said = kills.run(recipe, run_dir, task=task)
+    wrong += [f"processes {left} still verify" for left in [survivors(str(run_dir))] if left]
+    status, output = kills.run(recipe, run_dir, task=task)
     if status:
-        wrong.append(f"going on ended with status {status}: {said[-2000:]}")
+        wrong.append(f"going on ended with status {status}: {output[-2000:]}")
     else:
-        found = fact_file(run_dir)
+        found = forked_facts(run_dir)
         wrong += [f"other {name}" for name in expected if found[name] != expected[name]]
         facts |= kills.going_on(run_dir)
     wrong += [f"left {left} at the end" for left in kills.leftovers(run_dir)]
@@ -203,10 +213,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, options.out.open("a") as out:
         for task in options.tasks.split(","):
             recipe = write_recipe(task, Path(scratch))
-            status, said = kills.run(recipe, Path(scratch) / f"{task}_whole", task=task)
+            status, output = kills.run(recipe, Path(scratch) / f"{task}_whole", task=task)
             if status:
-                raise SystemExit(f"the run that nobody interrupts ended with status {status}: {said}")
-            expected = fact_file(Path(scratch) / f"{task}_whole")
+                raise SystemExit(f"the run that nobody interrupts ended with status {status}: {output}")
+            expected = forked_facts(Path(scratch) / f"{task}_whole")
             for number in range(options.count):
                 facts = trial(task, number, options.seed, recipe, Path(scratch), expected)
                 bad += bool(facts["wrong"])

@@ -2,14 +2,19 @@
 
 import io
 import json
+import os
 import tarfile
+import threading
+from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from orogen.config.checks import ConfigError
-from orogen.data.interleaved import read_interleaved
+from orogen.data import interleaved
+from orogen.data.interleaved import read_image, read_interleaved
+from orogen.vision.transforms import ImageError, decode
 
 A, B = b"first image", b"second"
 
@@ -107,10 +112,33 @@ def test_a_damaged_table_is_one_line_wherever_it_is_damaged(tmp_path):
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_file_that_is_too_large_is_not_read(tmp_path):
+def test_a_file_that_is_too_large_is_left_out_and_not_read_whole(tmp_path):
     """It is sparse here: to read it would end this process."""
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate(2**42)
-    (tmp_path / "c.jsonl").write_text('{"image": "x.png", "caption": "y"}')
-    with pytest.raises(ConfigError, match="image 'x.png' has 4,398,046,511,104 bytes; expected at most 100,000,000"):
-        parts(tmp_path / "c.jsonl")
+    lines = [{"image": "x.png", "caption": "y"}, {"images": [None], "texts": ["after"]}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    large, after = read_interleaved(tmp_path / "c.jsonl")
+    assert after.parts == ("after",) and len(large.parts[0]) == interleaved.MAX_BYTES + 1
+    with pytest.raises(ImageError, match="too large; expected at most 100,000,000 bytes"):
+        decode(large.parts[0])
+
+
+def test_an_archive_s_image_may_be_too_large_but_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(interleaved, "MAX_BYTES", 5)
+    members = {"1.PNG": A, "1.txt": b"one", "2.png": b"png", "2.txt": b"two", "3.png": A, "3.txt": b"long text"}
+    found = read_interleaved(tar(tmp_path, members))
+    assert [next(found).parts, next(found).parts] == [(A[:6], "one"), (b"png", "two")]
+    with pytest.raises(ConfigError, match="3.txt has 9 bytes; expected at most 5"):
+        next(found)
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "pipe"])
+def test_an_image_without_an_end_is_refused(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(interleaved, "MAX_BYTES", 5)
+    if file == "pipe":
+        file = tmp_path / "pipe"
+        os.mkfifo(file)
+        threading.Thread(target=file.write_bytes, args=(A,), daemon=True).start()
+    with pytest.raises(ConfigError, match="image 0 has more than 5 bytes; expected no more"):
+        read_image(Path(file), "image 0")

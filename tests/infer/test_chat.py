@@ -155,6 +155,18 @@ def test_hostile_templates_are_refused_in_time(template, message):
     renderer.close()
 
 
+def test_a_process_that_does_not_start_is_not_the_template_s_fault(monkeypatch, tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(render, "WORKER", tmp_path / "slow.py")
+    monkeypatch.setattr(render, "START_SECONDS", 0.2)
+    renderer = Renderer(seconds=10)
+    with pytest.raises(ConfigError, match="the process that renders templates did not start within 0.2 s; expected"):
+        renderer.render("a", {})
+    monkeypatch.undo()
+    assert renderer.render("a", {}) == "a", "another one is started"
+    renderer.close()
+
+
 def test_nothing_of_one_text_stays_for_the_next(renderer):
     template = (
         "{% if seen is defined %}seen{% endif %}{% set seen = 1 %}{% set n = namespace(x=0) %}{% set n.x = n.x + 1 %}"

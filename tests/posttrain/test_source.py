@@ -85,7 +85,7 @@ def test_faults_are_those_of_this_rollout():
 
 
 def test_a_server_that_names_parts_anew_floods_no_record():
-    """The parts that most samples have are told."""
+    """The parts that most samples have are told, the others counted."""
     rewards = [{"same": 1.0, **{f"{n} of {number}": 0.0 for n in range(30)}} for number in range(8)]
     samples = [sample(number, 1.0, 1) for number in range(8)]
     for one, parts in zip(samples, rewards, strict=True):
@@ -95,3 +95,10 @@ def test_a_server_that_names_parts_anew_floods_no_record():
     found = measured(samples, [samples], Mismatch(), rl)
     parts = [key for key in found if key.startswith(f"reward/{name}/")]
     assert len(parts) == 32 and found[f"reward/{name}/same"] == 1
+    assert found[f"reward_parts_left_out/{name}"] == 8 * 30 - 31
+    for one, left_out in zip(samples, range(8), strict=True):
+        one.rewards, one.left_out = {"same": 1.0}, left_out
+    assert measured(samples, [samples], Mismatch(), rl)[f"reward_parts_left_out/{name}"] == 28
+    for one in samples:
+        one.left_out = 0
+    assert not any(key.startswith("reward_parts") for key in measured(samples, [samples], Mismatch(), rl))

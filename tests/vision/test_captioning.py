@@ -250,6 +250,20 @@ def test_documents_that_are_no_pairs_are_counted(tmp_path):
     assert broken == {"mixed.jsonl:2": "it is not one image and one caption"}
 
 
+def test_a_file_that_is_too_large_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("orogen.data.interleaved.MAX_BYTES", 200)
+    monkeypatch.setattr("orogen.vision.transforms.MAX_BYTES", 200)
+    Image.new("RGB", (2, 2)).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"image" * 100)
+    lines = [json.dumps({"image": f"{number}.png", "caption": "a square"}) for number in (1, 0)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    encoder = types.SimpleNamespace(transform=lambda image: image, encode_pixels=lambda pixels: None)
+    broken = {}
+    (part,) = vision_run._parts(vision_run._pairs(tmp_path, broken), encoder, broken)
+    assert part.names == ["pairs.jsonl:2"]
+    assert broken == {"pairs.jsonl:1": "the file is too large; expected at most 200 bytes"}
+
+
 @pytest.mark.parametrize("guard", ["nan", "1.5", "x"])
 def test_a_guard_is_a_cosine(guard, capsys):
     with pytest.raises(SystemExit):

@@ -9,7 +9,6 @@
 A folder is read file by file, by name. Paths that lead out of the folder are refused.
 """  # noqa: E501
 
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_ENDINGS = ("txt", "caption")
 FORMS = (".jsonl", ".parquet", ".tar")
 ROWS = 64  # of a Parquet file that are in memory at a time
-MAX_MEMBER = 100_000_000  # bytes of an image's file, or of any file in an archive
+MAX_BYTES = 100_000_000  # of an image's file, or of any file in an archive
 _PAIR = Record({"image": object, "caption": str})
 _LISTS = Record({"images": ListOf(object), "texts": ListOf((str, None))})
 
@@ -42,7 +41,8 @@ class Interleaved(NamedTuple):
 
 def read_interleaved(corpus: str | Path) -> Iterator[Interleaved]:
     """The documents of a file, or of a folder's files in the order of their names. Raises ConfigError for one that is
-    malformed, naming its place; whether an image can be decoded is not looked at."""
+    malformed, naming its place; whether an image can be decoded is not looked at. Of a file of more than MAX_BYTES, as
+    many bytes and one more are read, which `transforms.decode` refuses."""
     root = Path(corpus)
     if not root.exists():
         raise ConfigError(f"corpus {str(corpus)!r} does not exist; expected a {', '.join(FORMS)} file or a folder")
@@ -55,11 +55,18 @@ def read_interleaved(corpus: str | Path) -> Iterator[Interleaved]:
 
 
 def read_image(file: Path, what: str) -> bytes:
-    """The bytes of an image's file. what: its name in the error. Raises ConfigError for one of more than MAX_MEMBER."""
+    """The bytes of an image's file, or of a pipe. what: its name in the error. Raises ConfigError for more than
+    MAX_BYTES."""
+    data = _first_bytes(file)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{what} has more than {MAX_BYTES:,} bytes; expected no more")
+    return data
+
+
+def _first_bytes(file: Path) -> bytes:
+    """At most MAX_BYTES + 1."""
     with file.open("rb") as stream:
-        if (size := os.fstat(stream.fileno()).st_size) > MAX_MEMBER:
-            raise ConfigError(f"{what} has {size:,} bytes; expected at most {MAX_MEMBER:,}")
-        return stream.read()
+        return stream.read(MAX_BYTES + 1)
 
 
 def _jsonl(file: Path, name: str) -> Iterator[Interleaved]:
@@ -76,7 +83,7 @@ def _jsonl(file: Path, name: str) -> Iterator[Interleaved]:
             raise ConfigError(f"{where}: image {path!r} is outside the folder of the file; expected a path inside it")
         if not target.is_file():
             raise ConfigError(f"{where}: image {path!r} does not exist; expected a file")
-        return read_image(target, f"{where}: image {path!r}")
+        return _first_bytes(target)
 
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -122,12 +129,13 @@ def _tar(file: Path, name: str) -> Iterator[Interleaved]:
                     if members:
                         yield _from_members(f"{name}:{key}", members, f"{file}, {key}")
                     key, members = found, {}
-                if member.size > MAX_MEMBER:
+                ending = ending.lower()
+                if member.size > MAX_BYTES and ending.rpartition(".")[2] not in IMAGE_ENDINGS:
                     raise ConfigError(
-                        f"{file}: {member.name} has {member.size:,} bytes; expected at most {MAX_MEMBER:,}"
+                        f"{file}: {member.name} has {member.size:,} bytes; expected at most {MAX_BYTES:,}"
                     )
                 stream = archive.extractfile(member)
-                members[ending.lower()] = b"" if stream is None else stream.read()
+                members[ending] = b"" if stream is None else stream.read(MAX_BYTES + 1)
             if members:
                 yield _from_members(f"{name}:{key}", members, f"{file}, {key}")
     except tarfile.TarError as error:

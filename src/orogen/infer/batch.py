@@ -84,7 +84,7 @@ def _run_batch(engine: Stepped, source: "_Source", out: Path, *, reader: LineRea
     with _locked(_journal_of(out)) as journal:
         done = _index(journal, _journal_of(out))
         _require_same(done, source, _journal_of(out), settings)
-        journal.truncate(max((place.end for place in done.values()), default=0))
+        journal.truncate(max((extent.end for extent in done.values()), default=0))
         journal.seek(0, os.SEEK_END)
         with Progress(lines, first_step=len(done), unit="line") as progress:
             _Run(engine, source, journal, reader, progress).answer_all(settings, done)
@@ -258,8 +258,8 @@ def _index(file: IO[bytes], path: Path) -> dict[int, _Extent]:
 def _require_same(done: dict[int, _Extent], source: _Source, path: Path, settings: str) -> None:
     """Raises ConfigError if an answer is not of this input under these settings."""
     digests = {line.number: line.digest for line in _lines(source, settings)} if done else {}
-    for number, place in done.items():
-        if digests.get(number) != place.digest:
+    for number, extent in done.items():
+        if digests.get(number) != extent.digest:
             raise ConfigError(
                 f"{path} has an answer to another line {number} than {source} has, or under other settings; expected "
                 "the same, or a new output"
@@ -270,9 +270,9 @@ def _finish(journal: IO[bytes], done: dict[int, _Extent], out: Path) -> None:
     """Makes the output of the journal, in the order of the input, and removes the journal."""
     temporary = out.with_name(out.name + ".tmp")
     with temporary.open("wb") as file:
-        for _, place in sorted(done.items()):
-            journal.seek(place.start)
-            file.write(journal.read(place.end - place.start))
+        for _, extent in sorted(done.items()):
+            journal.seek(extent.start)
+            file.write(journal.read(extent.end - extent.start))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(out)
@@ -280,4 +280,4 @@ def _finish(journal: IO[bytes], done: dict[int, _Extent], out: Path) -> None:
 
 
 def _summary(done: dict[int, _Extent], lines: int) -> Summary:
-    return Summary(lines, sum(p.broken for p in done.values()), sum(p.failed for p in done.values()))
+    return Summary(lines, sum(one.broken for one in done.values()), sum(one.failed for one in done.values()))

@@ -39,7 +39,7 @@ class Renderer:
                 answer = self._ask(written({"template": template, "variables": variables}))
             except TimeoutError:
                 self._end()
-                raise ConfigError(f"the chat template took more than {self._seconds} s; expected less") from None
+                raise ConfigError(f"the chat template took more than {self._seconds:g} s; expected less") from None
             except (OSError, EOFError):
                 self._end()
                 raise ConfigError("the chat template ended its process, as for want of memory") from None
@@ -55,7 +55,14 @@ class Renderer:
     def _ask(self, data: bytes) -> dict[str, str]:
         if self._process is None or self._process.poll() is not None:
             # Its start is no part of a template's time.
-            self._exchange(self._started(), written({"template": "", "variables": {}}), START_SECONDS)
+            try:
+                self._exchange(self._started(), written({"template": "", "variables": {}}), START_SECONDS)
+            except TimeoutError:
+                self._end()
+                raise ConfigError(
+                    f"the process that renders templates did not start within {START_SECONDS:g} s; expected a faster "
+                    "or less busy host"
+                ) from None
         return self._exchange(self._started(), data, self._seconds)
 
     def _exchange(self, process: "subprocess.Popen[bytes]", data: bytes, seconds: float) -> dict[str, str]:

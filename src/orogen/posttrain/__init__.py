@@ -65,6 +65,7 @@ several times (`groups.py`, `rollout.py`), has the answers verified, and packs t
   different ones: `env.json` and the log then say so.
 - *What has no gradient is counted*: groups with equal rewards (`zero_gradient_groups`), failed verifications and
   rewards that are no numbers (`failed_verifications`, `faults/KIND`; in no baseline), overlong answers, masked tokens.
+  So are the parts of rewards that are no metric (`reward_parts_left_out/ENVIRONMENT`).
 - *Mixtures of experts*: `OptimizerConfig.frozen = ('router', 'mtp')` keeps these as they are, while correction biases
   are still updated, as in Nemotron 3 Nano's recipe.
 - *Router replay* (`RLConfig.router_replay`): the engine reports the experts of every token that it reads, as the

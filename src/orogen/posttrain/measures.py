@@ -15,7 +15,8 @@ def measured(
     samples: Sequence[Sample], groups: Sequence[Sequence[Sample]], mismatch: Mismatch, rl: RLConfig
 ) -> dict[str, float]:  # fmt: skip
     """Means over samples, and `NAME/ENVIRONMENT` over those of each environment. A reward is a mean over the samples
-    that have one; without any, it is left out.
+    that have one; without any, it is left out. reward_parts_left_out: parts of all samples' rewards that are no metric,
+    if there are any.
 
     teacher_divergence: the mean of log π - log π_teacher over tokens that a teacher judges, at temperature 1 an
     estimate of KL(π || π_teacher) per token. zero_gradient_groups: share of the groups without an advantage. mismatch:
@@ -52,16 +53,26 @@ def is_flat(group: Sequence[Sample]) -> bool:
     return all(sample.advantage == 0 for sample in group)
 
 
+def _parts(samples: Sequence[Sample], suffix: str) -> dict[str, float]:
+    """Means of the parts of rewards. A server may name those of every reward anew: of more than MOST_PARTS, those of
+    the most samples."""
+    counts = collections.Counter(name for sample in samples for name in sample.rewards)
+    kept = dict(counts.most_common(MOST_PARTS))
+    found = {}
+    for name in sorted(kept):
+        known = [sample.rewards[name] for sample in samples if name in sample.rewards]
+        found[f"reward{suffix}/{name}"] = float(np.mean(known))
+    left_out = counts.total() - sum(kept.values()) + sum(sample.left_out for sample in samples)
+    return found | ({f"reward_parts_left_out{suffix}": float(left_out)} if left_out else {})
+
+
 def _of(samples: Sequence[Sample], suffix: str) -> dict[str, float]:
     if not samples:
         return {}
     rewards = [sample.reward for sample in samples if not math.isnan(sample.reward)]
     found = {f"reward{suffix}": float(np.mean(rewards))} if rewards else {}
-    # A server may name the parts of every reward anew: of more than MOST_PARTS, those of the most samples.
-    parts = collections.Counter(name for sample in samples for name in sample.rewards).most_common(MOST_PARTS)
-    for name in sorted(name for name, _ in parts) if suffix else ():
-        known = [sample.rewards[name] for sample in samples if name in sample.rewards]
-        found[f"reward{suffix}/{name}"] = float(np.mean(known))
+    if suffix:
+        found |= _parts(samples, suffix)
     chosen = [sum(track.chosen) and sum(track.rollout) for sample in samples for track in sample.tracks]
     tokens = sum(sample.tokens for sample in samples)
     judged = [sample for sample in samples if sample.divergence is not None]

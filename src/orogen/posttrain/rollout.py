@@ -309,7 +309,7 @@ class Rollouts:
             sample.overlong = True
             sample.reward = 0.0  # the row is full before the episode is over
             return False
-        sample.rewards = dict(turn.rewards)
+        sample.rewards, sample.left_out = dict(turn.rewards), turn.left_out
         sample.reward = math.fsum(turn.rewards.values())
         return False
 

@@ -54,9 +54,9 @@ class Track:
 @dataclasses.dataclass
 class Sample:
     """One answer to a task. group: of answers to one task. reward: the sum of `rewards`, NaN if the verifier failed,
-    for the reason `fault`. overlong: an answer reached its most tokens, or the episode its row. sizes: characters of
-    all thoughts and of all contents; longest: tokens of the longest turn; divergence: the sum over its tokens of
-    log π - log π_teacher, None without a teacher."""
+    for the reason `fault`. left_out: parts of the reward that `rewards` does not name. overlong: an answer reached its
+    most tokens, or the episode its row. sizes: characters of all thoughts and of all contents; longest: tokens of the
+    longest turn; divergence: the sum over its tokens of log π - log π_teacher, None without a teacher."""
 
     environment: str
     number: int
@@ -67,6 +67,7 @@ class Sample:
     said: list[str] = dataclasses.field(default_factory=list)
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
     reward: float = math.nan
+    left_out: int = 0
     fault: str | None = None
     overlong: bool = False
     sizes: tuple[int, int] = (0, 0)

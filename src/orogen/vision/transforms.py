@@ -15,9 +15,10 @@ import numpy as np
 
 from orogen.config.checks import ConfigError
 from orogen.config.json_file import ListOf, Number, Record, Whole, check_form
+from orogen.data.interleaved import MAX_BYTES
 
+OVERSHOOT = 1.5  # times white: filters that resize and sharpen leave values beyond it
 MAX_PIXELS = 50_000_000  # of an image before it is resized: 200 MB decoded
-MAX_BYTES = 100_000_000  # of an image's file
 # Those whose endings a corpus may have. Pillow would have Ghostscript run a PostScript file, whatever its ending.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIDE = Whole(1, 2**14)
@@ -103,11 +104,12 @@ def decode(data: bytes) -> Any:
     """The image of a file's bytes, as a Pillow image in RGB, upright as its EXIF orientation says.
 
     Of an animation it is the first frame; CMYK, palettes, grey and 16 bits become RGB; transparency is put on white.
-    Raises ImageError if the bytes are no image of FORMATS, are cut short, or have no pixel or more than MAX_PIXELS.
+    Raises ImageError if the bytes are no image of FORMATS, are cut short, are more than MAX_BYTES, or have no pixel or
+    more than MAX_PIXELS.
     """
     Image, ImageOps = pillow()
     if len(data) > MAX_BYTES:
-        raise ImageError(f"the file has {len(data):,} bytes; expected at most {MAX_BYTES:,}")
+        raise ImageError(f"the file is too large; expected at most {MAX_BYTES:,} bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here
@@ -126,9 +128,10 @@ def decode(data: bytes) -> Any:
 
 def _rgb(image: Any, Image: Any) -> Any:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would cut values off at 255
-        values_yx = np.nan_to_num(np.asarray(image, np.float64), nan=0.0)
-        bytes_yx = np.clip(values_yx * (255 / _white(image.mode, values_yx)), 0, 255).astype(np.uint8)
-        return Image.fromarray(bytes_yx).convert("RGB")
+        values_yx = np.asarray(image, np.float64)
+        white = _white(image.mode, values_yx)
+        shares_yx = np.nan_to_num(np.clip(values_yx, 0, white) / white)  # NaN is black
+        return Image.fromarray((shares_yx * 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -137,12 +140,13 @@ def _rgb(image: Any, Image: Any) -> Any:
 
 
 def _white(mode: str, values_yx: np.ndarray) -> float:
-    """The value of white: the most that 16 bits hold. Those of 32 bits and floats do not say; it is the least of 1 (of
-    floats), 255 and 65535 that no value exceeds."""
+    """The value of white: the most that 16 bits hold. Images of 32 bits and of floats do not say theirs. The guess is
+    the least of 1 (of floats), 255 and 65535 that no finite value exceeds by more than OVERSHOOT."""
     if mode.startswith("I;16"):
         return 65535.0
-    brightest = values_yx.max(initial=0)
-    return 1.0 if mode == "F" and brightest <= 1 else 255.0 if brightest <= 255 else 65535.0
+    brightest = values_yx.max(initial=0, where=np.isfinite(values_yx))
+    guesses = (1.0, 255.0) if mode == "F" else (255.0,)
+    return next((white for white in guesses if brightest <= OVERSHOOT * white), 65535.0)
 
 
 def pillow() -> tuple[Any, Any]:

@@ -29,7 +29,9 @@ class Bad:
             return Turn("x" * 2**31)
         if said.text == "print":
             print("noise" * 2**18)
-        return Turn(None, rewards={"a": float("nan")}) if said.text == "nan" else over(a=0.5)
+        if said.text == "left out":
+            return Turn(None, rewards={"a": 0.5}, left_out=3)
+        return Turn(None, rewards={"a": float(said.text)}) if said.text in ("nan", "-1e308") else over(a=0.5)
 
 
 if __name__ == "__main__":

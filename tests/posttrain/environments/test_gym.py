@@ -79,7 +79,7 @@ def test_an_episode_seeds_calls_and_verifies_in_one_session(tmp_path):
         last = far.step(example, json.loads(json.dumps(first.state)), Said("b", "b"))
     outputs = [reply["content"] for reply in first.replies]
     assert outputs == ['{"found": 3}', '{"error": "no tool \'verify\'"}'] and first.rewards is None
-    assert last.rewards == {"a": 0.5, "b": 0.25}
+    assert last.rewards == {"a": 0.5, "b": 0.25} and last.left_out == 0
     assert [(path, cookie) for path, _, cookie in asked] == [
         ("/v/seed_session", None), ("/v/look", "session=one"), ("/v/verify", "session=two"),
     ]  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_last_turn_s_calls_are_carried_out_and_parts_that_do_not_add_up_are_
         far = NemoGym(environment(tmp_path, url, turns=1))
         turn = far.step(far.example(0), far.start(far.example(0)), Said("", calls=(("look", {}),)))
     assert [path for path, *_ in asked] == ["/seed_session", "/look", "/verify"]
-    assert turn.rewards == {"reward": 2.0} and not turn.replies
+    assert turn.rewards == {"reward": 2.0} and turn.left_out == 1 and not turn.replies
 
 
 @pytest.mark.parametrize("names", ["", "a\nb", "x" * 101, "\x1b[2J", [str(n) for n in range(33)]])
@@ -111,7 +111,8 @@ def test_parts_that_cannot_be_metrics_are_one_reward(tmp_path, names):
 
     with served(answer) as (url, _):
         far = NemoGym(environment(tmp_path, url))
-        assert far.step(far.example(0), far.start(far.example(0)), Said("x", "x")).rewards == {"reward": 1.0}
+        turn = far.step(far.example(0), far.start(far.example(0)), Said("x", "x"))
+    assert turn.rewards == {"reward": 1.0} and turn.left_out == len(names)
 
 
 def drip(handler):

@@ -21,6 +21,10 @@ def pool():
     made.close()
 
 
+def test_parts_without_a_name_are_counted(pool):
+    assert pool.verify([Asked(0, None, Said("left out"))]) == [GOOD._replace(left_out=3)]
+
+
 @pytest.mark.parametrize(
     ("said", "kind", "reason"),
     [
@@ -29,7 +33,8 @@ def pool():
         ("flood", "flood", "expected at most 4194304"),
         ("raise", "raised", "RuntimeError: no verdict"),
         ("memory", "raised", "MemoryError"),
-        ("nan", "nan", "a reward is no finite number: {'a': nan}"),
+        ("nan", "nan", "a reward is {'a': nan}; expected finite numbers of at most 1e+09 in size"),
+        ("-1e308", "nan", "a reward is {'a': -1e+308}; expected finite numbers of at most 1e+09 in size"),
     ],
 )
 def test_a_bad_verifier_is_counted_and_the_next_answers(pool, said, kind, reason):

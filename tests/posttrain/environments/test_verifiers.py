@@ -2,15 +2,12 @@
 
 import json
 import sys
-import textwrap
-import time
 
 import pytest
 
 from orogen.config.checks import ConfigError
 from orogen.config.rl import EnvironmentConfig
-from orogen.posttrain.environments import sandbox, workplace
-from orogen.posttrain.environments.code import program_of
+from orogen.posttrain.environments import workplace
 from orogen.posttrain.environments.interface import Said
 from orogen.posttrain.environments.make import make_environment
 from orogen.posttrain.environments.synthetic import FAMILIES
@@ -71,146 +68,6 @@ def test_a_synthetic_answer_is_what_its_question_asks_for(family):
 def test_an_unknown_family_is_refused():
     with pytest.raises(ConfigError, match="EnvironmentConfig.family is 'chess'; expected one of addition"):
         made("synthetic", family="chess")
-
-
-STDIN = {"prompt": "double", "tests": [{"input": "2\n", "output": "4"}, {"input": "5", "output": "10\n"}]}
-CHECK = {"prompt": "half", "check": "assert half(4) == 2\nassert half(3) == 1.5"}
-
-
-SPY = """
-import os, sys
-half = lambda x: x / 2
-try:
-    found = {found}
-except OSError:
-    found = ''
-os.write(1, found.split('print(')[-1].encode())
-print(found.split('print(')[-1].strip("')\\n"), flush=True)
-os._exit(0)
-"""
-CHEAT = """
-class Equal(float):
-    __eq__ = lambda self, other: True
-AssertionError = Exception
-__builtins__['AssertionError'] = print
-half = lambda x: Equal(7)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "program", "expected"),
-    [
-        (0, "x = int(input())\nprint(2 * x)", 1),
-        (0, "So:\n```python\nprint(2 * int(input()), '')\n```\nDone.", 1),
-        (0, "x = int(input())\nprint(x * x)", 0),  # right for the first test alone
-        (0, "print(4)\n1 / 0", 0),
-        (1, "def half(x):\n    return x / 2", 1),
-        (1, "def half(x):\n    return x // 2", 0),
-        (1, "import os\nos._exit(0)", 0),  # before the check
-        (1, "import socket\nhalf = lambda x: x / 2\nwhile True: pass", 0),
-        (1, "", 0),
-        (1, "half = lambda x: x / 2\nprint('noise')\nabs = lambda x: 0", 1),
-        # It finds no check, neither on stdin nor in files or other processes, and cannot say that it has passed.
-        (1, SPY.format(found="sys.stdin.read()"), 0),
-        (1, SPY.format(found="open('stdin').read()"), 0),
-        (1, SPY.format(found="open('/tmp/task/stdin').read()"), 0),
-        (1, SPY.format(found="open(f'/proc/{os.getppid()}/fd/0').read()"), 0),
-        (1, SPY.format(found="open(f'/proc/{os.getppid()}/environ').read()"), 0),
-        (1, CHEAT, 0),
-    ],
-)
-def test_a_program_must_pass_all_its_tests(tmp_path, number, program, expected):
-    environment = made("code", corpus=lines(tmp_path, STDIN, CHECK), unsandboxed=True, seconds=1.0)
-    assert reward(environment, program, number) == expected
-
-
-@pytest.mark.parametrize(
-    ("source", "end"),
-    [
-        ("print('a')", "finished"),
-        ("raise SystemExit(3)", "failed"),
-        ("while True: print('x' * 4096)", "flood"),
-        ("import time\ntime.sleep(60)", "timeout"),
-        ("x = bytearray(2**29)", "failed"),
-        ("open('big', 'wb').write(bytes(2**22))", "failed"),
-    ],
-)
-def test_a_program_keeps_to_its_limits(source, end):
-    began = time.monotonic()
-    box = sandbox.Sandbox(seconds=0.5, memory=2**28, unsandboxed=True)
-    found = box.run(source)
-    assert found.end == end and len(found.output) <= sandbox.MOST_OUTPUT
-    assert time.monotonic() - began < 20
-
-
-def test_a_program_finds_itself_alone_in_main():
-    """Though the interpreter has set its limits before."""
-    source = """
-        from __future__ import annotations
-        import dataclasses, pickle, sys
-        print(sorted(name for name in globals() if not name.startswith("__")), __name__, sys.argv == [__file__])
-        @dataclasses.dataclass
-        class Point:
-            x: list[int]
-        print(pickle.loads(pickle.dumps(Point([3]))), sys.modules["__main__"].Point is Point)
-        def f(n): return 0 if n == 0 else 1 + f(n - 1)
-        print(f(900))
-        """
-    box = sandbox.Sandbox(seconds=5, memory=2**28, unsandboxed=True)
-    lines = box.run(textwrap.dedent(source)).output.decode().splitlines()
-    assert lines[0] == "['annotations', 'dataclasses', 'pickle', 'sys'] __main__ True"
-    assert lines[1:] == ["Point(x=[3]) True", "900"]
-
-
-def test_children_of_a_program_end_with_it(tmp_path):
-    mark = tmp_path / "alive"
-    child = f"import time\ntime.sleep(1.5)\nopen({str(mark)!r}, 'w')"
-    box = sandbox.Sandbox(seconds=0.4, memory=2**28, unsandboxed=True)
-    box.run(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}]).wait()")
-    time.sleep(2)
-    assert not mark.exists()
-
-
-def test_code_needs_bubblewrap_unless_that_is_allowed(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match="bubblewrap, and `bwrap` is not on the PATH; expected it, or .*unsandboxed"):
-        made("code")
-
-
-def test_bubblewrap_has_neither_network_nor_files(monkeypatch, tmp_path):
-    """A stand-in for bwrap writes down its arguments and says what the program of the first trial does."""
-    tool = tmp_path / "bwrap"
-    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\nprintf "started\\n1\\n"\n')
-    tool.chmod(0o755)
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tool))
-    assert sandbox.Sandbox(seconds=5, memory=2**30).run("").output == b"1\n"
-    words = (tmp_path / "words").read_text().split()
-    options, program = words[: words.index("--")], words[words.index("--") + 1 :]
-    assert all(options[n - 2] == "--size" for n, word in enumerate(options) if word == "--tmpfs")
-    binds = [n for n, word in enumerate(options) if word == "--ro-bind"]
-    assert options.index("/tmp") < min(binds) and {"/tmp", "/dev/shm"} <= set(options)
-    assert {"--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--tmpfs"} <= set(options)
-    assert "--bind" not in options and "--share-net" not in options and program[-1] == "/tmp/task/main.py"
-    assert str(tmp_path) not in options
-
-
-def test_a_sandbox_that_cannot_start_is_no_wrong_answer(monkeypatch, tmp_path):
-    tool = tmp_path / "bwrap"
-    tool.write_text("#!/bin/sh\necho 'bwrap: no permissions' >&2\nexit 1\n")
-    tool.chmod(0o755)
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tool))
-    with pytest.raises(ConfigError, match="does not run in the sandbox: bwrap: no permissions; expected"):
-        made("code")
-    monkeypatch.setattr(sandbox.Sandbox, "_require_works", lambda self: None)  # it works at first, then no more
-    environment = made("code", corpus=lines(tmp_path, STDIN, CHECK))
-    for number in (0, 1):
-        with pytest.raises(sandbox.SandboxError, match="did not start: bwrap: no permissions"):
-            reward(environment, "print(4)", number)
-
-
-def test_the_last_block_of_code_counts():
-    assert program_of("a\n```py\nb\n```\nc\n```\nd\n```") == "d\n"
-    assert program_of("no code") == "no code"
 
 
 def test_json_must_be_of_its_schema(tmp_path):

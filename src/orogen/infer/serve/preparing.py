@@ -127,8 +127,8 @@ def _with(reserved: Reservation | None, work: Callable[..., T]) -> Callable[...,
     if reserved is None:
         return work
 
-    def placed(*arguments: Any) -> T:
+    def with_room(*arguments: Any) -> T:
         reserved.take()
         return work(*arguments)
 
-    return placed
+    return with_room

@@ -6,11 +6,11 @@ reward. Everything is a pure function of its arguments, with states as plain JSO
 same rewards.
 
 **Verifiers are not trusted.** `pool.py` runs them in processes of their own (`worker.py`), with a deadline and limits
-on memory and output; one that crashes, hangs or floods, or whose reward is no finite number, is counted, and its sample
-is left out of the loss and of its group's baseline. Programs that a model wrote run in `sandbox.py`, one bubblewrap
-each, beside their checks, which run in another process (`checked.py`). All other verifiers read answers and run none: a
-data set of `reasoning_gym` whose scorer evaluates answers as Python is refused. An environment that cannot run, or that
-has no answer many times in a row, ends the run.
+on memory and output; one that crashes, hangs or floods, or whose reward is not a finite number of at most 1e9 in size,
+is counted, and its sample is left out of the loss and of its group's baseline. Programs that a model wrote run in
+`sandbox.py`, one bubblewrap each, beside their checks, which run in another process (`checked.py`). All other verifiers
+read answers and run none: a data set of `reasoning_gym` whose scorer evaluates answers as Python is refused. An
+environment that cannot run, or that has no answer many times in a row, ends the run.
 
 **Add a kind**: a class with the four methods, its name in `config.rl.KINDS` and `make.MAKERS`.
 

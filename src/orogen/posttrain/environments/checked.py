@@ -1,7 +1,9 @@
 """Runs in the sandbox, alone, as main.py: a check of a program that holds neither the check nor the verdict.
 
 stdin is JSON {"program", "check"}. The check runs in the first process, whose status is the verdict; the program in
-a child, forked before stdin is read, which gets its own source and, one JSON line each, calls of its functions.
+a child, forked before stdin is read, which gets its own source and, one JSON line each, calls of its functions. The
+child may not look into the first process (`NOT_DUMPABLE`). In bubblewrap there is no other process to look into, for
+the first is process 1 of its namespace; without, there are all others of this user.
 Arguments and results are plain values (None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict),
 as copies.
 """
@@ -10,7 +12,7 @@ import builtins
 import json
 import os
 
-TYPE_CHECKING = False  # as type checkers know it: to import `typing` would take a program's time
+TYPE_CHECKING = False  # as type checkers know it: importing `typing` would cost every verification its time
 if TYPE_CHECKING:
     from typing import Any
 

@@ -2,8 +2,10 @@
 
 A task is a line {"key"?: text, "prompt": text, "tests": [{"input": text, "output": text}, …]} whose program reads stdin
 and writes stdout, or {…, "check": Python source} that calls functions of the program, as in HumanEval: it runs in
-another process (`checked.py`), with plain values as arguments and results, and the program never sees it. A check that
-needs the program's classes, generators or changed arguments fails. Without a file, tasks ask for small functions.
+another process (`checked.py`), with plain values as arguments and results, and the program cannot read it: in
+bubblewrap it finds no other process that knows it. Without bubblewrap the process of the check is as closed, but a
+program can read whatever else this user can, such as the file of the tasks. A check that needs the program's classes,
+generators or changed arguments fails. Without a file, tasks ask for small functions.
 """
 
 import json
@@ -34,6 +36,9 @@ class Code:
         self._tasks = None
         if config.corpus is not None:
             self._tasks = lines_of(Path(config.corpus), _TASK, one_of=("tests", "check"))
+        if self._tasks is None or any("check" in task for task in self._tasks):
+            # What fails here would make every program wrong.
+            self._sandbox.require("a check of a right program", _CHECKED, _given("x = 1", "assert x == 1"))
 
     def __len__(self) -> int:
         return self._config.examples if self._tasks is None else len(self._tasks)
@@ -62,8 +67,12 @@ class Code:
 
     def _passes(self, program: str, check: str) -> bool:
         """Whether the check, which calls the program, runs to its end."""
-        given = json.dumps({"program": program, "check": check})
-        return self._sandbox.run(_CHECKED, given.encode()).end == "finished"
+        return self._sandbox.run(_CHECKED, _given(program, check), trusted=True).end == "finished"
+
+
+def _given(program: str, check: str) -> bytes:
+    """What `checked.py` reads."""
+    return json.dumps({"program": program, "check": check}).encode()
 
 
 def _words(output: bytes) -> list[list[bytes]]:

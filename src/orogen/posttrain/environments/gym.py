@@ -84,7 +84,8 @@ class NemoGym:
         if replies and number < self._config.turns:
             return Turn(state, replies=replies)
         verdict = server.required("verify", row | {"response": _response(row, state["items"])})
-        return Turn(None, rewards=_rewards(verdict))
+        rewards, left_out = _rewards(verdict)
+        return Turn(None, rewards=rewards, left_out=left_out)
 
 
 def _example(row: dict[str, Any], number: int, where: str) -> Example:
@@ -106,8 +107,9 @@ def _response(row: dict[str, Any], items: list[dict[str, Any]]) -> dict[str, Any
     }  # fmt: skip
 
 
-def _rewards(verdict: dict[str, Any]) -> dict[str, float]:
-    """The reward, by the names of its parts if they add up to it. Raises FaultError."""
+def _rewards(verdict: dict[str, Any]) -> tuple[dict[str, float], int]:
+    """The reward, by the names of its parts if they add up to it; and how many parts it has that are not named. Raises
+    FaultError."""
     if verdict.get("mask_sample") is True:
         why = verdict.get("failure_reason") or verdict.get("failure_kind") or "no reason"
         raise FaultError(RAISED, f"the server says that its reward measures nothing: {why}")
@@ -116,13 +118,13 @@ def _rewards(verdict: dict[str, Any]) -> dict[str, float]:
         raise FaultError(RAISED, f"the server's reward is {reward!r}; expected a number")
     known = _numbers(parts)
     if known and math.isclose(math.fsum(known.values()), reward, rel_tol=1e-6, abs_tol=1e-6):
-        return known
-    return {"reward": float(reward)}
+        return known, 0
+    return {"reward": float(reward)}, len(parts) if isinstance(parts, dict) else 0
 
 
 def _numbers(parts: Any) -> dict[str, float]:
-    """The parts of a reward; none if one is no number, or if they cannot be metrics of every step: too many, or with
-    names that are no short printable words."""
+    """The parts of a reward, each of which becomes a metric of every step; empty if a value is not a number, if there
+    are more than MOST_PARTS, or if a name is not short and printable."""
     if not isinstance(parts, dict) or len(parts) > MOST_PARTS:
         return {}
     plain = all(0 < len(name) <= MOST_NAME and name.isprintable() for name in parts)

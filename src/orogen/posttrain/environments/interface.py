@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 # What can become of a verification, beside a turn.
 TIMEOUT, CRASH, FLOOD, RAISED, NAN = FAULTS = ("timeout", "crash", "flood", "raised", "nan")
 
-# In size: with larger ones, the sums and gradients of all other samples of a batch would not be finite either.
+# Largest magnitude: with larger ones, the sums and gradients of a batch's other samples would not be finite either.
 MOST_REWARD = 1e9
 MOST_PARTS = 32  # of a reward; each is a metric of every step
 
@@ -36,11 +36,12 @@ class Said(NamedTuple):
 class Turn(NamedTuple):
     """What comes of a turn. state: of the episode, as plain JSON; replies: messages that follow, after which the model
     goes on; rewards: by name, their sum is the reward. Either there are replies, or the episode is over with rewards.
-    """
+    left_out: parts of the reward that `rewards` does not name."""
 
     state: Any
     replies: Sequence[dict[str, Any]] = ()
     rewards: Mapping[str, float] | None = None
+    left_out: int = 0
 
 
 class FaultError(RuntimeError):

@@ -140,7 +140,7 @@ class _Worker:
             return Fault(CRASH, f"the verifier ended: {error}")
         if "error" in answer:
             return Fault(answer.get("kind", RAISED), answer["error"])
-        return Turn(answer["state"], answer["replies"], answer["rewards"])
+        return Turn(answer["state"], answer["replies"], answer["rewards"], answer["left_out"])
 
     def _exchange(self, data: bytes, seconds: float) -> dict[str, Any]:
         process = self._started()

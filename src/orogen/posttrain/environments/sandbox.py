@@ -2,7 +2,8 @@
 
 With bubblewrap (https://github.com/containers/bubblewrap, 0.8 or later) the program has namespaces of its own:
 it sees the system's libraries and this Python, read-only, and an empty folder. Without, only the limits hold, and it
-can read and write what this user can: that must be allowed by name.
+can read and write what this user can, the file of the tasks and the memory of other processes among it: that must be
+allowed by name.
 """
 
 import os
@@ -76,27 +77,33 @@ class Sandbox:
             )
         self.seconds, self.memory = seconds, memory
         self._bwrap = None if unsandboxed else found
-        self._require_works()
+        self.require("a program that prints 1", "print(1)", output=b"1\n")
 
-    def run(self, source: str, given: bytes = b"") -> Ran:
+    def run(self, source: str, given: bytes = b"", *, trusted: bool = False) -> Ran:
         """Runs Python source with `given` on stdin, in an empty folder that is removed afterwards. Raises
-        SandboxError if the program did not begin."""
-        ran, errors = self._ran(source, given, self.seconds)
+        SandboxError if the program did not begin.
+
+        trusted: whether the source is ours, and runs what is not ours in a child that it keeps from its memory and open
+        files: it is process 1 of the sandbox then, and none of bubblewrap's is in there with the child.
+        """
+        ran, errors = self._ran(source, given, self.seconds, trusted)
         if ran is None:
             raise SandboxError(f"the sandbox did not start: {errors}")
         return ran
 
-    def _require_works(self) -> None:
-        ran, errors = self._ran("print(1)", b"", max(self.seconds, START_SECONDS))
-        if ran is None or ran.end != "finished" or ran.output != b"1\n":
+    def require(self, what: str, source: str, given: bytes = b"", *, output: bytes = b"") -> None:
+        """Raises ConfigError unless this source, which is ours, runs to its end and writes `output`."""
+        ran, errors = self._ran(source, given, max(self.seconds, START_SECONDS), trusted=True)
+        if ran != Ran("finished", output):
             raise ConfigError(
-                f"a program that prints 1 does not run in the sandbox: {errors or ran}; expected a bubblewrap that "
-                "works here, of version 0.8 or later, and enough EnvironmentConfig.memory_mb"
+                f"{what} does not run in the sandbox: {errors or ran}; expected a bubblewrap that works here, of "
+                "version 0.8 or later, a Python with ctypes, and enough EnvironmentConfig.memory_mb"
             )
 
-    def _ran(self, source: str, given: bytes, seconds: float) -> tuple[Ran | None, str]:
+    def _ran(self, source: str, given: bytes, seconds: float, trusted: bool) -> tuple[Ran | None, str]:
         """What came of it, None if it did not begin; and the last line of stderr."""
-        # What is on stdin has no name in the folder: a child of a program cannot find there what its parent was told.
+        # What is on stdin has no name in the folder, and is not open here while the program runs: without bubblewrap,
+        # a program may look into this process too.
         with (
             tempfile.TemporaryDirectory(prefix="orogen-") as folder, tempfile.TemporaryFile() as stdin,
             tempfile.TemporaryFile() as errors,
@@ -106,9 +113,10 @@ class Sandbox:
             stdin.seek(0)
             # start_new_session: its processes end together.
             process = subprocess.Popen(
-                self._command(folder), stdin=stdin, stdout=subprocess.PIPE, stderr=errors, cwd=folder,
+                self._command(folder, trusted), stdin=stdin, stdout=subprocess.PIPE, stderr=errors, cwd=folder,
                 env={"PATH": "/usr/bin:/bin", "HOME": "/tmp"}, start_new_session=True,
             )  # fmt: skip
+            stdin.close()
             try:
                 ran = _watched(process, time.monotonic() + seconds)
             finally:
@@ -118,7 +126,7 @@ class Sandbox:
         begun = ran.output.startswith(STARTED)
         return (ran._replace(output=ran.output[len(STARTED) :]) if begun else None), said[-1] if said else ""
 
-    def _command(self, folder: str) -> list[str]:
+    def _command(self, folder: str, trusted: bool) -> list[str]:
         python = [sys.executable, "-I", "-S", "-B"]
         limits = ",".join(f"{name}={most}" for name, most in self._limits().items())
         limited = [*python, "-c", _LIMITED, limits]
@@ -128,12 +136,16 @@ class Sandbox:
         seen = [path for path in (*SYSTEM, *sorted(own)) if Path(path).exists()]
         binds = [word for path in seen for word in ("--ro-bind", path, path)]
         size = ["--size", str(MOST_FILES), "--tmpfs"]
+        # Else process 1 of the sandbox is bubblewrap's, with our stdin and the descriptor by which it tells the outside
+        # the exit status, and a program may take both. As process 1, a program that is not ours would undo that it dies
+        # with bubblewrap (PR_SET_PDEATHSIG); what it could take is nothing to it, for its output is compared outside.
+        first = ["--as-pid-1"] if trusted else []
         # /tmp comes first, or it would hide a Python that lies there. What is not limited in size is read-only.
         return [
-            self._bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL",
-            *size, "/tmp", *binds, "--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", "--ro-bind", folder,
-            "/tmp/task", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--", *limited,
-            "/tmp/task/main.py",
+            self._bwrap, "--unshare-all", *first, "--die-with-parent", "--new-session", "--clearenv",
+            "--cap-drop", "ALL", *size, "/tmp", *binds, "--proc", "/proc", "--dev", "/dev", *size, "/dev/shm",
+            "--ro-bind", folder, "/tmp/task", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--",
+            *limited, "/tmp/task/main.py",
         ]  # fmt: skip
 
     def _limits(self) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """A process that verifies: `python -m orogen.posttrain.environments.worker` with the environment's config on stdin.
 
 It imports no jax. Messages are 8 bytes of length, then JSON. The first one is the config, which is answered when the
-environment is ready; each further one has `number` of the task, `state` and `said`, and its answer `state`, `replies`
-and `rewards`, or `error` with what was raised, and its `kind` if that is known. What the environment prints goes
-nowhere.
+environment is ready; each further one has `number` of the task, `state` and `said`, and its answer `state`, `replies`,
+`rewards` and `left_out`, or `error` with what was raised, and its `kind` if that is known. What the environment prints
+goes nowhere.
 """
 
 import dataclasses
@@ -70,9 +70,9 @@ def _answered(environment: Any, request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     rewards = turn.rewards and {name: float(value) for name, value in turn.rewards.items()}
     if rewards and not all(abs(value) <= MOST_REWARD for value in rewards.values()):  # nor is NaN
-        expected = f"expected at most {MOST_REWARD:g} in size"
-        return {"error": f"a reward is no finite number: {shown(rewards)}; {expected}", "kind": "nan"}
-    return {"state": turn.state, "replies": list(turn.replies), "rewards": rewards}
+        expected = f"expected finite numbers of at most {MOST_REWARD:g} in size"
+        return {"error": f"a reward is {shown(rewards)}; {expected}", "kind": "nan"}
+    return {"state": turn.state, "replies": list(turn.replies), "rewards": rewards, "left_out": turn.left_out}
 
 
 def config_message(config: EnvironmentConfig) -> dict[str, Any]:
