@@ -136,9 +136,9 @@ class Sandbox:
         seen = [path for path in (*SYSTEM, *sorted(own)) if Path(path).exists()]
         binds = [word for path in seen for word in ("--ro-bind", path, path)]
         size = ["--size", str(MOST_FILES), "--tmpfs"]
-        # Else process 1 of the sandbox is bubblewrap's, with our stdin and the descriptor by which it tells the outside
-        # the exit status, and a program may take both. As process 1, a program that is not ours would undo that it dies
-        # with bubblewrap (PR_SET_PDEATHSIG); what it could take is nothing to it, for its output is compared outside.
+        # Without --as-pid-1, bubblewrap is process 1 of the sandbox, with our stdin and the descriptor that tells
+        # the outside the exit status, and a program may take both. A program that is not ours has no use for them, for
+        # its output is compared outside; as process 1, it could undo that it dies with bubblewrap (PR_SET_PDEATHSIG).
         first = ["--as-pid-1"] if trusted else []
         # /tmp comes first, or it would hide a Python that lies there. What is not limited in size is read-only.
         return [
