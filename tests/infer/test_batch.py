@@ -1,5 +1,6 @@
 """Batches from JSONL to JSONL: what lines ask, and runs that are killed and go on."""
 
+import importlib
 import io
 import json
 import os
@@ -290,6 +291,7 @@ def test_what_cannot_be_read_is_no_input(tmp_path):
 
 
 def test_the_command_answers_lines_by_an_engine(tmp_path, capsys, monkeypatch):
+    importlib.import_module("orogen.infer.generate")  # else it keeps the stand-in if it is imported here first
     monkeypatch.setattr("orogen.infer.engine.Engine", lambda opened, config: Echo())
     folder = Path(__file__).parent.parent / "fixtures" / "models" / "nemotron_h_dense"
     (tmp_path / "in.jsonl").write_text('{"prompt": [3, 1], "max_tokens": 4, "id": 1}\n{"prompt": "no tokenizer"}\n')
