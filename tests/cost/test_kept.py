@@ -43,6 +43,7 @@ def traced(letter: str, plan: PlanConfig, model=MODEL) -> dict[str, int]:
         {"remat": "paper"},
         {"remat": "selective"},
         {"tensor": 2, "data": 2, "expert": 2, "dispatch": "alltoall", "capacity_factor": 1.5, "remat": "paper"},
+        {"data": 2, "expert": 2, "dispatch": "ragged", "buffer_factor": 1.5, "remat": "paper"},
         {"tensor": 2, "stream": "whole", "remat": "paper"},
     ],
     ids=lambda plan: "-".join(map(str, plan.values())),
