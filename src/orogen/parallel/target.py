@@ -31,5 +31,6 @@ def compute_capability() -> str | None:
 def _absent_gpu() -> str | None:
     """The name of the GPU that the mesh in context is of, if this process has no such GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    absent = device is not None and device.platform == "gpu" and device.device_kind != jax.devices()[0].device_kind
-    return device.device_kind if absent else None
+    if device is None or device.platform != "gpu" or device.device_kind == jax.devices()[0].device_kind:
+        return None
+    return device.device_kind
