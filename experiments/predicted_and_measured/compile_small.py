@@ -20,6 +20,7 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.simulate.compiled import apart
 from orogen.simulate.hardware import machine
 from orogen.simulate.predict import predict
 
@@ -88,7 +89,7 @@ def laid_out(case: str) -> dict[str, Any]:
         while found is None and child.poll() is None:
             time.sleep(0.5)
             reports = [path.read_text() for path in Path(folder).glob("*memory-usage-report.txt")]
-            found = next(filter(None, (re.search(r"Total bytes: (\d+)", report) for report in reports)), None)
+            found = next(filter(None, (re.search(r"Total bytes: (\d+).*\n", report) for report in reports)), None)
         child.kill()
         child.wait()
     if found is None:
@@ -103,8 +104,8 @@ def laid_out(case: str) -> dict[str, Any]:
 def print_table(lines: list[dict[str, Any]]) -> None:
     print("| step | formulas MB | compiled MB | difference |\n|---|---|---|---|")
     for line in lines:
-        fullest = max(predict(config(line["case"]), CLUSTER).memory, key=lambda stage: stage.total)
-        analytic, compiled = fullest.total - fullest.parts["workspace"], line["compiled_bytes"]
+        parts, _ = apart(predict(config(line["case"]), CLUSTER).memory)
+        analytic, compiled = sum(parts.values()), line["compiled_bytes"]
         name = f"`{line['pattern']}`, {line['case']}"
         print(f"| {name} | {analytic / 1e6:,.0f} | {compiled / 1e6:,.0f} | {analytic / compiled - 1:+.1%} |")
 

@@ -1,5 +1,6 @@
 """Files that are written atomically."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,19 @@ def test_a_run_removes_what_a_killed_one_has_not_finished(tmp_path, monkeypatch)
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 5
     describe_run(tmp_path, "", {})
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == kept
+
+
+def test_a_run_removes_nothing_of_another_process_and_nothing_by_a_link(tmp_path):
+    """`orogen evaluate --out` may write into the run folder."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    own = f"a.{os.getpid()}.0123abcd.tmp"
+    alive, left, beyond = run / f"a.{os.getppid()}.0123abcd.tmp", run / own, elsewhere / own
+    for path in (alive, left, beyond):
+        path.write_bytes(b"half")
+    (run / "folder").symlink_to(elsewhere, target_is_directory=True)
+    (run / f"b{own}").symlink_to(beyond)
+    describe_run(run, "", {})
+    assert alive.exists() and beyond.exists() and (run / f"b{own}").is_symlink()
+    assert not left.exists()

@@ -57,6 +57,17 @@ def test_a_saved_file_with_an_unread_setting_is_read_without_it(file):
     assert load_saved(file) == without
 
 
+def test_a_saved_file_with_a_removed_field_is_read_if_its_choice_is_what_happens(file):
+    without, text = load([file])[0], file.read_text()
+    file.write_text(text + "PlanConfig.stash = 'copied'\n")
+    assert load_saved(file) == without
+    with pytest.raises(ConfigError, match="stash"):
+        load([file])
+    file.write_text(text + "PlanConfig.stash = 'in_place'\n")
+    with pytest.raises(ConfigError, match="stash"):
+        load_saved(file)
+
+
 def test_an_include_that_overrides_a_binding_above_it_is_refused(file):
     inner, outer = file.with_name("inner.gin"), file.with_name("outer.gin")
     inner.write_text("include 'model.gin'\n")

@@ -1,5 +1,7 @@
 """What a layer keeps by formula is what its trace keeps, by name."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 from tests.helpers import hybrid
@@ -9,11 +11,13 @@ from orogen.cost.activations import WEIGHTS, bytes_by_name, kept_by_layer
 from orogen.cost.dispatches import expert_rows
 from orogen.cost.kept import kept_bytes
 from orogen.cost.kind import costs_of
+from orogen.cost.kinds import mamba2
 from orogen.cost.kinds.attention import FEW, RUNS
 from orogen.cost.ledger import Workload
 from orogen.cost.local import local
 from orogen.kernels.attention import cudnn
 from orogen.kernels.grouped_matmul import mosaic
+from orogen.kernels.ssd import triton
 from orogen.parallel.plan import make_plan
 
 MODEL = hybrid(
@@ -39,6 +43,7 @@ def traced(letter: str, plan: PlanConfig, model=MODEL) -> dict[str, int]:
         {"remat": "paper"},
         {"remat": "selective"},
         {"tensor": 2, "data": 2, "expert": 2, "dispatch": "alltoall", "capacity_factor": 1.5, "remat": "paper"},
+        {"data": 2, "expert": 2, "dispatch": "ragged", "buffer_factor": 1.5, "remat": "paper"},
         {"tensor": 2, "stream": "whole", "remat": "paper"},
     ],
     ids=lambda plan: "-".join(map(str, plan.values())),
@@ -110,23 +115,52 @@ if jax.__version_info__ < (0, 11):
     KERNELS["grouped_matmul"] = "blocks"  # the Mosaic kernels need jax 0.11
 
 
-@pytest.mark.parametrize("remat", ["elementwise", "paper", "selective"])
-def test_what_kernels_of_a_gpu_keep(remat, monkeypatch):
-    """As traced for one: an output of a kernel is kept by name, or with all that `elementwise` keeps."""
+@pytest.fixture
+def gpu(monkeypatch):
+    """What is traced is for a GPU."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(mosaic, "_require_hopper", lambda: None)
     monkeypatch.setattr(cudnn.cudnn, "check_cudnn_version", lambda *_: 91400)
     monkeypatch.setattr(cudnn.cudnn, "check_compute_capability", lambda *_: True)
+
+
+@pytest.mark.parametrize("remat", ["elementwise", "paper", "selective"])
+def test_what_kernels_of_a_gpu_keep(remat, gpu):
+    """As traced for one: an output of a kernel is kept by name, or with all that `elementwise` keeps."""
     sizes = PlanConfig(remat=remat, **KERNELS)
     for letter in "ME*-":
         found = traced(letter, sizes, FUSED)
         if jax.__version_info__ < (0, 11):
-            found.pop(
-                "latent", None
-            )  # kept there for the gradient of the kernel that permutes rows, which has no use for it
+            # Kept there for the kernel that permutes rows, whose gradient does not read it.
+            found.pop("latent", None)
         by_trace = sum(found.values())
         by_formula = sum(kept_bytes(letter, local(FUSED, sizes, WORK))[0].values())
         assert by_formula == pytest.approx(by_trace, rel=ROUTING), letter
+
+
+@pytest.mark.parametrize("norm", ["rms", "rms_cast_first", "layer"])
+@pytest.mark.parametrize("letter", "M*+")
+def test_norms_that_a_kernel_computes_are_kept(letter, norm, gpu):
+    """Of the residual stream, of queries and keys, and of latent vectors, if it is the model's kind of norm; Mamba-2's
+    gated one always."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    changed = {"qk_norm": True} if letter == "*" else {"rope_theta": 1e4, **latent} if letter == "+" else {}
+    model = replace(FUSED, pattern=letter, norm=norm, moe_latent_size=None, **changed)
+    sizes = PlanConfig(remat="elementwise", **KERNELS)
+    by_trace = sum(traced(letter, sizes, model).values())
+    assert sum(kept_bytes(letter, local(model, sizes, WORK))[0].values()) == by_trace
+
+
+@pytest.mark.parametrize("context_attention", ["ring", "allgather", "alltoall"])
+@pytest.mark.parametrize("attention", ["cudnn", "blocked", "full"])
+def test_attention_over_context_ranks_keeps_its_names(attention, context_attention, gpu):
+    sizes = PlanConfig(remat="paper", attention=attention, context=2, context_attention=context_attention)
+    assert kept_bytes("*", local(FUSED, sizes, WORK))[0] == traced("*", sizes, FUSED)
+
+
+def test_chunks_of_the_fused_ssd_are_the_kernels():
+    names = ("SMALLEST_TILE", "LONGEST_CHUNK", "LARGEST_CHUNK")
+    assert [getattr(mamba2, name) for name in names] == [getattr(triton, name) for name in names]
 
 
 def test_states_of_the_fused_ssd_by_hand():
@@ -145,4 +179,15 @@ def test_workspaces_of_attention_by_hand():
     assert of(4, attention="cudnn") == 8 * 32 * 16 * FEW * 4 * 6  # a whole batch
     assert of(4, attention="cudnn", tensor=2) == 8 * 32 * 16 * FEW * 4 * 3
     assert of(4, attention="cudnn", context=2) == 8 * 32 * 16 * 4 * 6  # no packed form
+    # Rows of 64 tokens, of which each rank has three heads with one key head.
+    by_heads = {"attention": "cudnn", "context": 2, "context_attention": "alltoall"}
+    assert of(1, **by_heads) == 8 * 64 * 16 * RUNS * 3
+    assert of(4, **by_heads) == 8 * 64 * 16 * FEW * 4 * 3
     assert of(4, attention="blocked") == 0
+
+
+def test_programs_that_see_the_documents_have_no_room_for_more():
+    """They choose a form of cuDNN's attention by the documents: one log-sum-exp per token and head."""
+    here = local(FUSED, PlanConfig(attention="cudnn"), WORK, dynamic=True)
+    assert costs_of("*").workspace(here) == 0
+    assert costs_of("*").kept(here)["attention"] == 64 * (6 * 16 * 2 + 6 * 4)

@@ -13,13 +13,15 @@ from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.plan import make_plan
 from orogen.parallel.target import CAPABILITIES, compute_capability, platform
 from orogen.simulate import target
-from orogen.simulate.compiled import compare, compared_lines, whole
+from orogen.simulate.compiled import apart, compare, compared_lines, whole
 from orogen.simulate.hardware import KINDS
+from orogen.simulate.prediction import StageMemory
 from orogen.simulate.target import CHIPS, LIMITS, check_target, description, traced_for
 
 ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what happens without a GPU")
 COMPILES = any(map(importlib.util.find_spec, target.PLUGINS))
-NEEDS_PLUGIN = pytest.mark.skipif(not COMPILES, reason="needs the extra cuda, whose XLA compiles for GPUs without one")
+EXTRA = "needs the extra cuda, whose XLA compiles for GPUs without one: pip install 'orogen[cuda]'"
+NEEDS_PLUGIN = pytest.mark.skipif(not COMPILES, reason=EXTRA)
 
 
 def card(name: str, cores: int = 132) -> SimpleNamespace:
@@ -69,6 +71,34 @@ def test_what_is_traced_is_for_the_card_named():
     with traced_for(card("gb200")), pytest.raises(ConfigError, match="blocks on a GPU of compute capability 10.0"):
         make_plan(config, model, devices=devices)
     assert (platform(), compute_capability()) == ("cpu", None)
+
+
+def test_the_fullest_stage_is_that_without_what_no_compiler_sees():
+    stages = [
+        StageMemory(0, {"activations": 4.0, "workspace": 9.0}, 0.0),
+        StageMemory(1, {"activations": 7.0, "workspace": 1.0}, 0.0),
+    ]
+    assert apart(stages) == ({"activations": 7.0}, 1.0)
+
+
+def test_a_card_that_is_not_this_process_s_is_the_target_beside_a_gpu(monkeypatch):
+    own = SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB", compute_capability="8.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [own])
+    assert compute_capability() == "8.0"
+    with traced_for(card("h200")):
+        assert (platform(), compute_capability()) == ("gpu", "9.0")
+    with traced_for(card("a100")):
+        assert compute_capability() == "8.0"
+    unknown = SimpleNamespace(device_kind="NVIDIA T1000", core_count=14, compute_capability="7.5")
+    with traced_for(unknown), pytest.raises(KeyError, match="NVIDIA T1000"):
+        compute_capability()
+
+
+@pytest.mark.parametrize("other", ["--search", "--inference"])
+def test_a_compiled_step_is_not_of_a_search_or_of_serving(tmp_path, capsys, other):
+    assert main(["simulate", "--gin_file", str(write_recipe(tmp_path)), "--compile", other]) == 2
+    assert capsys.readouterr().err.endswith(f"--compile is 'cpu'; expected it without {other}\n")
 
 
 def test_a_compiled_step_without_the_plugin_is_refused(tmp_path, capsys, monkeypatch):

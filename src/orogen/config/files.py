@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orogen.config.checks import ConfigError
 
-_UNFINISHED = re.compile(r".+\.\d+\.[0-9a-f]{8}\.tmp")  # as `write_atomically` names files on the way
+_UNFINISHED = re.compile(r".+\.(\d+)\.[0-9a-f]{8}\.tmp")  # as `write_atomically` names files on the way
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -29,10 +29,24 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what writers that were killed have left in a folder and in its folders. No other may write there."""
+    """Removes what writers that were killed have left in a folder and in its folders. Links, and files of another
+    process that lives on this host, stay; this process may not be writing there, nor may one on another host."""
     for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
-        if _UNFINISHED.fullmatch(path.name):
+        writer = _UNFINISHED.fullmatch(path.name)
+        linked = path.is_symlink() or (path.parent != folder and path.parent.is_symlink())
+        if writer and not linked and not _other_lives(int(writer[1])):
             path.unlink(missing_ok=True)
+
+
+def _other_lives(process: int) -> bool:
+    """Whether this is another process's number on this host."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ from orogen.config.sweep import Arm, SweepConfig
 Part = TypeVar("Part")
 MAX_BYTES = 10**5  # of a gin file; ours have 3,000, and gin's time grows with the square for adjacent strings
 MAX_FILES = 100
+# Fields that earlier versions saved, with the values whose meaning has not changed.
+REMOVED = {"PlanConfig.stash": ("copied",)}
 MESSAGE = 1000  # characters shown of an unreadable value
 
 for _part in (*KINDS, EngineConfig):
@@ -55,8 +57,17 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
 
 def load_saved(file: Path) -> RunConfig:
     """The RunConfig of a `config.gin` that Orogen saved in a folder. Settings that nothing reads get their defaults
-    instead of a refusal: no user wrote these files, and older versions saved such settings."""
-    return without_unread(parse([file])[0])
+    instead of a refusal: no user wrote these files, and older versions saved such settings. So do fields that have been
+    removed, if what they chose is what happens now."""
+    removed = {
+        statement.location.line_num
+        for statement in (_statements(file) if file.is_file() else ())
+        if isinstance(statement, BindingStatement) and statement.value in REMOVED.get(_field(statement), ())
+    }
+    if not removed:
+        return without_unread(parse([file])[0])
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return without_unread(parse((), [line for i, line in enumerate(lines, 1) if i not in removed])[0])
 
 
 def load_engine(
@@ -293,11 +304,15 @@ def _check_statements(file: Path, folders: Sequence[Path], above: tuple[Path, ..
 
 def _check_once(statement: BindingStatement, seen: set[str], where: str) -> None:
     """Adds the statement's key to `seen`. Raises ConfigError if it is there already."""
-    key = ".".join(filter(None, (statement.selector.split(".")[-1], statement.arg_name)))
+    key = _field(statement)
     key = f"{statement.scope}/{key}" if statement.scope else key
     if key in seen:
         raise ConfigError(f"{where}: {key} is bound twice; expected once")
     seen.add(key)
+
+
+def _field(statement: BindingStatement) -> str:
+    return ".".join(filter(None, (statement.selector.split(".")[-1], statement.arg_name)))
 
 
 def _statements(file: Path) -> list[Any]:

@@ -18,7 +18,7 @@ FOR_GPU = {
     "quantize": "triton",
 }
 IN_HALF_PRECISION = ("attention", "grouped_matmul")
-# How tokens reach their experts, by name: `moe.dispatch` implements these and `cost.collectives` counts their bytes.
+# How tokens reach their experts, by name: `moe.dispatch` implements these and `cost.dispatches` counts their bytes.
 DISPATCHES = ["allgather", "alltoall", "ragged"]
 # The plainest implementation of each operation, with which `verify` compares a plan.
 PLAINEST = {

@@ -84,7 +84,7 @@ def layer_remat(remat: str | Sequence[str], offload: Sequence[str], letter: str)
 
 
 def _layer_remat(remat: str | Sequence[str], letter: str) -> Remat:
-    kind_of(letter)  # an unknown letter has no recomputation
+    kind_of(letter)  # raises for a letter without a row
     chosen = [c for entry in _entries(remat) for c in entry.choices if letter in _applies(entry, c)]
     whole = [c for c in chosen if c in WHOLE]
     if whole:

@@ -20,11 +20,13 @@ class ExpertRows(NamedTuple):
 
 
 class DispatchCosts(NamedTuple):
-    """collectives: records what the dispatch sends for one layer. rows: see `ExpertRows`. overflows: whether its
-    buffers may lack room for an assignment, which is counted."""
+    """collectives: records what the dispatch sends for one layer. rows: see `ExpertRows`. exchanges: whether rows
+    travel, from a buffer to a buffer. overflows: whether its buffers may lack room for an assignment, which is
+    counted."""
 
     collectives: Callable[[Ledger], None]
     rows: Callable[[Local], ExpertRows]
+    exchanges: bool = True
     overflows: bool = False
 
 
@@ -115,7 +117,7 @@ def _split_experts(ledger: Ledger, held: int) -> None:
 
 # By name of `PlanConfig.dispatch`.
 DISPATCH_COSTS = {
-    "allgather": DispatchCosts(_gathered_tokens, _gathered_rows),
+    "allgather": DispatchCosts(_gathered_tokens, _gathered_rows, exchanges=False),
     "alltoall": DispatchCosts(_exchanged_assignments, _exchanged_rows),
     "ragged": DispatchCosts(_ragged_assignments, _ragged_rows, overflows=True),
 }

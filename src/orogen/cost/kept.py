@@ -26,6 +26,8 @@ def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
     held = {"input": named["input"]}
     if remat.kind == "elementwise":
         held |= {name: named[name] for name in (*costs.products, *_by_kernels(here)) if name in named}
+        if _norms_by_kernel(here):
+            held["unnamed"] = costs.norms(here)
     elif remat.kind == "names":
         names = (name for name in named if name not in remat.again and name not in ("chosen", *costs.unread))
         held |= {name: named[name] for name in names}
@@ -38,9 +40,13 @@ def kept_bytes(letter: str, here: Local) -> tuple[dict[str, float], float]:
 def _by_kernels(here: Local) -> list[str]:
     """Names of what the plan's kernels for GPUs make."""
     mine = {field: names for field, names in KERNEL_PRODUCTS.items() if getattr(here.plan, field) == FOR_GPU[field]}
-    if not here.model.norm.startswith("rms"):
-        mine.pop("rms_norm", None)
-    return [name for names in mine.values() for name in names]
+    made = [name for names in mine.values() for name in names]
+    return made if _norms_by_kernel(here) else [name for name in made if name != "norm"]
+
+
+def _norms_by_kernel(here: Local) -> bool:
+    """Whether a kernel computes the model's norms. Mamba-2's gated one is the same in every model."""
+    return here.model.norm == "rms" and here.plan.rms_norm == FOR_GPU["rms_norm"]
 
 
 def named_bytes(letter: str, here: Local) -> dict[str, float]:

@@ -44,7 +44,10 @@ class LayerCosts(NamedTuple):
     products: names that `elementwise` keeps: outputs of products with weights and of fused kernels.
     unread: named arrays that no gradient reads, because a later one holds the same.
     workspace: bytes that a kernel of its backward pass works in.
-    kernel: the field of PlanConfig that says whether a GPU's kernel does most of its work; "": none does.
+    norms: bytes of the outputs of its mixer's own norms of the model's kind, which have no name.
+    kernels: fields of PlanConfig, any of which, if it names a GPU's kernel, says that the layer has no large arrays
+    beside its named ones: the field whose kernel does most of its work, or all fields if products that XLA does well on
+    any GPU do; (): no kernel does it.
     autodiff: what is kept without remat, given the named bytes.
     cache: what it keeps of a request that is decoded.
     """
@@ -57,7 +60,8 @@ class LayerCosts(NamedTuple):
     products: tuple[str, ...]
     unread: tuple[str, ...] = ()
     workspace: Callable[[Local], float] = lambda here: 0.0
-    kernel: str = ""
+    norms: Callable[[Local], float] = lambda here: 0.0
+    kernels: tuple[str, ...] = ()
     autodiff: Callable[[Local, dict[str, float]], dict[str, float]] = _as_named
     cache: Callable[[Local], Cached] = lambda here: Cached()
 

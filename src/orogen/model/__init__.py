@@ -38,7 +38,7 @@ window by `context_cache.with_inputs` (`mamba1.py` is the shortest example). Giv
 Then write what the layer costs, an `orogen.cost.kind.LayerCosts`, in a file of `orogen/cost/kinds/`: operations,
 parameters, bytes kept, collectives, caches. Last, add one row to `LAYERS` (`config/kinds.py`): the letter, its name,
 where mixer and costs are, the fields that it reads, its intermediates, and for adapters and formats its kinds of
-weight. A new field belongs into `ModelConfig`, with its checks. All else finds the row; `kind_of` refuses a letter
+weight. A new field belongs in `ModelConfig`, with its checks. All else finds the row; `kind_of` refuses a letter
 without one. Only what few layers have is told elsewhere: checkpoints' names (`convert/mixers.py`), and for pruning
 units, which the row names (`compress/slices.py`), and scores (`compress/importance.py`).
 Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.

@@ -11,11 +11,10 @@ from orogen.config.checks import ConfigError, require
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.parallel.fold import Folding, describe
 from orogen.parallel.runtime import asks_for_same_bits
-from orogen.parallel.target import compute_capability, platform
+from orogen.parallel.target import HOPPER, compute_capability, platform
 
 # Backends whose devices have memory of their own, so that arrays can be offloaded to the host's.
 HAS_HOST_MEMORY = ("gpu", "tpu")
-MOSAIC = "9.0"  # compute capability of Hopper, which has the instructions of the Mosaic kernels
 
 
 def make_mesh(
@@ -23,8 +22,8 @@ def make_mesh(
 ) -> Mesh | AbstractMesh:
     """A mesh over the first of `devices` (None: of this process group), or an abstract one, which needs none.
 
-    Raises ConfigError if there are too few devices, if they are not GPUs and a kernel of `config` needs one, or if XLA
-    is asked for results that repeat to the bit and a kernel's do not.
+    Raises ConfigError if there are too few devices, if they are not GPUs, or of another compute capability, and a
+    kernel of `config` needs one, or if XLA is asked for results that repeat to the bit and a kernel's do not.
     """
     names, sizes = zip(*(folding.axes or (("data", 1),)), strict=True)
     types = (AxisType.Auto,) * len(names)  # Explicit axes failed six of nine patterns with jax 0.10 and 0.11
@@ -34,7 +33,7 @@ def make_mesh(
     for field, kernel in FOR_GPU.items():
         fits = getattr(config, field) != kernel or backend == "gpu"
         require(fits, config, field, f"another on {backend}: {kernel} needs an NVIDIA GPU")
-    fits = config.grouped_matmul != FOR_GPU["grouped_matmul"] or compute_capability() in (None, MOSAIC)
+    fits = config.grouped_matmul != FOR_GPU["grouped_matmul"] or compute_capability() in (None, HOPPER)
     require(fits, config, "grouped_matmul", f"blocks on a GPU of compute capability {compute_capability()}")
     # When XLA is asked for the same bits, cuDNN's gradient needs 9 GB for two rows of 8192 tokens and 32 heads of 128
     # (0.8 GB otherwise), 71 GB if they are packed, and a program with several such layers fails at run time (observed

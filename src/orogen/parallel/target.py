@@ -6,11 +6,12 @@ as it does for Pallas.
 
 import jax
 
+HOPPER = "9.0"  # has the instructions of the Mosaic kernels
 # By the name that the driver gives a GPU, its compute capability (https://developer.nvidia.com/cuda/gpus, 2026).
 CAPABILITIES = {
     "NVIDIA A100-SXM4-80GB": "8.0",
-    "NVIDIA H100 80GB HBM3": "9.0",
-    "NVIDIA H200": "9.0",
+    "NVIDIA H100 80GB HBM3": HOPPER,
+    "NVIDIA H200": HOPPER,
     "NVIDIA GB200": "10.0",
     "NVIDIA GB300": "10.3",
 }
@@ -22,13 +23,14 @@ def platform() -> str:
 
 
 def compute_capability() -> str | None:
-    """That of the GPU, as in `9.0`; None without one."""
+    """That of the GPU, as in `9.0`; None without one. Raises KeyError for a card of the mesh that is not known."""
     kind = _absent_gpu()
-    return getattr(jax.devices()[0], "compute_capability", None) if kind is None else CAPABILITIES.get(kind)
+    return getattr(jax.devices()[0], "compute_capability", None) if kind is None else CAPABILITIES[kind]
 
 
 def _absent_gpu() -> str | None:
-    """The name of the GPU that the mesh in context is of, if it is none of this process's."""
+    """The name of the GPU that the mesh in context is of, if this process has no such GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    absent = device is not None and device.platform == "gpu" and jax.default_backend() != "gpu"
-    return device.device_kind if absent else None
+    if device is None or device.platform != "gpu" or device.device_kind == jax.devices()[0].device_kind:
+        return None
+    return device.device_kind

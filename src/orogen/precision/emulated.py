@@ -154,7 +154,7 @@ class Joined(NamedTuple):
         return tuple(array[..., start : start + width] for start, width in zip(starts, self.widths, strict=True))
 
     def columns(self, first_i: Sequence[Array]) -> Array:
-        """The offsets of the columns, of which each part's first ones are given; no two parts share a place."""
+        """The places of the columns, of which each part's first ones are given; no two parts share a place."""
         apart = [
             columns(first + np.uint32(i << 26), n)
             for i, (first, n) in enumerate(zip(first_i, self.filled, strict=True))

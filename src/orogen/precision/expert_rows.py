@@ -63,7 +63,7 @@ class RowOffsets(NamedTuple):
 def expert_rows(
     number_r: Array, group_sizes: Array | int, *, experts: int, tokens: int, chunk: int, unit: int
 ) -> tuple[RowOrder, int]:
-    """The rows' offsets, and the number of filled up rows. tokens: of the global batch; chunk: tokens per tensor; unit:
+    """The rows' places, and the number of filled up rows. tokens: of the global batch; chunk: tokens per tensor; unit:
     how many rows are rounded together."""
     rows = len(number_r)
     index_r = jnp.arange(rows, dtype=jnp.int32)
@@ -187,20 +187,20 @@ def _outer(how: GroupedHow, x_rd: Array, grad_rf: Array, weights_edf: Array, siz
 
 
 def _scaled(y_rf: Array, left: Encoded, weights: Encoded, rows: RowOrder) -> Array:
-    """RowOrder times their own scale and that of their expert's weights."""
+    """Rows times their own scale and that of their expert's weights."""
     scale_e = weights.scale[:, 0]
     expert_r = jnp.minimum(rows.expert_r, len(scale_e) - 1) if len(scale_e) > 1 else 0 * rows.expert_r
     return y_rf.astype(jnp.float32) * left.scale * scale_e[expert_r]
 
 
 def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
-    """RowOrder rounded along their features, and the operand's counters."""
+    """Rows rounded along their features, and the operand's counters."""
     _, rows, offsets = at
     moved = prepared(x_rd, operand, 1)
     random = _row_words(how, operand, offsets, (rows.number_r, rows.expert_r), name=name, width=moved.shape[1])
     largest = _largest_of_tensor(how, moved, operand, rows.tensor_r)
     found = encode(moved, operand, (1, operand.block or 1), largest, random)
-    # RowOrder of no token do not count, nor do their blocks: other ranks, or none, multiply them.
+    # Rows of no token do not count, nor do their blocks: other ranks, or none, multiply them.
     held_r = rows.tensor_r < len(x_rd)
     found = found._replace(unit=jnp.where(along_axis(held_r, 0, found.unit.ndim), found.unit, 0))
     held_d = held_along(jnp.ones(x_rd.shape[1], bool), moved.shape[1], operand.hadamard)
@@ -208,7 +208,7 @@ def _features(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: 
 
 
 def _over_rows(how: GroupedHow, x_rd: Array, operand: Operand, at: Any, *, name: int) -> tuple[Encoded, Array]:
-    """RowOrder in order, filled up (p, d), rounded along the rows, and the operand's counters."""
+    """Rows in order, filled up (p, d), rounded along the rows, and the operand's counters."""
     _, rows, offsets = at
     source_p = vary_like(jnp.full(how.filled, len(x_rd), jnp.int32), rows.place_r)
     source_p = source_p.at[rows.place_r].set(jnp.arange(len(x_rd), dtype=jnp.int32), mode="drop")

@@ -8,7 +8,7 @@ gathers everything.
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orogen.config.cluster import ClusterConfig
@@ -19,6 +19,7 @@ from orogen.cost.communication import step_collectives
 from orogen.cost.ledger import Workload
 from orogen.simulate.hardware import Hardware
 from orogen.simulate.predict import fullest, predict
+from orogen.simulate.prediction import StageMemory
 from orogen.simulate.shapes import without_blend
 
 GIB = 2**30
@@ -63,8 +64,7 @@ def compare(config: RunConfig, gpu: Hardware | None = None) -> dict[str, Any]:
         BYTES[train.compute_dtype],
         train.carry_states,
     )
-    parts = dict(max(found.memory, key=lambda stage: stage.total).parts)
-    workspace = parts.pop("workspace")
+    parts, workspace = apart(found.memory)
     return {
         "memory": {
             "analytic": parts,
@@ -80,6 +80,13 @@ def compare(config: RunConfig, gpu: Hardware | None = None) -> dict[str, Any]:
         "seconds": seconds,
         "peak_bytes": _peak(),
     }
+
+
+def apart(memory: Sequence[StageMemory]) -> tuple[dict[str, float], float]:
+    """The parts of the stage that holds most without cuDNN's workspaces, and these."""
+    parts = dict(max(memory, key=lambda stage: stage.total - stage.parts["workspace"]).parts)
+    workspace = parts.pop("workspace")
+    return parts, workspace
 
 
 def _compiled(config: RunConfig, largest: RunConfig, gpu: Hardware | None) -> tuple[Any, Any]:

@@ -85,7 +85,9 @@ def _runs(lines: list[tuple[str, str]], unbounded: int | None) -> dict[str, int]
         if unknown and unbounded is None and set(CALLED.findall(line)) & collective:
             raise ValueError(f"a loop with collectives and an unknown trip count: {line.strip()[:200]}")
         called = [*CALLED.findall(line), *(b.strip(" %") for m in BRANCHES.findall(line) for b in m.split(","))]
-        times = int(count[1]) if count else unbounded or 0 if unknown and unbounded is not None else 1
+        times = int(count[1]) if count else 1
+        if unknown and unbounded is not None:
+            times = unbounded
         calls.setdefault(name, []).extend((each, times) for each in called)
     runs: dict[str, int] = {}
 

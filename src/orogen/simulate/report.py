@@ -44,6 +44,9 @@ def run(options: argparse.Namespace) -> Answer:
     for switch, needed in (("devices", "search"), ("out", "search")):
         if getattr(options, switch) is not None and not getattr(options, needed):
             raise ConfigError(f"--{switch} is {getattr(options, switch)}; expected it with --{needed}")
+    for switch in ("search", "inference"):
+        if options.compile and getattr(options, switch):
+            raise ConfigError(f"--compile is {options.compile!r}; expected it without --{switch}")
     config, cluster, engine = load_cluster(options.gin_file, options.gin_bindings)
     config.need("model")
     _check_predicted(config, inference=options.inference)

@@ -60,14 +60,33 @@ def _kept(here: Local) -> dict[str, float]:
 
 def core_kept(here: Local, out: int) -> dict[str, float]:
     """What softmax(q kᵀ) v keeps, with `out` numbers per token."""
-    heads = here.split(here.model.num_attention_heads)
-    held: dict[str, float] = {"attention": here.tokens * out * here.itemsize}
-    if here.plan.attention == "full" and here.plan.context == 1:
+    plan, heads = here.plan, here.split(here.model.num_attention_heads)
+    cudnn, by_heads = plan.attention == FOR_GPU["attention"], plan.context > 1 and plan.context_attention == "alltoall"
+    # Sums over parts of the keys, which other ranks hold.
+    by_parts = plan.context > 1 and not by_heads and (cudnn or plan.context_attention == "ring")
+    held: dict[str, float] = {"attention": here.tokens * out * (here.itemsize if cudnn or not by_parts else FLOAT32)}
+    if plan.attention == "full" and not by_parts:
         held["core"] = heads * here.tokens * here.length * here.itemsize
-    elif here.plan.attention == "cudnn" or here.plan.context > 1:
+    if cudnn or by_parts:
         # The log-sum-exps, with room for packed documents.
-        held["attention"] += here.tokens * heads * FLOAT32 * (FEW if here.plan.context == 1 else 1)
+        held["attention"] += here.tokens * heads * FLOAT32 * (FEW if _packed(here) else 1)
+    if cudnn and by_heads:
+        held["attention"] += here.tokens * out * here.itemsize  # by heads, and by tokens
     return held
+
+
+def _norms(here: Local) -> float:
+    """Queries and keys."""
+    heads = here.split(here.model.num_attention_heads) + here.split(here.model.num_key_value_heads)
+    return here.tokens * heads * here.model.head_dim * here.itemsize if here.model.qk_norm else 0.0
+
+
+def _packed(here: Local) -> bool:
+    """Whether cuDNN's form for packed rows is compiled. Context ranks take the plain one unless they hold whole rows of
+    fewer heads; other programs choose when they see the documents."""
+    plan = here.plan
+    whole_rows = plan.context == 1 or plan.context_attention == "alltoall"
+    return plan.attention == FOR_GPU["attention"] and whole_rows and not here.dynamic
 
 
 def core_workspace(here: Local, groups: int, size: int) -> float:
@@ -77,12 +96,13 @@ def core_workspace(here: Local, groups: int, size: int) -> float:
     whether or not rows are packed. XLA allocates them on a GPU alone. Source: experiments/gpu_throughput.
     """
     if here.plan.attention != FOR_GPU["attention"] or here.dynamic:
-        return 0.0  # other programs choose a form when they see the documents
+        return 0.0
     heads = here.split(here.model.num_attention_heads)
-    runs = here.rows * heads  # context ranks take the plain form
-    if here.plan.context == 1:
-        runs = max(FEW * here.rows * heads, RUNS * heads // groups)
-    return 8.0 * here.tokens / here.rows * size * runs
+    if not _packed(here):
+        return 8.0 * here.tokens * size * heads
+    # Fewer heads than ranks are repeated.
+    heads, groups = (math.lcm(each, here.plan.context) // here.plan.context for each in (heads, groups))
+    return 8.0 * here.length * size * max(FEW * here.rows * heads, RUNS * heads // groups)
 
 
 def _cache(here: Local) -> Cached:
@@ -168,7 +188,8 @@ COSTS = LayerCosts(
     cache=_cache,
     collectives=_collectives,
     operations=_operations,
-    kernel="attention",
+    norms=_norms,
+    kernels=("attention",),
 )
 SLIDING_WINDOW = COSTS._replace(
     workspace=lambda here: 0.0,

@@ -140,5 +140,5 @@ COSTS = LayerCosts(
     autodiff=_autodiff,
     collectives=_collectives,
     operations=_operations,
-    kernel="grouped_matmul",
+    kernels=("grouped_matmul",),
 )

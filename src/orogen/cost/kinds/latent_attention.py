@@ -49,6 +49,11 @@ def _kept(here: Local) -> dict[str, float]:
     }
 
 
+def _norms(here: Local) -> float:
+    """Latent vectors of keys, and of queries if they have any."""
+    return here.tokens * (here.model.kv_lora_rank + (here.model.q_lora_rank or 0)) * here.itemsize
+
+
 def _cache(here: Local) -> Cached:
     return Cached(token=here.model.kv_lora_rank + here.model.qk_rope_head_dim)
 
@@ -88,5 +93,6 @@ COSTS = LayerCosts(
     cache=_cache,
     collectives=_collectives,
     operations=_operations,
-    kernel="attention",
+    norms=_norms,
+    kernels=("attention",),
 )

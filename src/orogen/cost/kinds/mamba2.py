@@ -12,7 +12,7 @@ from orogen.cost.operation import Operation, memory, product
 from orogen.cost.weight import Weight, vector
 
 # Of the SSD's Triton kernels: the smallest tile, and the longest chunk and the most numbers of a head's chunk by bytes
-# per number (kernels/ssd/triton.py).
+# per number (of the same names in kernels/ssd/triton.py).
 SMALLEST_TILE, LONGEST_CHUNK, LARGEST_CHUNK = 16, {2: 128, 4: 64}, {2: 2**15, 4: 2**14}
 
 
@@ -75,7 +75,7 @@ def _autodiff(here: Local, named: dict[str, float]) -> dict[str, float]:
     """A skip and float32 time steps beside the names; of the chunked output one part."""
     heads = here.split(here.model.mamba_num_heads)
     inner = heads * here.model.mamba_head_dim
-    halved = named["ssd"] / (1 if here.plan.ssd == "triton" else 2)
+    halved = named["ssd"] / (1 if here.plan.ssd == FOR_GPU["ssd"] else 2)
     return {**named, "ssd": halved, "unnamed": here.tokens * (inner * here.itemsize + heads * FLOAT32)}
 
 
@@ -156,5 +156,5 @@ COSTS = LayerCosts(
     cache=_cache,
     collectives=_collectives,
     operations=_operations,
-    kernel="ssd",
+    kernels=("ssd",),
 )

@@ -1,6 +1,7 @@
 """The dense MLP, and the tanh-gated one."""
 
 from orogen.config.model import ModelConfig
+from orogen.config.plan import FOR_GPU
 from orogen.cost.collectives import block
 from orogen.cost.kind import LayerCosts
 from orogen.cost.local import Local
@@ -57,7 +58,7 @@ COSTS = LayerCosts(
     products=("up",),
     collectives=block,
     operations=mlp_operations,
-    kernel="rms_norm",
+    kernels=tuple(FOR_GPU),
 )
 TANH_GATED = COSTS._replace(
     weights=lambda model: [*_weights(model), vector(1, "norm")],

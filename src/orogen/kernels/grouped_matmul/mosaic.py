@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from orogen.kernels.grouped_matmul.mosaic_kernels import Blocks, multiply_rows, multiply_weights
 from orogen.kernels.grouped_matmul.mosaic_program import ALIGNMENT, CHUNK, ROWS, Tile
-from orogen.parallel.target import compute_capability, platform
+from orogen.parallel.target import HOPPER, compute_capability, platform
 from orogen.parallel.varying import vary_like
 
 MULTIPROCESSORS = 132  # of an H100
@@ -50,10 +50,10 @@ def _require_hopper() -> None:
             f"implementation='mosaic' needs a Hopper GPU and finds {platform()!r}: expected 'blocks' there"
         )
     capability = compute_capability()
-    if capability != "9.0":
+    if capability != HOPPER:
         raise ValueError(
-            f"implementation='mosaic' needs a GPU of compute capability 9.0 (Hopper), and this one has {capability}: "
-            "expected 'blocks'"
+            f"implementation='mosaic' needs a GPU of compute capability {HOPPER} (Hopper), and this one has "
+            f"{capability}: expected 'blocks'"
         )
 
 

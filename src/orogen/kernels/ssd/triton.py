@@ -24,6 +24,9 @@ from orogen.kernels.ssd.triton_kernels import ByChunk, Launch, Walk, scan
 from orogen.kernels.traced import traced_once
 
 MULTIPROCESSORS = 132  # of an H100
+# By bytes per number: the most tokens of a chunk, and the most numbers of a head's chunk that `far`, with half as many
+# rows of its states, holds twice in shared memory.
+LONGEST_CHUNK, LARGEST_CHUNK = {2: 128, 4: 64}, {2: 2**15, 4: 2**14}
 SHARED_MEMORY = 215_000  # bytes of a multiprocessor's 232,448 that operands may take; the rest is scratch
 
 
@@ -60,9 +63,9 @@ def _launch(chunk_size: int, shape: tuple[int, ...], state: int, *, half: bool, 
     """The fastest of those tried on an H100 at 64 and 128 heads of 64, state 128, 2 x 8192 tokens, reduced to fit."""
     batch, time, heads, head_size = shape
     head_size, state = tile(head_size), tile(state)
-    # The most tokens of a head, with half as many rows of its states, that `far` holds twice in shared memory.
-    widest = max(SMALLEST_TILE, (2**15 if half else 2**14) // head_size)
-    width = min(tile(min(chunk_size, time)), 128 if half else 64, widest)
+    size = 2 if half else 4
+    widest = max(SMALLEST_TILE, LARGEST_CHUNK[size] // head_size)
+    width = min(tile(min(chunk_size, time)), LONGEST_CHUNK[size], widest)
     step = min(width, 64 if half else 32)
     columns = min(head_size, 64)
     # A scan alone on a multiprocessor must load further ahead; two share one only if each takes less memory.
