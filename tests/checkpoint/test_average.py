@@ -54,9 +54,9 @@ def test_the_mean_is_that_of_the_files(folders, tmp_path, second, weights):
         (["one", "two", "--weights", "1,2,3"], "3 weights for 2 checkpoints; expected one for each"),
         (
             ["one", "two", "--weights", "0,0"],
-            "the weights are [0.0, 0.0]; expected numbers from 0, one",
+            "the weights are [0.0, 0.0]; expected non-negative numbers, at least one",
         ),
-        (["one", "two", "--weights", "1e308,1e308"], "of a finite sum"),
+        (["one", "two", "--weights", "1e308,1e308"], "with a finite sum"),
         (["one", "run/checkpoints/4"], "holds no complete checkpoint; expected at least one"),
         (["one", "none"], "expected a run folder, an Orogen checkpoint folder or a Hugging Face folder"),
         (["one", "other"], "ModelConfig.chunk_size of"),

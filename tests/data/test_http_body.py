@@ -1,15 +1,15 @@
 """Bodies of HTTP in each coding: decoded, taken as they are where the header lies, refused where they are damaged."""
 
 import gzip
+import random
 import zlib
 
+import brotli
 import pytest
 import zstandard
 
 from orogen.config.checks import ConfigError
 from orogen.data.http_body import content
-
-brotli = pytest.importorskip("brotli")
 
 TEXT = "Seiten in Stücken, and more of them. ".encode() * 9
 LIMIT = 10_000
@@ -61,6 +61,36 @@ def test_a_part_of_a_compressed_body_is_refused(coding):
 def test_a_missing_or_shifted_chunk_is_refused_though_it_is_text(body):
     with pytest.raises(ConfigError, match="chunk . is damaged or missing; expected a whole body in the coding"):
         content(chunked(b"first") [:-17] + body, {"Transfer-Encoding": "chunked"}, max_bytes=LIMIT)  # fmt: skip
+
+
+NOISE = random.Random(0).randbytes(300)
+
+
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        ({"Transfer-Encoding": "chunked"}, NOISE),  # the line of its first size is lost
+        ({"Transfer-Encoding": "chunked"}, b"3E8\r\n" + TEXT),  # its first chunk is cut off
+        ({"Content-Encoding": "gzip"}, gzip.compress(NOISE)[1:]),
+        ({"Content-Encoding": "zstd"}, zstandard.compress(NOISE)[1:]),
+        ({"Content-Encoding": "gzip", "Transfer-Encoding": "chunked"}, chunked(gzip.compress(NOISE))[7:]),
+    ],
+)
+def test_a_damaged_start_does_not_make_a_compressed_body_the_content(fields, body):
+    with pytest.raises(ConfigError, match="expected a whole body in the coding"):
+        content(body, fields, max_bytes=LIMIT)
+
+
+@pytest.mark.parametrize("coding", [*PACKED, "chunked"])
+def test_a_body_stored_decoded_may_be_in_an_older_character_set(coding):
+    text = "Größe und Maß, ".encode("latin-1") * 9
+    assert content(text, {"Content-Encoding": coding}, max_bytes=LIMIT) == text
+
+
+def test_a_body_stored_without_its_chunks_alone_is_decompressed():
+    text = TEXT.decode().encode("utf-16")
+    fields = {"Content-Encoding": "gzip", "Transfer-Encoding": "chunked"}
+    assert content(gzip.compress(text), fields, max_bytes=LIMIT) == text
 
 
 @pytest.mark.parametrize("coding", PACKED)

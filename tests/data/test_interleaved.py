@@ -102,10 +102,12 @@ def test_archives_and_tables_that_are_none_are_refused(tmp_path):
 def test_a_damaged_table_is_one_line_wherever_it_is_damaged(tmp_path):
     """pyarrow raises OSError for some bytes, and UnicodeDecodeError for a text that is none."""
     table = pyarrow.table({"image": [A] * 30, "caption": [f"seven{n:03}" for n in range(30)]})
-    parquet.write_table(table, tmp_path / "whole.parquet", compression="none", use_dictionary=False)
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}
+    parquet.write_table(table, tmp_path / "whole.parquet", **options)
     whole = (tmp_path / "whole.parquet").read_bytes()
     pages = bytes(b ^ 0x40 if 4 <= n < 30 else b for n, b in enumerate(whole))  # headers of the pages of images
-    for name, data in (("text", whole.replace(b"seven007", b"seven\xff07")), ("pages", pages)):
+    texts = {name: whole.replace(b"seven007", b"seven" + name.encode("latin-1")) for name in ("0x7", "\xff07")}
+    for name, data in (("checksum", texts["0x7"]), ("text", texts["\xff07"]), ("pages", pages)):
         (tmp_path / f"{name}.parquet").write_bytes(data)
         with pytest.raises(ConfigError, match=f"{name}.parquet: .*; expected a Parquet file") as caught:
             parts(tmp_path / f"{name}.parquet")

@@ -1,12 +1,19 @@
 """Texts of WARC and WET files, whole, compressed and damaged."""
 
+import codecs
+import contextlib
+import errno
 import gzip
+import io
+import lzma
 import random
+import re
 
 import pytest
+import zstandard
 
 from orogen.config.checks import ConfigError
-from orogen.data import gzip_members, warc_stream
+from orogen.data import gzip_members, warc, warc_stream
 from orogen.data.readers import Broken, read_records
 from orogen.data.sources import read_documents
 
@@ -174,6 +181,88 @@ def test_what_is_kept_for_a_second_look_is_bounded(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("length", [300_000, 10**6])
+def test_a_length_that_runs_further_than_is_kept_hides_no_record_silently(tmp_path, monkeypatch, length):
+    """A plain file is read again from there; of a compressed one, the bytes that were not searched are named."""
+    monkeypatch.setattr(warc_stream, "MOST_BYTES", 1000)
+    texts = [f"text {number} {'x' * 300}" for number in range(1000)]
+    wrong = record("conversion", "text/plain", texts[0].encode(), length)
+    others = [record("conversion", "text/plain", text.encode()) for text in texts[1:]]
+    data = FIRST + wrong + b"".join(others)
+    (tmp_path / "a.wet").write_bytes(data)
+    one, two, *records = found(tmp_path / "a.wet")
+    assert one == ("1", "first") and "a.wet:2: has a Content-Length that is not its length" in two[1]
+    assert records == [(str(number + 2), text) for number, text in enumerate(texts) if number]
+    for ending, pack in {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}.items():
+        (tmp_path / f"a.wet.{ending}").write_bytes(pack(data))
+        one, two, *records = found(tmp_path / f"a.wet.{ending}")
+        lost = int(re.search(r"no record was looked for in (\d+) bytes behind it", two[1])[1])
+        read = [text for _, text in records]
+        assert read == texts[len(texts) - len(read) :]
+        first = data.index(b"WARC/1.0", data.index(wrong) + lost)
+        assert len(read) == data.count(b"WARC/1.0", first)
+
+
+def test_garbage_behind_a_long_record_is_not_its_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(warc_stream, "MOST_BYTES", 1000)
+    data = record("conversion", "text/plain", b"x" * 200_000) + b"\0garbage\r\n" * 9 + THIRD
+    for ending, packed in {"": data, ".gz": gzip.compress(data)}.items():
+        (tmp_path / f"a.wet{ending}").write_bytes(packed)
+        one, two, three = found(tmp_path / f"a.wet{ending}")
+        assert one == ("1", "x" * 200_000) and "after record 1; expected one" in two[1] and three == ("3", "third")
+
+
+def test_an_error_of_the_disk_is_no_damage_of_a_record(tmp_path, monkeypatch):
+    class Failing(io.BytesIO):
+        failed = False
+
+        def read1(self, size=-1):
+            if self.tell() > 50_000 and not self.failed:
+                self.failed = True
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read1(min(size, 2**14) if size > 0 else 2**14)
+
+    stream = Failing(b"".join(WET) * 2000)
+    monkeypatch.setattr(warc, "opened", lambda file, **_: contextlib.nullcontext(stream))
+    with pytest.raises(OSError, match="Input/output error"):
+        for _ in read_records(tmp_path / "a.wet", "a.wet", "text", form=".wet"):
+            pass
+
+
+def test_a_second_look_copies_no_more_than_it_reads():
+    stream = warc_stream.KeptStream(io.BytesIO(b"x" * 10**6 + FIRST * 20_000))
+    while stream.read(2**20):
+        pass
+    assert stream.go_on(0)
+    held = {id(piece.obj) for piece in stream._again}
+    for _ in range(100):
+        assert len(stream.read(100)) == 100
+    assert {id(piece.obj) for piece in stream._again} == held
+
+
+@pytest.mark.parametrize("uri", ["<http://a/>", "urn:x", "http://a/"])
+def test_a_page_of_another_status_is_none_however_its_address_is_written(tmp_path, uri):
+    page = [response(status, "text/html", PAGE.encode()) for status in (404, 200)]
+    data = b"".join(page).replace(b"http://a/", uri.encode())
+    (tmp_path / "a.warc").write_bytes(data)
+    ((number, one),) = ((n, p) for n, p in warc.read_warc(tmp_path / "a.warc", max_bytes=10**6) if p is not None)
+    assert number == 2 and one.url == uri.strip("<>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "coding"),
+    [("", "utf-8-sig")] + [(k, c) for k in ("text/html", "text/plain") for c in ("utf-8-sig", "utf-16", "utf-16-be")],
+)
+def test_a_byte_order_mark_wins_over_the_stated_character_set_and_is_removed(tmp_path, kind, coding):
+    text = "Größe of a page" if kind == "text/plain" else PAGE
+    mark = codecs.BOM_UTF16_BE if coding == "utf-16-be" else b""
+    for stated in ("", "; charset=utf-16", "; charset=iso-8859-1"):
+        data = response(200, kind + stated, mark + text.encode(coding))
+        (tmp_path / "a.warc").write_bytes(data)
+        ((_, page),) = warc.read_warc(tmp_path / "a.warc", max_bytes=10**6)
+        assert page.text == text and page.is_html == (kind != "text/plain")
+
+
 def flipped(packed, place):
     return packed[:place] + bytes([packed[place] ^ 0x55]) + packed[place + 1 :]
 
@@ -195,19 +284,32 @@ def test_a_damaged_member_of_gzip_costs_its_own_record(tmp_path, damage):
     members = [gzip.compress(record("conversion", "text/plain", text.encode())) for text in texts]
     members[2] = DAMAGE[damage](members[2])
     (tmp_path / "a.warc.wet.gz").write_bytes(b"\0\0".join(members) + bytes(20_000))
-    records = found(tmp_path / "a.warc.wet.gz")
-    assert [text for _, text in records if text in texts] == texts[:2] + texts[3:]
-    wrong = [(number, text) for number, text in records if text not in texts]
+    assert read(tmp_path / "a.warc.wet.gz") == texts[:2] + texts[3:]
+    wrong = [(number, text) for number, text in found(tmp_path / "a.warc.wet.gz") if text not in texts]
     assert damage == "of all" or (wrong[0][0] == "3" and "after record 2" in wrong[0][1] and len(wrong) == 1)
 
 
-def test_of_a_damaged_member_with_many_records_those_before_the_damage_are_read(tmp_path):
+def read(path):
+    return [one.text for one in read_records(path, path.name, "text", form=".wet") if not isinstance(one, Broken)]
+
+
+@pytest.mark.parametrize("place", range(1000, 40_000, 3000))
+def test_of_a_damaged_member_with_many_records_none_is_read(tmp_path, place):
+    """Most flips change a text and are told by the checksum alone, which does not say whose text it is."""
     texts = [random.Random(number).randbytes(9000).hex() for number in range(6)]
     records = [record("conversion", "text/plain", text.encode()) for text in texts]
-    many = flipped(gzip.compress(b"".join(records[:5])), 40_000)
+    many = flipped(gzip.compress(b"".join(records[:5])), place)
     (tmp_path / "a.wet.gz").write_bytes(many + gzip.compress(records[5]))
-    good = [text for _, text in found(tmp_path / "a.wet.gz") if text in texts]
-    assert good[0] == texts[0] and good[-1] == texts[5] and 3 <= len(good) <= 5
+    assert read(tmp_path / "a.wet.gz") == texts[5:]
+    (tmp_path / "a.wet.gz").write_bytes(many)
+    assert read(tmp_path / "a.wet.gz") == [] and len(found(tmp_path / "a.wet.gz")) == 1
+
+
+def test_of_a_member_that_is_cut_off_the_whole_records_are_read(tmp_path):
+    texts = [random.Random(number).randbytes(9000).hex() for number in range(5)]
+    whole = gzip.compress(b"".join(record("conversion", "text/plain", text.encode()) for text in texts))
+    (tmp_path / "a.wet.gz").write_bytes(whole[:-9000])
+    assert read(tmp_path / "a.wet.gz") == texts[:4] and "expected a whole" in found(tmp_path / "a.wet.gz")[-1][1]
 
 
 def test_a_member_longer_than_what_is_held_is_read(tmp_path, monkeypatch):

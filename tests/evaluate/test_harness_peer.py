@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.convert.synthetic import stored
@@ -92,6 +93,25 @@ def write_tasks(folder: Path, hugging_face) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / name}.jsonl\n"
         (folder / f"{name}.yaml").write_text(f"{head}test_split: test\n{forms[name]}")
+
+
+def test_repeated_draws_of_one_request_have_seeds_of_their_own():
+    """lm-eval queues one Instance as often as its answer is drawn; the first draw's seed is that of a single one."""
+    from lm_eval.api.instance import Instance
+
+    from orogen.evaluate.harness_model import HarnessModel
+
+    class Counted(HarnessModel):
+        def __init__(self):
+            self._subject = SimpleNamespace(max_length=99, write=lambda prompts: [p.sampling.seed for p in prompts])
+            self._most = 100
+
+        def tok_encode(self, string, *_):
+            return [1]
+
+    one, two = (Instance("generate_until", {}, ("x", {"do_sample": True}), number) for number in (0, 1))
+    seeds = Counted().generate_until([one, one, two, two])
+    assert len(set(seeds)) == 4 and (seeds[0], seeds[2]) == (0, 1)
 
 
 def test_numbers_are_those_of_the_hugging_face_backend(model, hugging_face, tmp_path, monkeypatch):

@@ -17,8 +17,9 @@ from orogen.config.run import OptimizerConfig
 from orogen.config.sweep import Arm, SweepConfig
 from orogen.sweep.command import best_rates
 from orogen.sweep.plan import Run
-from orogen.sweep.results import Results
+from orogen.sweep.results import Results, read_run
 from orogen.sweep.runner import Runner, environments
+from orogen.train.health import SPIKE
 
 # What a run leaves behind, one line per start in the file `starts`; the name of the run says how it ends.
 PROGRAM = """
@@ -150,6 +151,25 @@ def test_a_search_that_diverges_is_an_answer_and_a_run_that_does_is_a_failure(ru
         best_rates(SweepConfig(**settings), searches[:1], results)
     results._lines["lost"]["value"] = float("nan")  # compares as no smaller and no larger
     assert best_rates(SweepConfig(**settings), searches, results)[0] == {"a": 0.1}
+
+
+def test_a_search_that_ends_by_its_last_roll_back_diverged(tmp_path):
+    """Not if a step between was good, nor with a roll-back left, nor if they went back to an earlier checkpoint."""
+    config = run_config(steps=100)
+    train = dataclasses.replace(config.train, checkpoint_every=5, roll_back_after=2, max_roll_backs=3)
+    run = Run(Arm(("a",), ()), "a", dataclasses.replace(config, train=train), True)
+    (tmp_path / "env.json").write_text('{"parameters": {"total": 7}, "commit": null, "packages": {}, "devices": {}}')
+
+    def value(skipped, to=(10, 10, 10), more=None):
+        records = [{"step": step, "skipped_steps": n} for step, n in enumerate(skipped, 10)]
+        records[-1] |= more or {}
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        lost = [{"to": t, "until": t + 2, "seconds": 1.0, "cause": "roll_back", "position": {}} for t in to]
+        (tmp_path / "lost.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lost))
+        return read_run(tmp_path, run, ["score"])
+
+    assert value([0, 1, 2])["value"] is None and value([0, 1, 1], more={SPIKE: 3.0})["value"] is None
+    assert value([0, 1, 1]) is None and value([0, 1, 2], (10, 10)) is None and value([0, 1, 2], (5, 5, 5)) is None
 
 
 def test_a_result_of_another_config_is_refused(runner):

@@ -35,7 +35,8 @@ def average(sources: Sequence[Path], target: Path, *, weights: Sequence[float] |
     if len(weights) != len(sources):
         raise ConfigError(f"{len(weights)} weights for {len(sources)} checkpoints; expected one for each")
     if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
-        raise ConfigError(f"the weights are {weights}; expected numbers from 0, one of them above 0, of a finite sum")
+        expected = "expected non-negative numbers, at least one of them positive, with a finite sum"
+        raise ConfigError(f"the weights are {weights}; {expected}")
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(new_folder(target))  # first, so that an existing one is refused at once
         first = stack.enter_context(open_folder(sources[0]))

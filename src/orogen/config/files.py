@@ -10,13 +10,23 @@ from pathlib import Path
 
 from orogen.config.checks import ConfigError
 
-_UNFINISHED = re.compile(r".+\.(\d+)\.[0-9a-f]{8}\.tmp")  # as `write_atomically` names files on the way
+_UNFINISHED = re.compile(r".+\.(\d+)\.[0-9a-f]{8}\.tmp")
+
+
+def unfinished(path: Path) -> Path:
+    """A name, no other writer's, for a file that is to become `path` when it is whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file's name is one of `unfinished`."""
+    return _UNFINISHED.fullmatch(name) is not None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, even after a crash, finds either all of the old content or all of the new,
     whichever other processes write it too. A crash may leave a file of another name, which ends in `.tmp`."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = unfinished(path)
     try:
         with temporary.open("xb") as file:
             file.write(content)

@@ -20,8 +20,10 @@ _RECORDS = re.compile(rb"\nWARC/\d\.\d+\r?\n")
 class GzipMembers(io.RawIOBase):
     """The text of all members, one after the other, with GAP where one is damaged.
 
-    Of a damaged member with several records, the text in front of the damage stays. Reading raises zlib.error if no
-    member begins behind a damaged one, and EOFError if the last one is cut off.
+    A member of at most HELD_BYTES is read only if its checksum is right, so that damage costs it whole; a longer one is
+    read as it comes, and the last of it that is held is dropped where damage shows: some wrong text may have been read.
+    A last member that is cut off has no checksum, and is read as far as it goes if it has several records. Reading
+    raises zlib.error if no member begins behind a damaged one, and EOFError if the last one is cut off.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -63,9 +65,10 @@ def _texts(stream: BinaryIO) -> Iterator[bytes]:
                 block = b"" if unpacker.eof else stream.read(PACKED_BYTES)
             yield bytes(text)
             rest = unpacker.unused_data
-        except (zlib.error, EOFError):
-            yield bytes(text) if _RECORDS.search(text, 1) else b""
+        except (zlib.error, EOFError) as error:
             if not (rest := _next_member(bytes(packed[1:]), stream)):
+                if isinstance(error, EOFError) and _RECORDS.search(text, 1):
+                    yield bytes(text)
                 raise
             yield GAP
 

@@ -159,7 +159,7 @@ class IndexedTokens:
         return max(len(self._end_n) - 1, 0)
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens (t,) of a document, the sequences of which are joined, as `read` gives them. Raises
+        """The tokens (t,) of a document, the sequences of which are joined: int32, or int64 if the file has it. Raises
         ConfigError."""
         first, last = self._end_n[number : number + 2].tolist()
         if not 0 <= first <= last <= self._count:

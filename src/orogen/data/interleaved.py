@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError, is_unicode, shown
 from orogen.config.json_file import ListOf, Record, fits, parse_json
+from orogen.data.readers import damage_named
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_ENDINGS = ("txt", "caption")
@@ -93,26 +94,29 @@ def _jsonl(file: Path, name: str) -> Iterator[Interleaved]:
 
 
 def _parquet(file: Path, name: str) -> Iterator[Interleaved]:
-    import pyarrow
-    from pyarrow import parquet
-
     def load(value: Any, where: str) -> bytes:
         found = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(found, bytes):
             raise ConfigError(f"{where}: an image is {shown(value)}; expected bytes, or an object with bytes")
         return found
 
+    for number, row in enumerate(_rows(file), 1):
+        yield _document(f"{name}:{number}", row, load, f"{file}, row {number}")
+
+
+def _rows(file: Path) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
     try:
-        table = parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield _document(f"{name}:{number}", row, load, f"{file}, row {number}")
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # pyarrow's own, which mean a damaged file, have none
-            raise
-        raise ConfigError(f"{file}: {' '.join(str(error).split())}; expected a Parquet file") from error
+        with (
+            damage_named(pyarrow.ArrowException),
+            parquet.ParquetFile(file, page_checksum_verification=True) as table,
+        ):
+            for batch in table.iter_batches(batch_size=ROWS):
+                yield from batch.to_pylist()
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}; expected a Parquet file") from error
 
 
 def _tar(file: Path, name: str) -> Iterator[Interleaved]:

@@ -127,7 +127,7 @@ class Start(NamedTuple):
 
 
 def starts(lengths_n: Sequence[int], sequence_length: int) -> list[Start]:
-    """Where each piece in as few rows as best-fit finds, in their given order within a row. Raises ConfigError
+    """Where each piece starts, in as few rows as best-fit finds; pieces of a row keep their order. Raises ConfigError
     if one is too long."""
     if len(lengths_n) and not 1 <= min(lengths_n) <= max(lengths_n) <= sequence_length:
         raise ConfigError(
@@ -144,7 +144,7 @@ def starts(lengths_n: Sequence[int], sequence_length: int) -> list[Start]:
 
 
 def pack_rows(pieces: Sequence[Stream], at: Sequence[Start], sequence_length: int, pad_id: int) -> Batch:
-    """The pieces at their places; a piece's first token gets weight 0."""
+    """The pieces in rows, each from its start on; a piece's first token gets weight 0."""
     rows = max((start.row for start in at), default=-1) + 1
     batch = empty_batch(rows, sequence_length=sequence_length, pad_id=pad_id)
     extras = pieces[0].extras if pieces else {}

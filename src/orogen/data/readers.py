@@ -153,7 +153,7 @@ def parquet_rows(
     from pyarrow import parquet
 
     with (
-        _damage_named(pyarrow.ArrowException),
+        damage_named(pyarrow.ArrowException),
         parquet.ParquetFile(file, page_checksum_verification=True) as table,
     ):
         names = table.schema_arrow.names
@@ -163,7 +163,7 @@ def parquet_rows(
         for group in groups:
             end = number + table.metadata.row_group(group).num_rows
             try:
-                with _damage_named(pyarrow.ArrowException):
+                with damage_named(pyarrow.ArrowException):
                     for chunk in table.iter_batches(columns=columns, row_groups=[group], batch_size=1024):
                         for record in _records(chunk, text_field):
                             number += 1
@@ -177,7 +177,8 @@ def parquet_rows(
 
 def _records(chunk: Any, text_field: str | None) -> list[Any]:
     """The rows of a pyarrow.RecordBatch. A value that Python has no type for, such as a time in nanoseconds or a date
-    of the year 12,000, becomes its text, or None if it has none; a text that is none makes its row a ConfigError."""
+    of the year 12,000, becomes its text, or None if it has none. A row is a ConfigError if the column `text_field`,
+    or without one any that holds text, cannot be read."""
     import pyarrow
 
     wrong = (ValueError, OverflowError, pyarrow.ArrowException)
@@ -186,8 +187,8 @@ def _records(chunk: Any, text_field: str | None) -> list[Any]:
         try:
             return scalar.as_py()
         except wrong as error:
-            if name == text_field:
-                raise ConfigError(f"{text_field!r} cannot be read ({error}): expected UTF-8 text") from None
+            if name == text_field or (text_field is None and _holds_text(scalar.type)):
+                raise ConfigError(f"{name!r} cannot be read ({error}): expected UTF-8 text") from None
             return text(scalar)
 
     def text(scalar: Any) -> str | None:
@@ -209,8 +210,19 @@ def _records(chunk: Any, text_field: str | None) -> list[Any]:
         return [row(number) for number in range(chunk.num_rows)]
 
 
+def _holds_text(kind: Any) -> bool:
+    """Whether values of a pyarrow.DataType are or contain strings."""
+    from pyarrow import types
+
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return True
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _holds_text(kind.value_type)
+    return any(_holds_text(kind.field(number).type) for number in range(kind.num_fields))
+
+
 @contextlib.contextmanager
-def _damage_named(kind: type[Exception]) -> Iterator[None]:
+def damage_named(kind: type[Exception]) -> Iterator[None]:
     """Makes ValueErrors of one line of pyarrow's errors, of which `kind` is the class."""
     try:
         yield
@@ -228,9 +240,11 @@ def _read_warc(file: Path, key: str, text_field: str, part: Part | None) -> Iter
         name, where = f"{key}:{number}", f"{file}:{number}"
         if isinstance(found, Page):
             try:
-                yield Document(name, checked_text(main_text(found), "text", where=where))
+                text = main_text(found)
             except ValueError as error:
                 yield Broken(name, f"{where}: {error}; expected HTML")
+            else:
+                yield Document(name, text)
         elif found is not None:
             yield Broken(name, f"{where}: {found.detail}")
 

@@ -172,8 +172,8 @@ def _example_class() -> Any:
 
 
 def indexed_documents(file: Path, start: int, stop: int | None) -> Iterator[np.ndarray | ConfigError]:
-    """The ids (t,) of the documents [start, stop) of a Megatron index; in place of one that the index places outside
-    the file, what is wrong. Raises as `IndexedTokens` does."""
+    """The ids (t,) of the documents [start, stop) of a Megatron index, int32, or int64 if the file has it; in place of
+    one that the index places outside the file, what is wrong. Raises as `IndexedTokens` does."""
     tokens = IndexedTokens(file.with_suffix(""))
     for number in range(start, tokens.document_count if stop is None else stop):
         try:

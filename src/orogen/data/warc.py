@@ -5,6 +5,7 @@ Responses of other status than 200, records of other types of content, requests,
 type is what the archive identified (WARC-Identified-Payload-Type), else what the server stated.
 """
 
+import codecs
 import io
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
-from orogen.data.compressed import DAMAGE, opened
+from orogen.data.compressed import opened
 from orogen.data.gzip_members import GzipMembers
 from orogen.data.http_body import content
 from orogen.data.warc_stream import KeptStream
@@ -22,11 +23,11 @@ PLAIN = "text/plain"
 _CHARSET = re.compile(r"charset=([^;]+)", re.IGNORECASE)
 _MARKUP = re.compile(rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html)\b", re.IGNORECASE | re.DOTALL)
 _SNIFFED = 2**12  # bytes of a page of unknown type
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _MEDIA = re.compile(r"(image|audio|video|font)/|application/(pdf|zip|gzip|x-)")
 
-
-TRUNCATED, LONG = "truncated record", "too long"
-CUT = (TRUNCATED, LONG)  # of a record that may only say that it goes on to the end of the file
+TRUNCATED, LONG, UNSEARCHED = "truncated record", "too long", "unsearched bytes"
+CUT = (TRUNCATED, LONG)  # reasons of a record whose Content-Length may be wrong and run over the records behind it
 
 
 class Page(NamedTuple):
@@ -50,10 +51,14 @@ _LENGTH = Unusable("malformed record", "has a Content-Length that is not its len
 
 def read_warc(file: Path, *, max_bytes: int) -> Iterator[tuple[int, Page | Unusable | None]]:
     """Each record by its number in the file, from 1; None for one that is no document. Behind a record that is damaged,
-    or longer or shorter than it says, reading goes on with the next one. Raises one of DAMAGE if the rest of the file
-    is damaged, and ConfigError without the library."""
+    or longer or shorter than it says, reading goes on with the next one.
+
+    Of a compressed file, MOST_BYTES are kept to be searched again. If a wrong length runs further than that, the
+    record's Unusable says how many bytes were not searched, and later numbers do not count the records in them. Raises
+    one of DAMAGE if the rest of the file is damaged, OSError if it cannot be read, ConfigError without the library.
+    """
     with opened(file, openers={".gz": lambda stream: io.BufferedReader(GzipMembers(stream))}) as stream:
-        yield from _records(KeptStream(stream, DAMAGE), file, max_bytes)
+        yield from _records(KeptStream(stream), file, max_bytes)
 
 
 def _records(kept: Any, file: Path, max_bytes: int) -> Iterator[tuple[int, Page | Unusable | None]]:
@@ -69,7 +74,7 @@ def _records(kept: Any, file: Path, max_bytes: int) -> Iterator[tuple[int, Page 
         try:
             for record in ArchiveIterator(kept, WarcRecordType.any_type):
                 yield from waiting
-                kept.forget(start := record.stream_pos)
+                kept.begin(start := record.stream_pos)
                 number, is_response = number + 1, record.record_type == WarcRecordType.response
                 wanted = record.record_type & kinds or "WARC-Type" not in record.headers
                 waiting = [(number, _found(record, is_response=is_response, max_bytes=max_bytes) if wanted else None)]
@@ -79,21 +84,27 @@ def _records(kept: Any, file: Path, max_bytes: int) -> Iterator[tuple[int, Page 
         if kept.failure is not None:
             yield from [] if cut else waiting  # what is cut off there is named by the failure
             raise kept.failure
-        if error is None and not cut:
+        end = kept.end() if waiting else start
+        if error is None and (not cut or end is not None):
             yield from waiting
             return
-        end = kept.end_of(start) if waiting else start
-        if end is None:
-            goes_on = kept.go_on(start)
+        place = start if end is None else end
+        lost, goes_on = kept.lost(place), kept.go_on(place)
+        if end is not None:
+            yield from waiting
+            if goes_on:
+                number += 1
+                yield number, Unusable("damaged record", f"{error} after record {number - 1}; expected one")
+        elif lost:
+            yield number, Unusable(UNSEARCHED, f"{_LENGTH.detail}: no record was looked for in {lost} bytes behind it")
+        else:
             yield from waiting if cut and not goes_on else [(number, _LENGTH)]
-            if not goes_on:
-                return
-            continue
-        yield from waiting
-        if not kept.go_on(end):
-            raise ValueError(f"{error} after record {number}")
-        number += 1
-        yield number, Unusable("damaged record", f"{error} after record {number - 1}; expected one")
+        if kept.failure is not None:
+            raise kept.failure
+        if not goes_on:
+            if end is not None:
+                raise ValueError(f"{error} after record {number}")
+            return
 
 
 def page_text(data: bytes, charset: str | None = None) -> str:
@@ -114,7 +125,7 @@ def _found(record: Any, *, is_response: bool, max_bytes: int) -> Page | Unusable
     """What is in a record of a kind that may have a text, or of none."""
     if "WARC-Type" not in record.headers:
         return Unusable("malformed record", "has no WARC-Type; expected one")
-    if is_response and (record.headers.get("WARC-Target-URI") or "").lower().startswith(("http:", "https:")):
+    if is_response and (record.is_http or _url(record).lower().startswith(("http:", "https:"))):
         status = record.http_headers.status_code if record.http_headers is not None else None
         if not status:
             return Unusable("malformed record", "has no status of HTTP; expected one, in a record of application/http")
@@ -141,10 +152,10 @@ def _found(record: Any, *, is_response: bool, max_bytes: int) -> Page | Unusable
 def _page(data: bytes, media: str, record: Any) -> Page | Unusable | None:
     from resiliparse.parse.encoding import detect_mime
 
+    data, charset = _unmarked(data, _charset(record))
     is_html = media in HTML if media else _MARKUP.match(data[:_SNIFFED]) is not None
     if not (is_html or media) or (is_html and _MEDIA.match(detect_mime(data))):
         return None
-    charset = _charset(record)
     if is_html:
         text = page_text(data, charset)
     else:
@@ -154,7 +165,20 @@ def _page(data: bytes, media: str, record: Any) -> Page | Unusable | None:
         except UnicodeDecodeError as error:
             shown = name.upper()
             return Unusable("not text", f"byte {error.start} is not {shown}: expected {shown} text")
-    return Page(text, is_html, record.headers.get("WARC-Target-URI") or "", record.headers.get("WARC-Date") or "")
+    return Page(text, is_html, _url(record), record.headers.get("WARC-Date") or "")
+
+
+def _url(record: Any) -> str:
+    """Some writers, such as wget, follow the grammar of WARC 1.0 to the letter and put it in angle brackets."""
+    return (record.headers.get("WARC-Target-URI") or "").removeprefix("<").removesuffix(">")
+
+
+def _unmarked(data: bytes, charset: str | None) -> tuple[bytes, str | None]:
+    """Without a byte order mark, which wins over what is stated. Source: https://encoding.spec.whatwg.org/#decode."""
+    for mark, name in _MARKS.items():
+        if data.startswith(mark):
+            return data[len(mark) :], name
+    return data, charset
 
 
 def _charset(record: Any) -> str | None:

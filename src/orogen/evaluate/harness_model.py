@@ -114,10 +114,13 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to a string of `until`, the end of the text, or `max_gen_toks` tokens."""
-        prompts = [self._prompt(instance) for instance in requests]
+        prompts, asked = [], Counter[int]()
+        for instance in requests:  # lm-eval queues one instance as often as its answer is to be drawn
+            prompts.append(self._prompt(instance, draw=asked[id(instance)]))
+            asked[id(instance)] += 1
         return self._subject.write(prompts)
 
-    def _prompt(self, instance: Instance) -> Prompt:
+    def _prompt(self, instance: Instance, *, draw: int) -> Prompt:
         args: Any = instance.args
         context, settings = args
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(settings, MOST_NEW))
@@ -135,7 +138,7 @@ class HarnessModel(TemplateLM):
         # transformers samples at temperature 1 if a task says do_sample alone.
         fields = {"temperature": float(bool(kwargs.get("do_sample")))}
         fields |= {name: kwargs[name] for name in SAMPLING if name in kwargs}
-        sampling = Sampling(**fields, seed=instance.idx)
+        sampling = Sampling(**fields, seed=instance.idx + draw * 2**32)
         return Prompt(tuple(ids[-most:]), tokens, tuple([until] if isinstance(until, str) else until), sampling)
 
     def _count(self, instance: Instance, shortened: bool) -> None:

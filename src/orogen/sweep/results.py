@@ -2,15 +2,18 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
+from orogen.report.lost import ROLL_BACK, read_lost
 from orogen.report.metrics import FILE_NAME, read_metrics
 from orogen.report.series import Records, load_violation
 from orogen.sweep.plan import Run
+from orogen.train.health import SPIKE
 
 NAME = "results.jsonl"
 # Numbers that all records of a run give together.
@@ -88,7 +91,7 @@ def read_run(folder: Path, run: Run, numbers: Sequence[str]) -> dict[str, Any] |
     records = read_metrics(folder) if (folder / FILE_NAME).is_file() else []
     # The report is the last thing that a run writes.
     whole = bool(records) and (folder / "report.html").is_file() and records[-1]["step"] >= run.config.train.steps
-    if not whole and not (run.search and _diverged(records, run)):
+    if not whole and not (run.search and _diverged(folder, records, run)):
         return None
     found = {name: _number(folder, records, name) if whole else None for name in numbers}
     metric, *further = numbers
@@ -102,12 +105,20 @@ def read_run(folder: Path, run: Run, numbers: Sequence[str]) -> dict[str, Any] |
     }  # fmt: skip
 
 
-def _diverged(records: Records, run: Run) -> bool:
-    """Whether so many steps in a row were skipped at the end that the run stopped, as it would again."""
-    most = run.config.train.max_skipped_steps
-    last = [record.get("skipped_steps", 0) for record in records[-most - 1 :]]
-    before = last[0] if len(records) > most else 0
-    return bool(last) and last[-1] - before >= most
+def _diverged(folder: Path, records: Records, run: Run) -> bool:
+    """Whether the run stopped for its last steps, as it would again: so many in a row were skipped, or were bad after
+    the most roll-backs to the checkpoint before them."""
+    train = run.config.train
+    skipped = [0, *(record.get("skipped_steps", 0) for record in records)]
+    if records and skipped[-1] - skipped[-train.max_skipped_steps - 1 :][0] >= train.max_skipped_steps:
+        return True
+    if not 0 < train.roll_back_after <= len(records):
+        return False
+    bad = [now > before or SPIKE in record
+           for now, before, record in zip(skipped[1:], skipped, records, strict=False)]  # fmt: skip
+    place = records[-1]["step"] - train.checkpoint_every  # the last regular checkpoint is not before it
+    backs = Counter(loss.to for loss in read_lost(folder) if loss.cause == ROLL_BACK and loss.to >= place)
+    return all(bad[-train.roll_back_after :]) and max(backs.values(), default=0) >= train.max_roll_backs
 
 
 def _number(folder: Path, records: Sequence[Mapping[str, Any]], name: str) -> float:

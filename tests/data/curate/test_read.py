@@ -129,6 +129,21 @@ def test_without_a_field_every_string_of_a_record_is_read(tmp_path):
     assert read_all(path, text_field=None)[0][0].text.split(SEPARATOR) == ["why?", "a", "c"]
 
 
+def test_without_a_field_no_text_that_cannot_be_read_is_passed_over(tmp_path):
+    """Of a benchmark to decontaminate against, which would then not be found."""
+    offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 3)))
+    text = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"a\xff\xfe"))
+    time = pyarrow.array([1, 2], pyarrow.timestamp("ns"))
+    inside = {
+        "list": pyarrow.ListArray.from_arrays([0, 1, 2], text),
+        "struct": pyarrow.StructArray.from_arrays([text], "s"),
+    }
+    for name, column in {"plain": text, **inside}.items():
+        parquet.write_table(pyarrow.table({"time": time, "q": column}), tmp_path / f"{name}.parquet")
+        documents, broken = read_all(tmp_path / f"{name}.parquet", text_field=None)
+        assert [d.text.split(SEPARATOR)[-1] for d in documents] == ["a"] and broken == [("2", "damaged rows")], name
+
+
 PAGE = "<html><body><p>Grüße</p></body></html>"
 TYPED = {"WARC-Identified-Payload-Type": "text/html"}
 

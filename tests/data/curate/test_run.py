@@ -14,6 +14,7 @@ from orogen.data.curate.execute import Resources, execute
 from orogen.data.curate.run import curate, is_whole, passes, prepare, tidy
 from orogen.data.curate.store import DocumentWriter, read_records
 from orogen.data.curate.tally import Tally, merged
+from orogen.data.curate.work import CONFIG, WORK
 
 from .corpora import nearly, texts, write_jsonl
 
@@ -139,12 +140,22 @@ def test_parts_of_files_that_a_kill_left_are_no_output(sources, tmp_path):
     run(config, tmp_path / "whole")
     work = prepare(config, repr(config), out := tmp_path / "out")
     work.documents.mkdir(parents=True)
-    for part in (work.documents / ".000000.jsonl.zst.7.tmp", out / "report.json.7.abcd.tmp"):
+    for part in (work.documents / "000000.jsonl.zst.7.89abcdef.tmp", out / "report.json.7.89abcdef.tmp"):
         part.write_bytes(b"half")
+    (out / "own.tmp").write_bytes(b"a file of somebody")
     run(config, out)
     tidy(out)
     tidy(tmp_path / "whole")
+    (out / "own.tmp").unlink()
     assert everything(out) == everything(tmp_path / "whole")
+
+
+def test_a_kill_within_the_first_file_leaves_a_folder_that_goes_on(sources, tmp_path):
+    config = CurateConfig(sources=sources)
+    (out := tmp_path / "out").mkdir()
+    (out / f"{CONFIG}.7.89abcdef.tmp").write_bytes(b"half")
+    prepare(config, repr(config), out)
+    assert {file.name for file in out.iterdir()} == {CONFIG, WORK}
 
 
 def test_a_file_that_vanishes_before_its_pass_is_named(sources, tmp_path):

@@ -16,7 +16,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from orogen.config.checks import ConfigError
 from orogen.config.curate import ClassifyConfig, CurateConfig, DecontaminateConfig, DedupConfig
-from orogen.config.files import write_atomically
+from orogen.config.files import is_unfinished, remove_unfinished, write_atomically
 from orogen.data.curate.execute import Pass, Resources, execute
 from orogen.data.curate.inputs import list_inputs, listed, load_inputs, save_inputs
 from orogen.data.curate.match import Choose, Gather, Match
@@ -45,16 +45,21 @@ def prepare(config: CurateConfig, text: str, out: Path) -> Work:
                 f"{str(out)!r} holds a curation with another config; expected the same, or another folder"
             )
         return work
-    # A kill between the first files of a run leaves these two.
-    if out.exists() and (not out.is_dir() or {entry.name for entry in out.iterdir()} - {CONFIG, WORK}):
+    if out.exists() and not (out.is_dir() and all(_is_begun(entry.name) for entry in out.iterdir())):
         raise ConfigError(f"{str(out)!r} is not an empty folder, nor one of `orogen curate`; expected one of them")
     inputs = list_inputs(config)
     for kind, paths in _further_paths(config):
         list(listed(paths, kind))
     work.folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(out)
     write_atomically(config_file, text.encode())
     save_inputs(work.inputs, inputs, text)
     return work
+
+
+def _is_begun(name: str) -> bool:
+    """Whether a kill between the first files of a run leaves a file of this name, or one within the first file."""
+    return name in (CONFIG, WORK) or (name.startswith(f"{CONFIG}.") and is_unfinished(name))
 
 
 def curate(config: CurateConfig, work: Work, resources: Resources, show: Show) -> str | None:
@@ -129,7 +134,7 @@ class Finish(PipelineStep):
         write_json(out / REPORT, facts)
         self.show(out, facts)
         if self.work.documents.is_dir():  # else a run that was stopped just here has moved them
-            _remove_parts(self.work.documents)
+            remove_unfinished(self.work.documents)
             self.work.documents.replace(out / DOCUMENTS)
         manifest = {
             "version": VERSION,
@@ -151,14 +156,8 @@ def tidy(out: Path) -> None:
     """Removes what only the passes of a whole run needed."""
     work = Work(out).folder
     if is_whole(out) and work.is_dir():
-        _remove_parts(out)
+        remove_unfinished(out)
         shutil.rmtree(work)
-
-
-def _remove_parts(folder: Path) -> None:
-    """Removes what processes that were killed left of files: the files themselves are whole."""
-    for part in folder.glob("*.tmp"):
-        part.unlink()
 
 
 def _load(file: Path) -> Any:

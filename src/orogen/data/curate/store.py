@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from orogen.config.files import write_atomically
+from orogen.config.files import unfinished, write_atomically
 from orogen.data.compressed import opened
 
 LEVEL = 3  # of Zstandard: 300 MB/s a core
@@ -35,7 +35,7 @@ class DocumentWriter:
         import zstandard
 
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = unfinished(path)
         self._pack = zstandard.ZstdCompressor(level=LEVEL)
         self._documents = self._bytes = 0
         self.written: Written | None = None
