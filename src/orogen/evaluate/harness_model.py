@@ -136,7 +136,7 @@ class HarnessModel(TemplateLM):
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self._count(instance, len(ids) > most)
         # transformers samples at temperature 1 if a task says do_sample alone.
-        fields = {"temperature": float(bool(kwargs.get("do_sample")))}
+        fields: dict[str, Any] = {"temperature": float(bool(kwargs.get("do_sample")))}
         fields |= {name: kwargs[name] for name in SAMPLING if name in kwargs}
         sampling = Sampling(**fields, seed=instance.idx + draw * 2**32)
         return Prompt(tuple(ids[-most:]), tokens, tuple([until] if isinstance(until, str) else until), sampling)

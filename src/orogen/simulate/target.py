@@ -123,7 +123,8 @@ def devices(hardware: Hardware, count: int) -> list[Any]:
     from jax._src.lib import cuda_versions  # jax has no public name for them
     from jax.experimental import topologies
 
-    cudnn, cuda = cuda_versions.cudnn_get_version(), cuda_versions.cuda_runtime_get_version()
+    versions: Any = cuda_versions  # None without the plugin, which is there
+    cudnn, cuda = versions.cudnn_get_version(), versions.cuda_runtime_get_version()
     text = description(
         hardware, cudnn=(cudnn // 10_000, cudnn // 100 % 100, cudnn % 100), cuda=(cuda // 1000, cuda // 10 % 100, 0)
     )  # fmt: skip
