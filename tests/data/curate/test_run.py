@@ -140,7 +140,7 @@ def test_parts_of_files_that_a_kill_left_are_no_output(sources, tmp_path):
     run(config, tmp_path / "whole")
     work = prepare(config, repr(config), out := tmp_path / "out")
     work.documents.mkdir(parents=True)
-    for part in (work.documents / "000000.jsonl.zst.7.89abcdef.tmp", out / "report.json.7.89abcdef.tmp"):
+    for part in (work.documents / "000000.jsonl.zst.4194305.89abcdef.tmp", out / "report.json.4194305.89abcdef.tmp"):
         part.write_bytes(b"half")
     (out / "own.tmp").write_bytes(b"a file of somebody")
     run(config, out)
@@ -153,7 +153,7 @@ def test_parts_of_files_that_a_kill_left_are_no_output(sources, tmp_path):
 def test_a_kill_within_the_first_file_leaves_a_folder_that_goes_on(sources, tmp_path):
     config = CurateConfig(sources=sources)
     (out := tmp_path / "out").mkdir()
-    (out / f"{CONFIG}.7.89abcdef.tmp").write_bytes(b"half")
+    (out / f"{CONFIG}.4194305.89abcdef.tmp").write_bytes(b"half")
     prepare(config, repr(config), out)
     assert {file.name for file in out.iterdir()} == {CONFIG, WORK}
 
