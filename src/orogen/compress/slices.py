@@ -18,7 +18,7 @@ from orogen.config.model import ModelConfig
 from orogen.convert.names import Path as Leaf
 
 HIDDEN = "hidden"
-# The units along each axis of a mixer's parameters, of which the rows of config/kinds.py choose one; None: all stay.
+# The units along each axis of a mixer's parameters; a row of config/kinds.py names one table. None: all stay.
 Axes = Mapping[str, tuple[str | None, ...]]
 MLP = {"up": (HIDDEN, "mlp"), "gate": (HIDDEN, "mlp"), "down": ("mlp", HIDDEN), "up_bias": ("mlp",),
        "gate_bias": ("mlp",), "down_bias": (HIDDEN,)}  # fmt: skip

@@ -1,6 +1,5 @@
 """Programs that must pass their tests: what the sandbox keeps from them, and how it ends them."""
 
-import json
 import shutil
 import textwrap
 import time
@@ -8,30 +7,11 @@ import uuid
 from pathlib import Path
 
 import pytest
+from tests.posttrain.environments.tasks import lines, made, reward
 
 from orogen.config.checks import ConfigError
-from orogen.config.rl import EnvironmentConfig
 from orogen.posttrain.environments import code, sandbox
 from orogen.posttrain.environments.code import program_of
-from orogen.posttrain.environments.interface import Said
-from orogen.posttrain.environments.make import make_environment
-
-
-def made(kind, **fields):
-    return make_environment(EnvironmentConfig(name="a", kind=kind, **fields))
-
-
-def reward(environment, answer, number=0):
-    example = environment.example(number)
-    turn = environment.step(example, environment.start(example), Said(answer, answer))
-    return sum(turn.rewards.values())
-
-
-def lines(folder, *tasks):
-    file = folder / "tasks.jsonl"
-    file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    return str(file)
-
 
 STDIN = {"prompt": "double", "tests": [{"input": "2\n", "output": "4"}, {"input": "5", "output": "10\n"}]}
 CHECK = {"prompt": "half", "check": "assert half(4) == 2\nassert half(3) == 1.5"}

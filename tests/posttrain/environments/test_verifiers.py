@@ -4,29 +4,12 @@ import json
 import sys
 
 import pytest
+from tests.posttrain.environments.tasks import lines, made, reward
 
 from orogen.config.checks import ConfigError
-from orogen.config.rl import EnvironmentConfig
 from orogen.posttrain.environments import workplace
 from orogen.posttrain.environments.interface import Said
-from orogen.posttrain.environments.make import make_environment
 from orogen.posttrain.environments.synthetic import FAMILIES
-
-
-def made(kind, **fields):
-    return make_environment(EnvironmentConfig(name="a", kind=kind, **fields))
-
-
-def reward(environment, answer, number=0):
-    example = environment.example(number)
-    turn = environment.step(example, environment.start(example), Said(answer, answer))
-    return sum(turn.rewards.values())
-
-
-def lines(folder, *tasks):
-    file = folder / "tasks.jsonl"
-    file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    return str(file)
 
 
 def solved(family, question):
