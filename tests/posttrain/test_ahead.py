@@ -220,11 +220,14 @@ def until(holds):
         time.sleep(0.005)
 
 
-def test_a_run_by_a_server_is_the_run_in_one_process(recipe, plain, tmp_path, monkeypatch):
-    """To the bit: weights there, tokens and log-probabilities back."""
+def test_a_run_by_a_server_is_the_run_in_one_process(recipe, tmp_path, monkeypatch):
+    """To the bit: weights there, tokens and log-probabilities back. One request at a time: which ones an engine reads
+    together depends on when they arrive, and sums over other numbers of rows round otherwise."""
     monkeypatch.setenv(API_KEY, "secret")
     (tmp_path / "weights").mkdir()
-    config, _ = load([recipe], [*SHORT, "TrainConfig.steps = 3"])
+    alike = (*SHORT, "TrainConfig.steps = 3", "RLConfig.slots = 1")
+    alone, expected = run(recipe, tmp_path / "alone", *alike)
+    config, _ = load([recipe], alike)
     laid, built = assemble(config.model, config.plan)
     params, buffers = map(built.laid, initial_state(config.model, 99))
     words = make_tokenizer(config.data, ())
@@ -233,11 +236,10 @@ def test_a_run_by_a_server_is_the_run_in_one_process(recipe, plain, tmp_path, mo
     weights = Weights(engine, tmp_path / "weights", config.model, PlanConfig(), settings)
     with serving(engine, most=96, key="secret", weights=weights) as (port, _):
         bindings = (
-            *SHORT, "TrainConfig.steps = 3", f"RLConfig.server = 'http://127.0.0.1:{port}'",
+            *alike, f"RLConfig.server = 'http://127.0.0.1:{port}'",
             f"RLConfig.server_weights = {str(tmp_path / 'weights')!r}",
         )  # fmt: skip
         found, lines = run(recipe, tmp_path / "run", *bindings)
-    _, alone, expected = plain
     assert lines == expected and not list((tmp_path / "weights").iterdir())
     for one, other in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(alone.state.params), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

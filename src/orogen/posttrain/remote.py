@@ -2,8 +2,9 @@
 
 Trainer and server both see FOLDER. The trainer writes each version of the weights there as a checkpoint folder, keeps
 the last ones, and removes them when the run ends; those of a run that is killed stay. Prompts and answers are token
-ids, so nothing is tokenised twice. Seeds are those of rollouts in one process, whose answers are the same where the
-server's engine has the same settings.
+ids, so nothing is tokenised twice. Seeds are those of rollouts in one process, and answers are too where the server's
+engine has the same settings: to the bit with one slot, else up to rounding, since which requests the server reads
+together depends on when they arrive.
 """
 
 import base64
