@@ -109,7 +109,8 @@ def test_repeated_draws_of_one_request_have_seeds_of_their_own():
         def tok_encode(self, string, *_):
             return [1]
 
-    one, two = (Instance("generate_until", {}, ("x", {"do_sample": True}), number) for number in (0, 1))
+    settings = {"do_sample": True, "max_gen_toks": 9}
+    one, two = (Instance("generate_until", {}, ("x", settings), number) for number in (0, 1))
     seeds = Counted().generate_until([one, one, two, two])
     assert len(set(seeds)) == 4 and (seeds[0], seeds[2]) == (0, 1)
 
@@ -174,4 +175,5 @@ def test_a_task_that_asks_for_samples_gets_them(model, settings, temperature):
     from orogen.evaluate.harness_model import HarnessModel
 
     ours = HarnessModel(Subject(open_model(model[0]), EvaluateConfig(tasks=("x",)), EngineConfig()))
-    assert ours._prompt(Instance("generate_until", {}, ("a", settings), 0)).sampling.temperature == temperature
+    prompt = ours._prompt(Instance("generate_until", {}, ("a", settings), 0), draw=0)
+    assert prompt.sampling.temperature == temperature
