@@ -263,6 +263,20 @@ class TestAttention:
             assert_close(a, wanted, terms=SIZE + TIME * HEADS // GROUPS)
 
 
+@pytest.mark.parametrize("time", [1, 5, 128, 129, 300])
+def test_ids_that_recur_are_runs_of_their_own_in_long_rows(time):
+    """Runs are counted in blocks of tokens: counts go on from block to block."""
+    draw = np.random.default_rng(time)
+    segments_bt = draw.integers(0, 2, (BATCH, time)).astype(np.int32)
+    changes_bt = np.pad(segments_bt[:, 1:] != segments_bt[:, :-1], ((0, 0), (1, 0)))
+    runs_bt = np.cumsum(changes_bt, axis=1, dtype=np.int32)
+    q, k, v = (draw.standard_normal((BATCH, time, GROUPS, SIZE), np.float32) for _ in range(3))
+    attended = partial(attention, q, k, v, scale=SCALE, implementation="full")
+    # With indices, segments are compared as they are given.
+    numbered = attended(segments_bt=runs_bt, q_index=np.arange(time), k_index=np.arange(time))
+    np.testing.assert_array_equal(attended(segments_bt=segments_bt), numbered)
+
+
 def test_blocked_holds_one_block_of_scores():
     q_bthk, k_bsgk, v_bsgk = (jnp.zeros((1, 1024, heads, 2)) for heads in (4, 2, 2))
     step = jax.jit(jax.grad(lambda *a: attention(*a, scale=1.0, implementation="blocked").sum(), argnums=(0, 1, 2)))
