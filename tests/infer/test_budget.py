@@ -16,7 +16,7 @@ from orogen.data.vocabulary import byte_tokenizer
 from orogen.infer.budget import Markers, markers_of, settle, thought_of
 from orogen.infer.knobs import features_of, knobs_of
 from orogen.infer.request import GRACE, Budget, Grammar, Request, Sampling
-from orogen.infer.sampling import choose, rows_of
+from orogen.infer.sampling import choose, history_of
 
 ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 # Parts of markers, whole markers with what is beside them, and what looks like one.
@@ -218,7 +218,7 @@ def test_the_chosen_token_is_the_forced_one():
     features = features_of([request])
     size = tokenizer.vocab_size + 3
     markers = markers_of(tokenizer, size)
-    rows = rows_of([request], features, vocab_size=size, markers=markers)
+    rows = history_of([request], features, vocab_size=size, markers=markers)
     logits_bv = np.random.default_rng(0).normal(size=(1, size)).astype(np.float32)
     logits_bv[0, closing] = -20
     is_token_v = np.ones(size, bool)
@@ -234,7 +234,7 @@ def test_the_chosen_token_is_the_forced_one():
     np.testing.assert_allclose(choice.logprob_b, [exact], rtol=1e-5)
     after, _ = budgeted(rows)
     free = dataclasses.replace(request, budget=None)
-    free_rows = rows_of([free], features_of([free]), vocab_size=size, generated=[[closing]])
+    free_rows = history_of([free], features_of([free]), vocab_size=size, generated=[[closing]])
     knobs = knobs_of([free], features_of([free]))
     plain, _ = jax.jit(lambda rows: choose(logits_bv, knobs, rows, features_of([free]), is_token_v=is_token_v))(
         free_rows

@@ -13,7 +13,7 @@ from jax import lax
 from orogen.config.checks import ConfigError
 from orogen.infer.knobs import Features, check_ids, features_of, knobs_of, words_of_mask
 from orogen.infer.request import Budget, Grammar, Request, Sampling
-from orogen.infer.sampling import _gumbel, choose, rows_of
+from orogen.infer.sampling import _gumbel, choose, history_of
 
 V = 11
 ALL_TOKENS = np.ones(V, bool)
@@ -32,7 +32,7 @@ def chosen(logits_bv, requests, *, features=None, generated=None, is_token_v=Non
     """Choice and rows of requests with these logits."""
     logits_bv = np.asarray(logits_bv, np.float32)
     features = features or features_of(requests)
-    rows = rows_of(requests, features, vocab_size=logits_bv.shape[1], generated=generated)
+    rows = history_of(requests, features, vocab_size=logits_bv.shape[1], generated=generated)
     is_token_v = np.ones(logits_bv.shape[1], bool) if is_token_v is None else is_token_v
     return _choose(logits_bv, knobs_of(requests, features), rows, is_token_v, mask_bw, live_b, features=features)
 
@@ -42,7 +42,9 @@ def frequencies(logits_v, request: Request, *, draws=3000, **given) -> np.ndarra
     generated = given.pop("generated", None)
     features = features_of([request])
     knobs = knobs_of([request] * draws, features)
-    rows = rows_of([request] * draws, features, vocab_size=len(logits_v), generated=generated and [generated] * draws)
+    rows = history_of(
+        [request] * draws, features, vocab_size=len(logits_v), generated=generated and [generated] * draws
+    )
     logits_bv = np.tile(np.float32(logits_v), (draws, 1))
     rows = rows._replace(number_b=np.arange(draws, dtype=np.int32))
     is_token_v = np.ones(len(logits_v), bool)
@@ -181,7 +183,7 @@ MIXED = [
 def continued(requests, logits_tbv, *, features=None, at_once=True) -> np.ndarray:
     """Tokens (t, b) of as many steps, in one program or in one program each."""
     features = features or features_of([r for r in requests if r])
-    knobs, rows = knobs_of(requests, features), rows_of(requests, features, vocab_size=V)
+    knobs, rows = knobs_of(requests, features), history_of(requests, features, vocab_size=V)
 
     def step(rows, logits_bv):
         choice, rows = choose(logits_bv, knobs, rows, features, is_token_v=ALL_TOKENS)
@@ -328,7 +330,7 @@ def test_features_are_what_the_requests_ask_for():
 
 def test_pure_greedy_neither_sorts_nor_draws():
     features = Features()
-    rows = rows_of([None], features, vocab_size=V)
+    rows = history_of([None], features, vocab_size=V)
     text = str(jax.make_jaxpr(lambda x: choose(x, knobs_of([None], features), rows, features, is_token_v=ALL_TOKENS))(
         jnp.zeros((1, V))
     ))  # fmt: skip

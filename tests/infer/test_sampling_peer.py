@@ -7,7 +7,7 @@ import pytest
 from orogen.infer.knobs import features_of, knobs_of
 from orogen.infer.request import Request, Sampling
 from orogen.infer.restrict import restricted
-from orogen.infer.sampling import _shaped, rows_of
+from orogen.infer.sampling import _shaped, history_of
 
 pytestmark = pytest.mark.peer
 
@@ -43,7 +43,7 @@ def test_probabilities_are_those_of_transformers(settings):
     requests = [Request(prompt=tuple(text[:4]), max_tokens=9, sampling=sampling) for text in texts]
     features = features_of(requests)
     knobs = knobs_of(requests, features)
-    rows = rows_of(requests, features, vocab_size=V, generated=[text[4:] for text in texts])
+    rows = history_of(requests, features, vocab_size=V, generated=[text[4:] for text in texts])
 
     def left(logits_bv, knobs, rows):
         shaped_bv = _shaped(logits_bv, knobs, rows, features)

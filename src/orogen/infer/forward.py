@@ -19,7 +19,7 @@ from orogen.infer.budget import Markers
 from orogen.infer.exact import choose_rows, read_rows
 from orogen.infer.knobs import Features, Knobs
 from orogen.infer.lookup import NONE, at, look_up, written
-from orogen.infer.sampling import Rows, choose
+from orogen.infer.sampling import History, choose
 from orogen.layers.documents import Documents
 from orogen.model.by_letter import by_letter
 from orogen.model.cache import caches as caches_of
@@ -90,7 +90,7 @@ class Read(NamedTuple):
     were no numbers. h_btd: final hidden states as the residual stream is laid out, None where `exact` is on."""
 
     caches: Caches
-    rows: Rows
+    history: History
     report: Report
     drafts_bn: Array
     bad_b: Array
@@ -106,10 +106,10 @@ class Exact(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """What choosing tokens needs beside logits: settings of rows, what of them changes, and allowed tokens."""
+    """What choosing tokens needs beside logits: settings and history of rows, and allowed tokens."""
 
     knobs: Knobs
-    rows: Rows
+    history: History
     mask_bw: Any
 
 
@@ -139,20 +139,22 @@ class Forward:
         ends_b = (pieces.next_b == NONE) & (pieces.count_b > 0)
         if self.exact is not None:
             caches, logits_bv = self._exactly(caches, pieces.start_b, pieces.count_b, pieces.table_bp)
-            rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
-            return Read(caches, rows, report, self._undrafted(ends_b), bad_b, None)
+            history, report, bad_b = self._choose(logits_bv, sampler, ends_b)
+            return Read(caches, history, report, self._undrafted(ends_b), bad_b, None)
         seen_btd, kept = self.model.hidden(*self._own(pieces.tokens_bt, docs), self.plan, caches.backbone)
         caches = caches._replace(backbone=caches_of(kept))
         logits_bv = self.model.project(self._last(seen_btd, last_b), self.plan)[:, 0]
-        rows, report, bad_b = self._choose(logits_bv, sampler, ends_b)
+        history, report, bad_b = self._choose(logits_bv, sampler, ends_b)
         next_b = jnp.where(ends_b, report.token, pieces.next_b)
         next_bt = jnp.concatenate([pieces.tokens_bt[:, 1:], next_b[:, None]], axis=1)
         next_bt = jnp.where(time_t == last_b[:, None], next_b[:, None], next_bt)
         caches, drafts_bn = self._draft(caches, seen_btd, next_bt, docs, live_b=ends_b)
         report = report._replace(experts=self._routed(kept))
-        return Read(caches, rows, report, drafts_bn, bad_b, seen_btd)
+        return Read(caches, history, report, drafts_bn, bad_b, seen_btd)
 
-    def step(self, caches: Caches, control: Control, sampler: Sampler) -> tuple[Caches, Rows, Control, Report, Array]:
+    def step(
+        self, caches: Caches, control: Control, sampler: Sampler
+    ) -> tuple[Caches, History, Control, Report, Array]:
         """Decodes each live row's next tokens, at most one more than drafts. Returns the report (b, n + 1) and which
         rows' logits were no numbers; those rows have ended."""
         live_b = control.left_b > 0
@@ -166,7 +168,7 @@ class Forward:
             return self._step_exactly(caches, control, sampler, docs)
         h_btd, kept = self.model.hidden(tokens_bt, docs, self.plan, caches.backbone)
         logits_btv = self.model.project(self.plan.enter(h_btd), self.plan)
-        rows, left_b, report, bad_b = self._accept(logits_btv, control, sampler)
+        history, left_b, report, bad_b = self._accept(logits_btv, control, sampler)
         report = report._replace(experts=self._routed(kept))
         count_b = jnp.sum(report.token != NONE, axis=1, dtype=jnp.int32)
         backbone = rolled_back(caches_of(kept), counts(docs) - count_b) if self.drafts else caches_of(kept)
@@ -179,21 +181,21 @@ class Forward:
         control = control._replace(
             token_b=token_b, place_b=control.place_b + count_b, left_b=left_b, drafts_bn=drafts_bn
         )
-        return caches, rows, control, report, bad_b
+        return caches, history, control, report, bad_b
 
     def _step_exactly(
         self, caches: Caches, control: Control, sampler: Sampler, docs: Documents
-    ) -> tuple[Caches, Rows, Control, Report, Array]:
+    ) -> tuple[Caches, History, Control, Report, Array]:
         """`step` without drafts, by reading again the tokens after the last whole piece."""
         assert self.exact is not None
         caches = caches._replace(text_bl=written(caches.text_bl, control.token_b[:, None], docs))
         first_b = control.place_b // self.exact.chunk * self.exact.chunk
         count_b = jnp.where(control.left_b > 0, control.place_b - first_b + 1, 0)
         caches, logits_bv = self._exactly(caches, first_b, count_b, control.table_bp)
-        rows, left_b, report, bad_b = self._accept(logits_bv[:, None], control, sampler)
+        history, left_b, report, bad_b = self._accept(logits_bv[:, None], control, sampler)
         token_b = jnp.where(control.left_b > 0, report.token[:, 0], control.token_b)
         place_b = control.place_b + (control.left_b > 0)
-        return caches, rows, control._replace(token_b=token_b, place_b=place_b, left_b=left_b), report, bad_b
+        return caches, history, control._replace(token_b=token_b, place_b=place_b, left_b=left_b), report, bad_b
 
     def _exactly(self, caches: Caches, first_b: Array, count_b: Array, table_bp: Array) -> tuple[Caches, Array]:
         """The caches with a span of each row's text read, and the logits (b, v) after it; see `exact.read_rows`."""
@@ -226,45 +228,45 @@ class Forward:
         chosen = map_moe(lambda stats: stats.choice.replay.experts, without_caches(kept))
         return jnp.moveaxis(by_letter(chosen, self.model.backbone.items)[MOE], 0, 2).astype(jnp.int16)
 
-    def _accept(self, logits_btv: Array, control: Control, sampler: Sampler) -> tuple[Rows, Array, Report, Array]:
-        """Chooses tokens in turn while they equal the drafts. Returns rows, tokens left, the report and bad rows."""
+    def _accept(self, logits_btv: Array, control: Control, sampler: Sampler) -> tuple[History, Array, Report, Array]:
+        """Chooses tokens in turn while they equal the drafts. Returns history, tokens left, the report and bad rows."""
 
         def one(carry, inputs):
-            rows, going_b, left_b, bad_b = carry
+            history, going_b, left_b, bad_b = carry
             logits_bv, draft_b = inputs
-            rows, report, bad_now_b = self._choose(logits_bv, sampler._replace(rows=rows), going_b)
+            history, report, bad_now_b = self._choose(logits_bv, sampler._replace(history=history), going_b)
             ended_b = jnp.any(report.token[:, None] == control.ends_be, axis=1) | bad_now_b
             left_b = jnp.where(going_b, jnp.where(ended_b, 0, left_b - 1), left_b)
             going_b &= (left_b > 0) & (report.token == draft_b)
-            return (rows, going_b, left_b, bad_b | bad_now_b), report
+            return (history, going_b, left_b, bad_b | bad_now_b), report
 
         none_b1 = jnp.full((len(control.token_b), 1), NONE, jnp.int32)
         drafts_bt = jnp.concatenate([control.drafts_bn, none_b1], axis=1)
-        start = sampler.rows, control.left_b > 0, control.left_b, jnp.zeros(control.left_b.shape, bool)
+        start = sampler.history, control.left_b > 0, control.left_b, jnp.zeros(control.left_b.shape, bool)
         inputs = jnp.moveaxis(logits_btv, 1, 0), jnp.moveaxis(drafts_bt, 1, 0)
-        (rows, _, left_b, bad_b), report = lax.scan(one, self.plan.vary(start), inputs)
-        return rows, left_b, jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), report), bad_b
+        (history, _, left_b, bad_b), report = lax.scan(one, self.plan.vary(start), inputs)
+        return history, left_b, jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), report), bad_b
 
-    def _choose(self, logits_bv: Array, sampler: Sampler, live_b: Array) -> tuple[Rows, Report, Array]:
+    def _choose(self, logits_bv: Array, sampler: Sampler, live_b: Array) -> tuple[History, Report, Array]:
         """The next token of live rows."""
 
         def choose_alone(inputs: Any) -> Any:
             logits_bv, sampler, live_b = inputs
             return choose(
-                logits_bv, sampler.knobs, sampler.rows, self.features, is_token_v=self.is_token_v,
+                logits_bv, sampler.knobs, sampler.history, self.features, is_token_v=self.is_token_v,
                 mask_bw=sampler.mask_bw, markers=self.markers, live_b=live_b,
             )  # fmt: skip
 
         inputs = logits_bv, sampler, live_b
         if self.exact is None:
-            choice, rows = choose_alone(inputs)
+            choice, history = choose_alone(inputs)
         else:  # sums over the vocabulary too
             blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(choose_alone, inputs)[0])
-            choice, rows = choose_rows(choose_alone, inputs, (blank, sampler.rows), live_b)
+            choice, history = choose_rows(choose_alone, inputs, (blank, sampler.history), live_b)
         report = Report(
             jnp.where(live_b, choice.token_b, NONE), choice.logprob_b, choice.top_ids_bn, choice.top_logprobs_bn
         )
-        return rows, report, choice.bad_b & live_b
+        return history, report, choice.bad_b & live_b
 
     def _draft(
         self, caches: Caches, h_btd: Array, next_bt: Array, docs: Documents, *, live_b: Array

@@ -28,7 +28,7 @@ from orogen.infer.forward import NONE, Caches, Exact, Forward, Report, Sampler, 
 from orogen.infer.knobs import Features
 from orogen.infer.packing import unpack
 from orogen.infer.request import MOST_LOGPROBS
-from orogen.infer.state import State, carried, controlled, entered, no_entries, no_seats, no_state, rows_for
+from orogen.infer.state import State, carried, controlled, entered, history_for, no_entries, no_seats, no_state
 from orogen.infer.stores import Stores
 from orogen.model.stages import MOE
 from orogen.parallel.axes import STREAM
@@ -97,8 +97,8 @@ class Programs(Stores):
         """Reads pieces of the prompts of some slots (r,). Returns what was emitted beside, one token of each row whose
         prompt ends, and hidden states, see `Read`.
 
-        inputs: packed `Entries`; tokens (r, t) and pages of the pieces; `Rows` with counts and prompts alone; masks or
-        None.
+        inputs: packed `Entries`; tokens (r, t) and pages of the pieces; `History` with counts and prompts alone; masks
+        or None.
         """
         return self.reader(*self.read_inputs(held, inputs))
 
@@ -148,19 +148,19 @@ class Programs(Stores):
 
         def read(held, params, buffers, inputs):
             forward = self._forward(params, buffers, self.plan, features)
-            (caches, state), (packed_rw, tokens_rt, table_rp, rows, mask_rw) = self.plan.vary((held, inputs))
+            (caches, state), (packed_rw, tokens_rt, table_rp, history, mask_rw) = self.plan.vary((held, inputs))
             entries = unpack(packed_rw, like)
             slot_r = entries.slot_r
             take = lambda a, _, lead: jnp.take(a, slot_r, axis=lead, mode="clip")  # noqa: E731
             put = lambda old, new, lead: old.at[(slice(None),) * lead + (slot_r,)].set(new, mode="drop")  # noqa: E731
             mine = self.of_rows(take, caches, caches)
-            rows = rows._replace(number_b=jnp.zeros_like(slot_r), thought=entries.thought)
-            sampler = Sampler(entries.knobs, rows, mask_rw)
+            history = history._replace(number_b=jnp.zeros_like(slot_r), thought=entries.thought)
+            sampler = Sampler(entries.knobs, history, mask_rw)
             found = forward.read(mine, entries.pieces(tokens_rt, table_rp), sampler)
-            mine, rows, report, drafts_rn, bad_r, h_rtd = found
+            mine, history, report, drafts_rn, bad_r, h_rtd = found
             caches = self.of_rows(put, self.pooled(caches, mine), mine)
             entries = entries.of_share(self.plan.index("context"), len(state.token_b))
-            state = entered(state, entries, report.token, drafts_rn, bad_r=bad_r, rows=rows)
+            state = entered(state, entries, report.token, drafts_rn, bad_r=bad_r, history=history)
             emitted = Emitted(report, bad_r, jnp.zeros_like(drafts_rn) if self.drafts else None)
             return self._given_back(caches, state), (self._agreed(self.plan.vary(emitted), self.plan), h_rtd)
 
@@ -192,26 +192,28 @@ class Programs(Stores):
             (caches, state), (packed_bw, table_bp, mask_bw) = plan.vary((held, inputs))
             seats = unpack(packed_bw, like)
             control = controlled(state, seats, table_bp)
-            sampler = Sampler(seats.knobs, rows_for(state.rows, features), mask_bw)
+            sampler = Sampler(seats.knobs, history_for(state.history, features), mask_bw)
             alive = lambda control: plan.max(jnp.any(control.left_b > 0).astype(jnp.int32), "batch")  # noqa: E731
 
             def body(carry):
-                step, _, (caches, rows, control, report, bad_b, offered_bn) = carry
+                step, _, (caches, history, control, report, bad_b, offered_bn) = carry
                 offered_bn += control.offered_bn
-                caches, rows, control, now, bad_now_b = forward.step(caches, control, sampler._replace(rows=rows))
+                caches, history, control, now, bad_now_b = forward.step(
+                    caches, control, sampler._replace(history=history)
+                )
                 report = jax.tree.map(lambda a, new: a.at[:, step].set(new), report, now)
-                state = caches, rows, control, report, bad_b | bad_now_b, offered_bn
+                state = caches, history, control, report, bad_b | bad_now_b, offered_bn
                 return step + 1, alive(control), plan.vary(state)
 
             slots = len(control.token_b)
             report = forward.blank((slots, self.config.steps, self.drafts + 1))
             told = report, jnp.zeros(slots, bool), jnp.zeros_like(control.drafts_bn)
-            loop = with_pages(self.local(caches), table_bp), sampler.rows, control, *told
+            loop = with_pages(self.local(caches), table_bp), sampler.history, control, *told
             start = jnp.int32(0), alive(control), plan.vary(loop)
             goes_on = lambda carry: (carry[0] < steps) & (carry[1] > 0)  # noqa: E731
-            _, _, (paged, rows, after, report, bad_b, offered_bn) = lax.while_loop(goes_on, body, start)
+            _, _, (paged, history, after, report, bad_b, offered_bn) = lax.while_loop(goes_on, body, start)
             # Not with this call's tables, whose width would make the caches those of another program.
-            state = carried(state, control, after, rows)
+            state = carried(state, control, after, history)
             emitted = Emitted(report, bad_b, offered_bn if self.drafts else None)
             return self._given_back(self.with_local(caches, paged), state), self._agreed(emitted, self.holding)
 

@@ -14,7 +14,7 @@ from orogen.infer.budget import thought_of
 from orogen.infer.knobs import Features, knobs_of, words_of_mask
 from orogen.infer.packing import pack
 from orogen.infer.programs import Programs
-from orogen.infer.sampling import Rows, rows_of
+from orogen.infer.sampling import History, history_of
 from orogen.infer.slot import Slot
 from orogen.infer.state import MOST_ENDS, Entries, Seats, no_entries, no_seats
 
@@ -71,7 +71,7 @@ class Samplers:
         masks = self._masks([None] * len(packed_bw), slots=True) if features.masks else None
         return self._programs.put(packed_bw), masks
 
-    def reading(self, rows: Sequence[Slot | None]) -> tuple[Entries, Rows, Any]:
+    def reading(self, rows: Sequence[Slot | None]) -> tuple[Entries, History, Any]:
         """For a call that reads: `Entries` with the settings of the rows whose prompts end in it, None for the others;
         their counts and prompts; and masks."""
         features, requests = self.everything, [slot and slot.request for slot in rows]
@@ -79,14 +79,14 @@ class Samplers:
         if features.budgets and any(requests):
             entries = entries._replace(thought=thought_of(requests, [()] * len(rows), self._programs.markers))
         counts = self._counts(rows)
-        return entries, Rows(None, *counts, None), self._masks(rows, slots=False) if features.masks else None
+        return entries, History(None, *counts, None), self._masks(rows, slots=False) if features.masks else None
 
     def _counts(self, rows: Sequence[Slot | None]) -> tuple[Any, Any]:
-        """What `Rows` has counted; of rows that pay no attention to it, what was made before, for it is as large as the
-        logits."""
+        """What `History` has counted; for rows that pay no attention to it, what was made before, since it is as large
+        as the logits."""
         if any(slot is not None and slot.features.penalties for slot in rows):
             requests = [slot and slot.request for slot in rows]
-            made = rows_of(requests, Features(penalties=True), vocab_size=self._size)
+            made = history_of(requests, Features(penalties=True), vocab_size=self._size)
             return self._programs.put_rows((made.counts_bv, made.prompt_bv))
         if len(rows) not in self._blank:
             shape = len(rows), self._size

@@ -20,8 +20,8 @@ from orogen.infer.restrict import restricted
 from orogen.parallel.varying import vary_like
 
 
-class Rows(NamedTuple):
-    """What changes with each token of a row. None: no request of the batch needs it.
+class History(NamedTuple):
+    """What the choice of a row's next token depends on and each token changes. None: no request of the batch needs it.
 
     number_b int32: tokens generated so far. counts_bv int32: how often each was generated; prompt_bv bool: whether it
     is in the prompt. thought: a budget's, `Thought`.
@@ -48,15 +48,15 @@ class Choice(NamedTuple):
     top_logprobs_bn: Array | None
 
 
-def rows_of(
+def history_of(
     requests: Sequence[Request | None],
     features: Features,
     *,
     vocab_size: int,
     markers: Markers | None = None,
     generated: Sequence[Sequence[int]] | None = None,
-) -> Rows:
-    """The state of rows as numpy arrays, before their next token; None: a row without a request.
+) -> History:
+    """The history of rows as numpy arrays, before their next token; None: a row without a request.
 
     generated: what each has generated before, none by default. markers: for the feature `budgets`.
     """
@@ -70,21 +70,21 @@ def rows_of(
             prompt_bv[row, list(request.prompt if request else ())] = True
     if features.budgets:
         thought = thought_of(requests, generated, markers)
-    return Rows(np.array([len(ids) for ids in generated], np.int32), counts_bv, prompt_bv, thought)
+    return History(np.array([len(ids) for ids in generated], np.int32), counts_bv, prompt_bv, thought)
 
 
 def choose(
     logits_bv: Array,
     knobs: Knobs,
-    rows: Rows,
+    history: History,
     features: Features,
     *,
     is_token_v: Array,
     mask_bw: Any = None,
     markers: Any = None,
     live_b: Array | None = None,
-) -> tuple[Choice, Rows]:
-    """The next token of each row, and the rows after it.
+) -> tuple[Choice, History]:
+    """The next token of each row, and the history after it.
 
     The order: rows of the vocabulary without a token, what a grammar forbids and what is held back until `min_tokens`
     are left out; logit biases; the penalties for repetition (of prompt and output: positive logits are divided, others
@@ -92,7 +92,7 @@ def choose(
     A budget of reasoning may then replace the token. Ties go to the lower index.
 
     Token number i of a request is drawn with the key fold_in(its seed's, i). mask_bw uint32, with the feature `masks`:
-    allowed tokens. markers, with `budgets`: Markers. live_b: rows whose state goes on; None: all.
+    allowed tokens. markers, with `budgets`: Markers. live_b: rows whose history goes on; None: all.
     """
     logits_bv = logits_bv.astype(jnp.float32)
     allowed_bv = is_token_v[None]
@@ -100,18 +100,18 @@ def choose(
         allowed_bv = allowed_bv & unpacked(mask_bw, logits_bv.shape[1])
     left_bv = jnp.where(allowed_bv, logits_bv, -jnp.inf)
     if features.holds:
-        left_bv = _held_back(left_bv, knobs, rows)
-    shaped_bv = _shaped(left_bv, knobs, rows, features)
+        left_bv = _held_back(left_bv, knobs, history)
+    shaped_bv = _shaped(left_bv, knobs, history, features)
     token_b = _first_largest(shaped_bv)
     bad_b = jnp.isnan(logits_bv.max(-1)) | (shaped_bv.max(-1) == -jnp.inf)
     if features.draws:
-        token_b = jnp.where(knobs.temperature_b > 0, _drawn(shaped_bv, knobs, rows.number_b, features), token_b)
-    thought = rows.thought
+        token_b = jnp.where(knobs.temperature_b > 0, _drawn(shaped_bv, knobs, history.number_b, features), token_b)
+    thought = history.thought
     if features.budgets:
         token_b, thought = settle(token_b, knobs.budget_b, knobs.grace_b, thought, markers, once_b=knobs.once_b)
-    after = Rows(rows.number_b + 1, _counted(rows.counts_bv, token_b), rows.prompt_bv, thought)
+    after = History(history.number_b + 1, _counted(history.counts_bv, token_b), history.prompt_bv, thought)
     if live_b is not None:
-        after = jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(live_b, range(1, a.ndim)), a, b), after, rows)
+        after = jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(live_b, range(1, a.ndim)), a, b), after, history)
     return Choice(token_b, bad_b, *reported(logits_bv, token_b, is_token_v, features.logprobs)), after
 
 
@@ -121,25 +121,25 @@ def unpacked(mask_bw: Array, size: int) -> Array:
     return ((mask_bw[:, :, None] >> bits) & 1).astype(bool).reshape(len(mask_bw), -1)[:, :size]
 
 
-def _held_back(logits_bv: Array, knobs: Knobs, rows: Rows) -> Array:
+def _held_back(logits_bv: Array, knobs: Knobs, history: History) -> Array:
     """Logits with -inf for the tokens that may not come yet."""
-    early_b1 = (rows.number_b < knobs.least_b)[:, None]
+    early_b1 = (history.number_b < knobs.least_b)[:, None]
     ids_bn = jnp.asarray(knobs.held_ids_bn)
     most_bn = jnp.where(early_b1 & (ids_bn >= 0), -jnp.inf, jnp.inf)  # padding leaves the last as it is
     return logits_bv.at[jnp.arange(len(logits_bv))[:, None], ids_bn].min(most_bn)
 
 
-def _shaped(logits_bv: Array, knobs: Knobs, rows: Rows, features: Features) -> Array:
+def _shaped(logits_bv: Array, knobs: Knobs, history: History, features: Features) -> Array:
     """Logits with biases and penalties."""
     if features.biases:
         row_b1 = jnp.arange(len(logits_bv))[:, None]
         logits_bv = logits_bv.at[row_b1, knobs.bias_ids_bk].add(knobs.bias_values_bk)  # padding adds 0 to the last
     if features.penalties:
-        generated_bv = rows.counts_bv > 0
+        generated_bv = history.counts_bv > 0
         repetition_b1 = knobs.repetition_b[:, None]
         repeated_bv = jnp.where(logits_bv > 0, logits_bv / repetition_b1, logits_bv * repetition_b1)
-        logits_bv = jnp.where(generated_bv | rows.prompt_bv, repeated_bv, logits_bv)
-        logits_bv = logits_bv - knobs.frequency_b[:, None] * rows.counts_bv
+        logits_bv = jnp.where(generated_bv | history.prompt_bv, repeated_bv, logits_bv)
+        logits_bv = logits_bv - knobs.frequency_b[:, None] * history.counts_bv
         logits_bv = logits_bv - knobs.presence_b[:, None] * generated_bv
     return logits_bv
 

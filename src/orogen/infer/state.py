@@ -17,7 +17,7 @@ from jax import Array
 from orogen.infer.budget import Thought
 from orogen.infer.forward import NONE, Control, Pieces
 from orogen.infer.knobs import Features, knobs_of
-from orogen.infer.sampling import Rows, rows_of
+from orogen.infer.sampling import History, history_of
 
 MOST_ENDS = 16  # ids that end a text which the devices know; the host looks for further ones
 BEYOND = 2**30  # a row that no cache has
@@ -27,13 +27,13 @@ OFF, ON, UNDRAFTED = 0, 1, 2
 
 class State(NamedTuple):
     """Of slots that have read their prompts; see `Control`. drafts_bn: None without drafts, since jax 0.11.2 crashes as
-    it compiles a `shard_map` of an array without elements. rows: all that a program of any kind needs of them."""
+    it compiles a `shard_map` of an array without elements. history: all of it that a program of any kind needs."""
 
     token_b: Any
     place_b: Any
     left_b: Any
     drafts_bn: Any
-    rows: Rows
+    history: History
 
 
 class Seats(NamedTuple):
@@ -85,20 +85,22 @@ def no_entries(count: int, features: Features) -> Entries:
 def no_state(slots: int, features: Features, *, vocab_size: int, drafts: int) -> State:
     """Of slots without requests, as numpy arrays. features: all that a program can be asked for."""
     whole = lambda value: np.full(slots, value, np.int32)  # noqa: E731
-    rows = rows_of([None] * slots, dataclasses.replace(features, budgets=False), vocab_size=vocab_size)
+    history = history_of([None] * slots, dataclasses.replace(features, budgets=False), vocab_size=vocab_size)
     thought = no_entries(slots, features).thought
     drafts_bn = np.full((slots, drafts), NONE, np.int32) if drafts else None
-    return State(whole(NONE), whole(0), whole(0), drafts_bn, rows._replace(thought=thought))
+    return State(whole(NONE), whole(0), whole(0), drafts_bn, history._replace(thought=thought))
 
 
-def entered(state: State, entries: Entries, token_r: Array, drafts_rn: Array, *, bad_r: Array, rows: Rows) -> State:
+def entered(
+    state: State, entries: Entries, token_r: Array, drafts_rn: Array, *, bad_r: Array, history: History
+) -> State:
     """The state after rows were read: with the slots whose prompts end, of which each has one token. bad_r: as in
-    `Emitted`. rows: after these tokens."""
+    `Emitted`. history: after these tokens."""
     ends_r = (entries.next_r == NONE) & (entries.count_r > 0)
     ended_r = jnp.any(token_r[:, None] == entries.ends_re, axis=1) | bad_r
     place_r, left_r = entries.start_r + entries.count_r, jnp.where(ended_r, 0, entries.left_r)
     slot_r = jnp.where(ends_r, entries.slot_r, BEYOND)
-    new = State(token_r, place_r, left_r, None if state.drafts_bn is None else drafts_rn, rows)
+    new = State(token_r, place_r, left_r, None if state.drafts_bn is None else drafts_rn, history)
     return jax.tree.map(lambda old_b, new_r: old_b.at[slot_r].set(new_r, mode="drop"), state, new)
 
 
@@ -112,20 +114,22 @@ def controlled(state: State, seats: Seats, table_bp: Array) -> Control:
     return Control(token_b, jnp.where(left_b > 0, state.place_b, 0), left_b, drafts_bn, seats.ends_be, table_bp)
 
 
-def rows_for(rows: Rows, features: Features) -> Rows:
-    """What a program with these features needs of the rows."""
-    counts_bv, prompt_bv = (rows.counts_bv, rows.prompt_bv) if features.penalties else (None, None)
-    return Rows(rows.number_b, counts_bv, prompt_bv, rows.thought if features.budgets else None)
+def history_for(history: History, features: Features) -> History:
+    """What a program with these features needs of the history."""
+    counts_bv, prompt_bv = (history.counts_bv, history.prompt_bv) if features.penalties else (None, None)
+    return History(history.number_b, counts_bv, prompt_bv, history.thought if features.budgets else None)
 
 
-def carried(state: State, before: Control, after: Control, rows: Rows) -> State:
+def carried(state: State, before: Control, after: Control, history: History) -> State:
     """The state after a call of decoding, which changed only the slots that had tokens left before it."""
-    kept = {name: old if (new := getattr(rows, name)) is None else new for name, old in state.rows._asdict().items()}
+    kept = {
+        name: old if (new := getattr(history, name)) is None else new for name, old in state.history._asdict().items()
+    }
     chosen = lambda new, old: jnp.where(jnp.expand_dims(before.left_b > 0, range(1, new.ndim)), new, old)  # noqa: E731
     return State(
         chosen(after.token_b, state.token_b),
         chosen(after.place_b, state.place_b),
         chosen(after.left_b, state.left_b),
         None if state.drafts_bn is None else chosen(after.drafts_bn, state.drafts_bn),
-        Rows(**kept),
+        History(**kept),
     )
