@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cases import PARTS, UNEVEN, Case, full_size, prediction
 from plans import DEVICES, MEMORY_FRACTION, MEMORY_GIB
@@ -34,6 +34,7 @@ LIMIT_S = 570.0  # of a part
 ROUTED = "routed"
 VERIFIED, SEED = 10, 26  # random plans, and how they are drawn
 SMALL_TOGETHER = 1  # cases of toy size that run at once
+QUICK = "--xla_backend_optimization_level=0"  # of toy size, nearly all the time goes into compiling
 # Prints how many devices a process here has, and of which kind.
 COUNT = "import jax; print(jax.device_count(), jax.default_backend())"
 
@@ -96,6 +97,8 @@ def _configure(devices: int, *, small: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:devices])
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all cases are compiled at once
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
+    else:
+        os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
     from orogen.parallel.runtime import configure
 
     configure(DEVICES if small else None)
@@ -219,11 +222,14 @@ def _write(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong in one line, without the usage."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}\n")
+
+
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Times training steps and plans on eight GPUs of one host.",
-        usage="run.py --part PART [options]",
-    )
+    parser = _Parser(description="Times training steps and plans on eight GPUs of one host.")
     parser.add_argument("--part", choices=(*PARTS, ROUTED, "verify"))
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="of the part; default: all, the first of `routed`")
     parser.add_argument("--hardware", choices=tuple(MEMORY_GIB), default="h200", help="which plans and predictions")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orogen.bench import turns
 from orogen.bench.turns import Turn, in_turn
 
 CASE = textwrap.dedent(
@@ -105,7 +106,8 @@ def test_what_a_failing_case_printed_is_kept_until_it_succeeds(run, tmp_path):
     assert [file.name for file in logs.iterdir()] == ["raises.log"]
 
 
-def test_a_case_does_not_outlive_its_caller(tmp_path):
+def test_a_case_does_not_outlive_its_caller(tmp_path, monkeypatch):
+    monkeypatch.setattr(turns, "PATIENCE", 2.0)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "ready").mkdir()

@@ -45,5 +45,5 @@ def test_a_process_is_ended_when_memory_is_laid_out(command):
 def test_a_process_that_lays_out_nothing_is_an_error_with_its_words(command):
     with pytest.raises(RuntimeError, match=r"exit status 3 before memory was laid out: jit_step True 0\nno card"):
         laid_out(command('sys.stdout.flush(); sys.stderr.write("no card\\n"); sys.exit(3)'))
-    with pytest.raises(TimeoutError, match=r"laid out no memory within 0.5 s"):
+    with pytest.raises(TimeoutError, match=r"memory was not laid out within 0.5 s"):
         laid_out(command("time.sleep(60)"), limit_s=0.5)

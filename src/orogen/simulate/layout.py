@@ -45,7 +45,7 @@ def laid_out(command: Sequence[str], *, module: str = "jit_step", limit_s: float
         try:
             while (found := _reported(Path(made))) is None and child.poll() is None:
                 if limit_s is not None and time.monotonic() - began > limit_s:
-                    raise TimeoutError(f"{command[0]} laid out no memory within {limit_s:g} s")
+                    raise TimeoutError(f"memory was not laid out within {limit_s:g} s")
                 time.sleep(POLL)
         finally:
             child.kill()
