@@ -4,7 +4,6 @@ All costs but speed are linear in the numbers of layers of each kind, so they ar
 depths. Letters: n combinations of layer counts, k kinds of layer.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -79,11 +78,16 @@ def with_nearest(error: ConfigError, parent: ModelConfig, widths: Mapping[str, i
 
 def _nearest(parent: ModelConfig, field: str, value: int) -> int | None:
     """The size nearest to `value` that the parent can have, its other sizes as they are."""
-    for size in sorted(range(1, getattr(parent, field) + 1), key=lambda size: abs(size - value)):
-        with contextlib.suppress(ConfigError):
+
+    def suits(size: int) -> bool:
+        try:
             dataclasses.replace(parent, **{field: size})
-            return size
-    return None
+        except ConfigError:
+            return False
+        return True
+
+    nearby = sorted(range(1, getattr(parent, field) + 1), key=lambda size: abs(size - value))
+    return next(filter(suits, nearby), None)
 
 
 def layer_counts(parent: ModelConfig, search: SearchConfig) -> np.ndarray:
