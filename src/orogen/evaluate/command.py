@@ -94,7 +94,8 @@ def evaluate(options: argparse.Namespace) -> int:
             length = max(config.lengths) if evaluator.suites else 1
             blocked = getattr(plan or folder.plan, "attention", "full") != "full"
             scored = {"blocked": blocked, "batch_tokens": config.batch_tokens, "length": length}
-            require_evaluation_fits(folder.config, free_memory(), **scored)
+            named = {"EvaluateConfig.lengths": length, "EvaluateConfig.batch_tokens": config.batch_tokens}
+            require_evaluation_fits(folder.config, free_memory(), **scored, settings=named)
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
     results = evaluator.run(Subject(opened, config, engine, told_progress()))
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
