@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from orogen.vision import database
-from orogen.vision.database import KINDS, Database, Entry
+from orogen.vision.database import Database, Entry
+from orogen.vision.index import KINDS
 
 HERE = Path(__file__).parent
 CENTRES, NEAR, QUERIES, SPREAD = 20_000, 10, 200, 0.75

@@ -124,8 +124,8 @@ def server(model, tmp_path, monkeypatch):
 def remote_engine(server, model, **more):
     environments = (EnvironmentConfig(name="a", kind="workplace"),)
     rl = RLConfig(
-        environments=environments, prompts=1, samples=2, max_tokens=4, template="plain", slots=3,
-        server=f"http://127.0.0.1:{server.port}", server_weights=str(server.folder), **more,
+        environments=environments, prompts=1, samples=2, max_tokens=4, template="plain",
+        server=f"http://127.0.0.1:{server.port}", server_weights=str(server.folder), **{"slots": 3, **more},
     )  # fmt: skip
     return remote.RemoteEngine(rl, model.config, tokenizer())
 
@@ -149,7 +149,7 @@ def test_a_server_writes_what_an_engine_of_this_process_does(server, model):
     after_a_kill.close()
     assert len(list(server.folder.iterdir())) == 2
     far.close()
-    assert not list(server.folder.iterdir()) and told(far.run(asked_for[:1], lambda: None))
+    assert not list(server.folder.iterdir()) and told(after_a_kill.run(asked_for[:1], lambda: None))
 
 
 @pytest.mark.parametrize(
@@ -201,13 +201,13 @@ def test_a_server_tells_experts_where_its_engine_does(model, tmp_path, monkeypat
 
 
 def test_a_server_that_refuses_or_is_not_there(server, model, monkeypatch):
+    monkeypatch.setenv(remote.API_KEY, "guess")
     far = remote_engine(server, model)
-    far._key = "guess"
     with pytest.raises(ConfigError, match="answers /v1/weights with 401: the API key"):
         far.give(model.params, model.buffers, version=0, in_flight=False)
-    far._url = far._url._replace(netloc="127.0.0.1:1")
-    with pytest.raises(remote.ServerError, match="ConnectionRefusedError"):
-        far.run(requests(), lambda: None)
+    nowhere = remote_engine(SimpleNamespace(port=1, folder=server.folder), model, server_retries=0)
+    with pytest.raises(remote.ServerError, match="given up after 1 attempt in .*ConnectionRefusedError"):
+        nowhere.run(requests(), lambda: None)
     monkeypatch.delenv(remote.API_KEY)
     with pytest.raises(ConfigError, match="OROGEN_API_KEY is not; expected the key"):
         remote_engine(server, model)

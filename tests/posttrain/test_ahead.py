@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.helpers import bound, hybrid, run_config
 from tests.infer.serve.live import serving
+from tests.posttrain.faulty import Fault, front
 from tests.posttrain.test_rl import RECIPE, run
 
 from orogen.checkpoint.open import Opened
@@ -221,9 +222,11 @@ def until(holds):
 
 
 def test_a_run_by_a_server_is_the_run_in_one_process(recipe, tmp_path, monkeypatch):
-    """To the bit: weights there, tokens and log-probabilities back. One request at a time: which ones an engine reads
-    together depends on when they arrive, and sums over other numbers of rows round otherwise."""
+    """To the bit: weights there, tokens and log-probabilities back, though requests are refused, dropped and lost. One
+    request at a time: which ones an engine reads together depends on when they arrive, and sums over other numbers of
+    rows round otherwise."""
     monkeypatch.setenv(API_KEY, "secret")
+    monkeypatch.setattr("orogen.posttrain.calls.FIRST_WAIT", 0.02)
     (tmp_path / "weights").mkdir()
     alike = (*SHORT, "TrainConfig.steps = 3", "RLConfig.slots = 1")
     alone, expected = run(recipe, tmp_path / "alone", *alike)
@@ -234,12 +237,18 @@ def test_a_run_by_a_server_is_the_run_in_one_process(recipe, tmp_path, monkeypat
     settings = _engine_config(config, config.plan)
     engine = Engine(Opened(config.model, laid, built, params, buffers, words), settings)
     weights = Weights(engine, tmp_path / "weights", config.model, PlanConfig(), settings)
-    with serving(engine, most=96, key="secret", weights=weights) as (port, _):
+    busy = Fault(status=429, headers={"retry-after": "0"})
+    faults = {0: Fault(status=503), 4: busy, 5: Fault("drop"), 7: Fault("lost")}
+    with (
+        serving(engine, most=96, key="secret", weights=weights) as (port, _),
+        front(port, faults) as server,
+    ):
         bindings = (
-            *alike, f"RLConfig.server = 'http://127.0.0.1:{port}'",
+            *alike, f"RLConfig.server = '{server.url}'",
             f"RLConfig.server_weights = {str(tmp_path / 'weights')!r}",
         )  # fmt: skip
         found, lines = run(recipe, tmp_path / "run", *bindings)
+    assert [line.pop("server_retries") for line in lines] == [4, 0, 0]
     assert lines == expected and not list((tmp_path / "weights").iterdir())
     for one, other in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(alone.state.params), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from orogen.config.checks import ConfigError
-from orogen.vision import database
+from orogen.vision import database, index
 from orogen.vision.database import Database, Entry, add, create, remove
 from orogen.vision.retrieval import retrieve
 
@@ -71,17 +71,46 @@ def test_near_copies_and_equal_captions_are_left_out_and_replaced(folder):
     assert found(folder, [0, 1, 0], 1) == ["north"]
 
 
+def recall(folder, query_be, k=10):
+    """The share of the k nearest that an index finds."""
+    opened = Database(folder)
+    exact_bk, found = opened._exact(query_be.astype(np.float32), k), opened.search(query_be, k)
+    pairs = zip(opened.id_n[exact_bk], found, strict=True)
+    return np.mean([len(set(known.tolist()) & {hit.id for hit in hits}) / k for known, hits in pairs])
+
+
 @needs_faiss
-def test_indices_find_what_an_exact_search_finds(tmp_path):
+@pytest.mark.parametrize(("kind", "least"), [("ivf", 0.8), ("hnsw", 0.98)])
+def test_indices_find_what_an_exact_search_finds(tmp_path, kind, least):
+    """Of random embeddings, the hardest ones; also after entries have come, and after others have gone."""
     rng = np.random.default_rng(0)
     many_ne, query_be = rng.normal(size=(3000, 16)), rng.normal(size=(50, 16))
-    nearest = {}
-    for kind in database.KINDS:
-        create(tmp_path / kind, encoder(dimension=16), many_ne, [Entry(str(n), "") for n in range(3000)], index=kind)
-        nearest[kind] = [hits[0].id for hits in Database(tmp_path / kind).search(query_be, 5)]
+    entries = [Entry(str(n), "") for n in range(3000)]
+    create(tmp_path / "db", encoder(dimension=16), many_ne[:2000], entries[:2000], index=kind)
+    assert recall(tmp_path / "db", query_be) > least
+    add(tmp_path / "db", encoder(dimension=16), many_ne[2000:], entries[2000:])
+    assert recall(tmp_path / "db", query_be) > least
     truth = np.argmax(query_be @ (many_ne / np.linalg.norm(many_ne, axis=1, keepdims=True)).T, axis=1)
-    assert nearest["flat"] == truth.tolist()
-    assert all(np.mean(np.array(nearest[kind]) == truth) > 0.8 for kind in ("ivf", "hnsw"))
+    nearest = [hits[0].id for hits in Database(tmp_path / "db").search(query_be, 5)]
+    assert np.mean(nearest == truth) > least
+    remove(tmp_path / "db", truth)
+    assert recall(tmp_path / "db", query_be) > least
+    assert not {hit.id for hits in Database(tmp_path / "db").search(query_be, 10) for hit in hits} & set(truth.tolist())
+
+
+@needs_faiss
+def test_an_hnsw_index_grows_and_is_built_anew_only_where_entries_go(tmp_path, monkeypatch):
+    built, graph = [], index._graph
+    monkeypatch.setattr(index, "_graph", lambda dimension: built.append(dimension) or graph(dimension))
+    create(tmp_path / "db", encoder(), PLACE_NE, [Entry(name, "") for name in NAMED], index="hnsw")
+    add(tmp_path / "db", encoder(), np.array([[0, 0, 7.0], [0, 0, -7.0]]), [Entry("up", ""), Entry("down", "")])
+    assert built == [3] and found(tmp_path / "db", [0, 0, 1], 1) == ["up"] and len(Database(tmp_path / "db")) == 6
+    remove(tmp_path / "db", [4])
+    assert built == [3, 3] and found(tmp_path / "db", [0.1, 0.2, 1], 1) == ["north-east"]
+    here = tmp_path / "db" / "version_000003" / "index.faiss"
+    here.write_bytes(here.read_bytes()[:40])
+    with pytest.raises(ConfigError, match="index.faiss cannot be read"):
+        add(tmp_path / "db", encoder(), np.array([[0, 0, 7.0]]), [Entry("up", "")])
 
 
 def test_an_exact_search_goes_through_blocks(tmp_path, monkeypatch):
@@ -199,8 +228,8 @@ def test_a_version_that_cannot_be_written_is_removed_again(tmp_path, monkeypatch
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(database, "_write_index", full)
-        patch.setattr(database, "_faiss", lambda: None)
+        patch.setattr(database, "write_index", full)
+        patch.setattr(index, "_faiss", lambda: None)
         with pytest.raises(OSError, match="disk full"):
             create(tmp_path / "db", encoder(), PLACE_NE, [Entry(name, "") for name in NAMED], index="hnsw")
     assert not list((tmp_path / "db").glob("version_*"))

@@ -131,6 +131,11 @@ READERS: dict[str, tuple[Reader, ...]] = {
             lambda rl: rl.curriculum != "none",
             "RLConfig.curriculum is 'none'",
         ),
+        _of_rl(
+            "server_timeout server_deadline server_retries",
+            lambda rl: rl.server is not None,
+            "RLConfig.server is None: no request is sent",
+        ),
     ),
     "vision": (
         Reader(

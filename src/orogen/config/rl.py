@@ -135,7 +135,8 @@ class RLConfig:
     router_replay: the engine records the experts of every token, and the trainer's passes take those in place of their
     own choice; weights of experts are the trainer's (R3 of NeMo RL). Prompts are then read for each answer anew.
     server: a server writes the rollouts. Weights go to it as checkpoint folders, prompts as token ids; its key is in
-    the environment, as OROGEN_API_KEY.
+    the environment, as OROGEN_API_KEY. A request that it refuses for now, drops or answers late is sent again, with
+    growing waits that are no shorter than it asks for; the records count that as server_retries.
     staleness: with n > 0, rollouts are written by a thread beside the trainer, at most n batches ahead of it. The
     weights that train a batch are handed over between two calls of decoding, and texts go on with what older ones
     cached, so that tokens of one answer may be of different weights, and have the log-probabilities of these.
@@ -185,6 +186,9 @@ class RLConfig:
     router_replay: Annotated[bool, "whether the trainer routes tokens to the experts that the rollout chose"] = False
     server: Annotated[str | None, "http://HOST:PORT of an `orogen serve` that writes the rollouts; None: here"] = None
     server_weights: Annotated[str | None, "the folder of its --weights, through which it gets the weights"] = None
+    server_timeout: Annotated[float, "seconds after which a request without an answer is sent again"] = 600.0
+    server_deadline: Annotated[float, "seconds within which a request is answered, however often it is sent"] = 1800.0
+    server_retries: Annotated[int, "how many times a request is sent again that is refused for now, or dropped"] = 8
     staleness: Annotated[int, "batches of rollouts that are written ahead while the trainer updates; 0: none"] = 0
     slots: Annotated[int, "answers that the engine writes at once"] = 16
     workers: Annotated[int, "processes that verify, per environment"] = 2
@@ -205,6 +209,10 @@ class RLConfig:
             require(not (self.exact and getattr(self, field)), self, field, expected)
         expected = "a folder with server, None without"
         require((self.server is None) == (self.server_weights is None), self, "server_weights", expected)
+        require_positive(self, "server_timeout", "server_deadline")
+        expected = f"at least server_timeout = {self.server_timeout:g}"
+        require(self.server_timeout <= self.server_deadline, self, "server_deadline", expected)
+        require_not_negative(self, "server_retries")
         require_not_negative(self, "length_control", "concise_bonus", "profile_every", "table_rows")
         taught = all(one.teacher is not None for one in self.environments)
         require_positive(self, "samples")

@@ -19,7 +19,8 @@ from orogen.posttrain.samples import Sample
 
 @dataclasses.dataclass
 class Written:
-    """A batch of rollouts. measures: counts and times of its making. curriculum: the curriculum's position after it."""
+    """A batch of rollouts. measures: counts and times of its making; calls that were sent to a server again are counted
+    with the batch after them. curriculum: the curriculum's position after it."""
 
     samples: list[Sample]
     measures: dict[str, float]
@@ -42,7 +43,9 @@ class Groups:
         if self.curriculum.profile_due(number):
             self.curriculum.profiled(self._profile(number, engine, progress))
         samples, resampled = self._groups(number, engine, progress)
-        measures = {
+        server = self._rollouts.server
+        measures = {} if server is None else {"server_retries": float(server.retries())}
+        measures |= {
             "resampled_groups": float(resampled),
             **_named_faults(collections.Counter(self._rollouts.faults) - faults),
             "rollout_ms": 1e3 * (spent.writing - before[0]),

@@ -5,14 +5,17 @@ the last ones, and removes them when the run ends; those of a run that is killed
 ids, so nothing is tokenised twice. Seeds are those of rollouts in one process, and answers are too where the server's
 engine has the same settings: to the bit with one slot, else up to rounding, since which requests the server reads
 together depends on when they arrive.
+
+A call that is refused for now, dropped or late is sent again (`calls.py`); its answer counts once. Weights have numbers
+of their own there, so that a server that was started anew in between, and answers by others, is given them again.
 """
 
 import base64
-import http.client
-import json
 import os
 import secrets
 import shutil
+import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -29,15 +32,11 @@ from orogen.config.rl import RLConfig
 from orogen.data.tokenizer import Tokenizer
 from orogen.infer.request import ERROR, LENGTH, STOP, Chosen, Output, Request
 from orogen.infer.text import Texts
+from orogen.posttrain.calls import Calls, Patience, ServerError
 
 API_KEY = "OROGEN_API_KEY"  # of the environment, as for the server
-SECONDS = 600.0  # for one answer
 LOOK = 0.1  # seconds between two looks at whether there are other weights
 KEPT = 2  # versions of weights that stay on disk, as the server may still read the one before
-
-
-class ServerError(OSError):
-    """The server cannot be reached, or fails."""
 
 
 class RemoteEngine:
@@ -45,28 +44,50 @@ class RemoteEngine:
 
     def __init__(self, rl: RLConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
         assert rl.server is not None and rl.server_weights is not None
-        self._url = urllib.parse.urlsplit(rl.server)
-        if self._url.scheme != "http" or not self._url.hostname:
+        url = urllib.parse.urlsplit(rl.server)
+        if url.scheme != "http" or not url.hostname:
             raise ConfigError(f"RLConfig.server is {rl.server!r}; expected http://HOST:PORT of an `orogen serve`")
-        self._key = os.environ.get(API_KEY)
-        if not self._key:
+        key = os.environ.get(API_KEY)
+        if not key:
             raise ConfigError(f"RLConfig.server is set and {API_KEY} is not; expected the key of the server")
         self._folder, self._model = Path(rl.server_weights), model
         if not self._folder.is_dir():
             raise ConfigError(f"RLConfig.server_weights is {rl.server_weights!r}; expected a folder that exists")
+        patience = Patience(rl.server_timeout, rl.server_deadline, rl.server_retries)
+        self._calls = Calls("RLConfig.server", rl.server, key, patience)
         self._texts, self._ends, self._most = Texts(tokenizer), tokenizer.end_ids, rl.slots
         self._more = {"return_routed_experts": True} if rl.router_replay else {}
         # Not of the process's id, which another container on the same folder may have, or this one's next run.
         self._name, self._pushed = f"weights-{secrets.token_hex(8)}", 0
+        # What the server calls our weights: numbers that neither its own (0) nor another run's are likely to be, the
+        # newest one and the last one that it is known to have; and what the caller calls them. The lock is held while
+        # weights are given.
+        self._number = self._has = 1 + secrets.randbelow(2**30)
+        self._version_of: dict[int, int] = {}
+        self._giving, self._given_at, self._told = threading.Lock(), 0.0, 0
 
     def give(self, params: nnx.State, buffers: nnx.State, *, version: int, in_flight: bool) -> None:
         """Has the server answer by these weights of the whole model from now on. Raises ServerError, and ConfigError
         for what it refuses."""
-        self._pushed += 1
-        name = f"{self._name}-{self._pushed}"
+        name = f"{self._name}-{self._pushed + 1}"
         write_folder(self._folder / name, self._model, params, buffers)
-        self._post("/v1/weights", {"folder": name, "version": version, "in_flight": in_flight})
+        with self._giving:
+            self._pushed += 1
+            self._number += 1
+            self._version_of[self._number] = version
+            self._send_weights(in_flight=in_flight)
         shutil.rmtree(self._folder / f"{self._name}-{self._pushed - KEPT}", ignore_errors=True)
+
+    def _send_weights(self, *, in_flight: bool) -> None:
+        """Names the newest weights to the server."""
+        folder = f"{self._name}-{self._pushed}"
+        self._calls.post("/v1/weights", {"folder": folder, "version": self._number, "in_flight": in_flight})
+        self._has, self._given_at = self._number, time.monotonic()
+
+    def retries(self) -> int:
+        """How many calls were sent again since this was asked last."""
+        before, self._told = self._told, self._calls.retries
+        return self._told - before
 
     def close(self) -> None:
         """Removes the weights of this run, which the server holds in memory, from the folder."""
@@ -75,42 +96,60 @@ class RemoteEngine:
 
     def run(self, requests: Iterable[Request], progress: Callable[[], None]) -> list[list[Output]]:
         """The outputs of each request, at most `RLConfig.slots` at a time. Raises as `give`."""
-        with ThreadPoolExecutor(self._most) as pool:
-            asked: list[Future[list[Output]]] = [pool.submit(self._answer, n, r) for n, r in enumerate(requests)]
-            left = set(asked)
-            try:
-                while left:
-                    done, left = wait(left, timeout=LOOK, return_when=FIRST_COMPLETED)
-                    for one in done:
-                        one.result()  # what it raises ends the others
-                    progress()
-            except BaseException:
-                for one in left:
-                    one.cancel()
-                raise
-            return [one.result() for one in asked]
+        try:
+            with ThreadPoolExecutor(self._most) as pool:
+                asked: list[Future[list[Output]]] = [pool.submit(self._answer, n, r) for n, r in enumerate(requests)]
+                left = set(asked)
+                try:
+                    while left:
+                        done, left = wait(left, timeout=LOOK, return_when=FIRST_COMPLETED)
+                        for one in done:
+                            one.result()  # what it raises ends the others
+                        progress()
+                except BaseException:
+                    for one in left:
+                        one.cancel()
+                    self._calls.give_up()  # or those under way would be waited for, and the server may hang
+                    raise
+                return [one.result() for one in asked]
+        finally:
+            self._calls.go_on()
 
     def _answer(self, number: int, request: Request) -> list[Output]:
         body = {
             "prompt": list(request.prompt), "max_tokens": request.max_tokens, "seed": request.sampling.seed,
             "temperature": request.sampling.temperature, "logprobs": 0, "return_token_ids": True,
         }  # fmt: skip
-        (choice,) = self._post("/v1/completions", body | self._more)["choices"]
-        ids, scores = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        chosen = list(map(Chosen, ids, scores))
+        first = self._has
+        refused = lambda found, began: self._foreign(found, first=first, began=began)  # noqa: E731
+        found = self._calls.post("/v1/completions", body | self._more, refused)
+        choice = _choice(found)
+        chosen = list(map(Chosen, choice["token_ids"], choice["logprobs"]["token_logprobs"]))
         if choice["finish_reason"] not in (STOP, LENGTH):
             return [Output(number, tuple(chosen), finish=ERROR, error=f"the server: {choice['finish_reason']}")]
-        text = self._text(request, ids)
-        versions = choice["token_versions"]
+        text = self._text(request, choice["token_ids"])
+        versions = [self._version_of.get(version, version) for version in choice["token_versions"]]
         parts = [Output(number, (one,), version=version) for one, version in zip(chosen, versions, strict=True)]
         experts = self._experts(choice) if self._more else None
         return [*parts, Output(number, text=text, finish=choice["finish_reason"], experts=experts)]
+
+    def _foreign(self, found: dict[str, Any], *, first: int, began: float) -> str | None:
+        """Why an answer is not by our weights, if it is not: the server then has them again. first: the number of those
+        that it had when it was asked; began: when it was asked for this answer."""
+        versions = _choice(found)["token_versions"]
+        odd = [one for one in versions if not first <= one <= self._number]
+        if not self._pushed or not odd:
+            return None
+        with self._giving:
+            if self._given_at < began:  # else another answer has told, and they are there by now
+                self._send_weights(in_flight=True)
+        return f"an answer by weights {odd[0]}, which this run did not give: the server was started anew, or has others"
 
     def _experts(self, choice: dict[str, Any]) -> np.ndarray:
         """(n, l, k) int16, of the tokens that the server's model read."""
         told = choice["routed_experts"]
         if told is None:
-            raise ConfigError(f"RLConfig.server {self._url.geturl()} tells no experts; expected router_replay False, "
+            raise ConfigError(f"{self._calls} tells no experts; expected router_replay False, "
                               "or a server with EngineConfig.report_experts = True")  # fmt: skip
         return np.frombuffer(base64.b64decode(told["int16"]), "<i2").reshape(told["shape"])
 
@@ -120,20 +159,16 @@ class RemoteEngine:
         said = ids[:-1] if ids and ids[-1] in self._ends else ids
         return stream.push(list(said)) + stream.finish()
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        connection = http.client.HTTPConnection(self._url.hostname or "", self._url.port, timeout=SECONDS)
-        headers = {"content-type": "application/json", "authorization": f"Bearer {self._key}"}
-        try:
-            connection.request("POST", self._url.path.rstrip("/") + path, json.dumps(body), headers)
-            response = connection.getresponse()
-            found = json.loads(response.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ServerError(f"RLConfig.server {self._url.geturl()}{path}: {type(error).__name__}: {error}") from None
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            reason = found.get("error", {}).get("message") if isinstance(found, dict) else found
-            refused = response.status < http.HTTPStatus.INTERNAL_SERVER_ERROR
-            kind = ConfigError if refused and response.status != http.HTTPStatus.TOO_MANY_REQUESTS else ServerError
-            raise kind(f"RLConfig.server {self._url.geturl()} answers {path} with {response.status}: {reason}")
-        return found
+
+def _choice(found: dict[str, Any]) -> dict[str, Any]:
+    """The only choice of an answer, with what this needs of it. Raises ServerError for another server's."""
+    try:
+        (choice,) = found["choices"]
+        count = len(choice["token_ids"])
+        whole = count == len(choice["logprobs"]["token_logprobs"]) == len(choice["token_versions"])
+        if whole and "finish_reason" in choice:
+            return choice
+    except (KeyError, TypeError, ValueError):
+        pass
+    expected = "ids, log-probabilities and versions of the tokens of one choice, as of an `orogen serve`"
+    raise ServerError(f"RLConfig.server answers {str(found)[:200]}; expected {expected}")

@@ -174,7 +174,8 @@ def _open_tasks(config: RunConfig, tokenizer: Tokenizer, template: str | dict[st
 def _identity(config: RunConfig, corpus: Tasks) -> dict[str, Any]:
     """What a position belongs to."""
     rl = json.loads(json.dumps(dataclasses.asdict(config.rl)))
-    for free in ("slots", "workers", "table_rows", "server", "server_weights"):  # speed, and a place
+    places = ("server", "server_weights", "server_timeout", "server_deadline", "server_retries")
+    for free in ("slots", "workers", "table_rows", *places):  # speed, and a place
         del rl[free]
     for one in rl["environments"]:
         del one["teacher"]  # known by what it computes

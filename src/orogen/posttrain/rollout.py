@@ -101,13 +101,13 @@ class Rollouts:
         self._plan, self._built = assemble(config.model, _engine_plan(config.plan))
         self.settings = _engine_config(config, self._plan.config)
         self._engine: Engine | None = None
-        self._server: RemoteEngine | None = None
+        self.server: RemoteEngine | None = None
         self._stops: list[Callable[[], None]] = []
         if self.rl.server is None:
             sizes_of(config.model, self._plan.config, self.settings)
         else:
-            self._server = RemoteEngine(self.rl, base_of(config.model), tokenizer)
-            self.on_close(self._server.close)
+            self.server = RemoteEngine(self.rl, base_of(config.model), tokenizer)
+            self.on_close(self.server.close)
         self._unreadable = 0
         self.spent, self.rounds = Spent(), 0  # rounds: calls of the engine and looks at verifiers, of another thread
         self.lock = threading.RLock()  # held while the engine or the verifiers are used, if several threads do
@@ -145,9 +145,9 @@ class Rollouts:
 
     def given(self, weights: Weights, *, version: int) -> Answering:
         """The engine with these weights, as a new one; see `Engine.give`."""
-        if self._server is not None:
-            self._server.give(*weights, version=version, in_flight=False)
-            return self._server
+        if self.server is not None:
+            self.server.give(*weights, version=version, in_flight=False)
+            return self.server
         if self._engine is None:
             opened = Opened(self._config.model, self._plan, self._built, *weights, self._tokenizer)
             self._engine = Engine(opened, self.settings)
@@ -158,8 +158,8 @@ class Rollouts:
 
     def swap(self, weights: Weights, *, version: int) -> None:
         """Gives them to the engine in the midst of its answers; see `Engine.swap`."""
-        if self._server is not None:
-            self._server.give(*weights, version=version, in_flight=True)
+        if self.server is not None:
+            self.server.give(*weights, version=version, in_flight=True)
         elif self._engine is not None:
             self._engine.swap(*weights, version=version)
 
@@ -173,7 +173,7 @@ class Rollouts:
 
     def _here(self, params: Any, buffers: Any) -> Weights:
         """Parameters and buffers as the engine reads them, in its dtype; of the whole model for a server."""
-        if self._server is not None:
+        if self.server is not None:
             whole, lora = (self._trained.whole(params), self._trained.whole(buffers)), self._config.lora
             return whole if lora is None else (merged(*apart(whole[0]), lora.scale), whole[1])
         dtype = self.settings.compute_dtype

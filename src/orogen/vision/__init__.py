@@ -26,7 +26,9 @@ with `'encoded'`, `ModelConfig.retrieved_captions` and `caption_tokens`, a small
 vectors of each, as RETRO does of chunks, and layers `x` attend to them beside the image's. Adding or removing an entry
 changes answers at once. For examples of the train split the copy guard leaves out near-copies of the image and captions
 equal to the example's own: otherwise the model learns to copy. A database records its encoder and refuses another. A
-change writes the whole database anew; an index is rebuilt with it. One process changes a database at a time.
+change writes the whole database anew. An index is rebuilt with it, except that an HNSW one grows by what is added;
+faiss takes nothing out of it, so that removing entries rebuilds it too (`index.py`). One process changes a database at
+a time.
 
 **Few-shot examples** (`VisionConfig.shots`): the most similar pairs of the train split stand before an example, the
 most similar last. For captions they come from a corpus, `orogen caption --examples CORPUS`: a database has embeddings,

@@ -205,7 +205,10 @@ def database(options: argparse.Namespace) -> int:
         if not options.ids:
             raise ConfigError("database remove lacks --ids; expected some, as `orogen database show` lists them")
         facts = databases.remove(options.folder, options.ids)
-        answer(options, vars(facts), [f"{facts.entries:,} entries in {options.folder}"])
+        lines = [f"{facts.entries:,} entries in {options.folder}"]
+        if facts.index == "hnsw":
+            lines.append("its HNSW index was built anew from these: faiss takes nothing out of one")
+        answer(options, vars(facts), lines)
         return 0
     found = databases.Database(options.folder)
     entries = [{"id": int(i), **entry._asdict()} for i, entry in zip(found.id_n, found.entries(), strict=True)]

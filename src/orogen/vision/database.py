@@ -27,11 +27,11 @@ from orogen.config.checks import ConfigError
 from orogen.config.files import locked, write_atomically
 from orogen.config.json_file import Record, Whole, read_json, read_object
 from orogen.vision.encoder import Encoder
+from orogen.vision.index import FLAT, IVF, check_index, read_index, write_index
 
 FACTS, EMBEDDINGS, IDS, RECORDS, OFFSETS, INDEX = (
     "database.json", "embeddings.npy", "ids.npy", "records.jsonl", "offsets.npy", "index.faiss",
 )  # fmt: skip
-FLAT, IVF, HNSW = KINDS = ("flat", "ivf", "hnsw")
 FORMAT = 1
 FORM = Record({"format": Whole(1, 1), "version": Whole(0), "encoder": str, "encoder_name": str, "index": str,
                "dimension": Whole(1, 2**16), "entries": Whole(0), "next_id": Whole(0), "content": str})  # fmt: skip
@@ -39,8 +39,6 @@ RECORD = Record({"caption": str, "source": str})
 LOCK = "database.lock"
 BLOCK = 65536  # embeddings that an exact search multiplies at a time
 QUERIES = 256  # that are searched for at a time: their scores of a block take 64 MiB
-NEIGHBOURS, EF_BUILD, EF_SEARCH = 32, 200, 128  # of HNSW (arXiv:1603.09320)
-PROBED = 16  # IVF lists that a query visits at least; of more than 256 lists, 1 in 16
 EXACT_ENTRIES = 50_000  # that a core compares with a query in less than 5 ms (experiments/revilm/search.jsonl)
 
 
@@ -110,7 +108,9 @@ class Database:
         self.id_n = _load(here / IDS, shape[:1], np.int64)
         self._offset_n = _load(here / OFFSETS, (shape[0] + 1,), np.int64)
         self._records = _map(here / RECORDS, int(self._offset_n[-1]))
-        self._index = None if self.facts.index == FLAT else _read_index(here / INDEX, self.facts)
+        self._index = None
+        if (kind := self.facts.index) != FLAT:
+            self._index = read_index(here / INDEX, kind, entries=shape[0], dimension=shape[1])
 
     def __len__(self) -> int:
         return self.facts.entries
@@ -188,10 +188,7 @@ def default_index(entries: int) -> str:
 
 def check_new(folder: Path, index: str) -> None:
     """Raises ConfigError unless a database with this index can be created in `folder`."""
-    if index not in KINDS:
-        raise ConfigError(f"index is {index!r}; expected one of {', '.join(KINDS)}")
-    if index != FLAT:
-        _faiss()
+    check_index(index)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is a file; expected a new folder for a database")
     if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
@@ -205,11 +202,13 @@ def add(folder: Path, encoder: Encoder, embedding_ne: np.ndarray, entries: Seque
         new_n = old.facts.next_id + np.arange(len(entries))
         facts = dataclasses.replace(old.facts, next_id=old.facts.next_id + len(entries))
         together_ne = np.concatenate([old.embeddings_ne, unit(embedding_ne)])
-        return _write(folder, facts, np.concatenate([old.id_n, new_n]), together_ne, [*old.entries(), *entries])
+        id_n, before = np.concatenate([old.id_n, new_n]), folder / _version(old.facts.version) / INDEX
+        return _write(folder, facts, id_n, together_ne, [*old.entries(), *entries], before=before)
 
 
 def remove(folder: Path, ids: Iterable[int]) -> Facts:
-    """Removes the entries with these ids; others keep theirs. Raises ConfigError if one is not there."""
+    """Removes the entries with these ids; others keep theirs. An index is built anew from these: no kind loses entries
+    otherwise. Raises ConfigError if one is not there."""
     with _changing(folder):
         old, gone = Database(folder), set(ids)
         if unknown := sorted(gone - set(old.id_n.tolist())):
@@ -236,9 +235,10 @@ def unit(embedding_ne: np.ndarray) -> np.ndarray:
 
 
 def _write(
-    folder: Path, facts: Facts, id_n: np.ndarray, embedding_ne: np.ndarray, entries: Sequence[Entry]
+    folder: Path, facts: Facts, id_n: np.ndarray, embedding_ne: np.ndarray, entries: Sequence[Entry], *,
+    before: Path | None = None,
 ) -> Facts:  # fmt: skip
-    """Writes the next version and makes it the current one."""
+    """Writes the next version and makes it the current one. before: the index of the first of the embeddings."""
     if embedding_ne.shape != (len(entries), facts.dimension):
         raise ValueError(f"embeddings {embedding_ne.shape}; expected {(len(entries), facts.dimension)}")
     here = folder / _version(facts.version + 1)
@@ -246,6 +246,8 @@ def _write(
     here.mkdir()
     try:
         content = _write_files(here, facts.index, id_n, embedding_ne, entries)
+        if facts.index != FLAT:
+            write_index(here / INDEX, facts.index, embedding_ne, before=before)
     except BaseException:
         shutil.rmtree(here, ignore_errors=True)
         raise
@@ -258,15 +260,13 @@ def _write(
 def _write_files(
     here: Path, index: str, id_n: np.ndarray, embedding_ne: np.ndarray, entries: Sequence[Entry]
 ) -> str:  # fmt: skip
-    """Writes the files of a version. Returns the hash of its content."""
+    """Writes the files of a version but for its index. Returns the hash of its content."""
     lines = [json.dumps(entry._asdict()).encode() + b"\n" for entry in entries]
     records, lengths = b"".join(lines), [len(line) for line in lines]
     np.save(here / EMBEDDINGS, embedding_ne)
     np.save(here / IDS, id_n.astype(np.int64))
     (here / RECORDS).write_bytes(records)
     np.save(here / OFFSETS, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
-    if index != FLAT:
-        _write_index(here / INDEX, index, embedding_ne)
     digest = hashlib.sha256(index.encode())
     for part in (embedding_ne.tobytes(), records):
         digest.update(hashlib.sha256(part).digest())
@@ -305,46 +305,3 @@ def _map(file: Path, size: int) -> mmap.mmap | bytes:
             return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except FileNotFoundError as error:
         raise ConfigError(why) from error
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ConfigError("faiss is not installed; expected it: pip install 'orogen[vision]', or index flat") from error
-    return faiss
-
-
-def _write_index(file: Path, kind: str, embedding_ne: np.ndarray) -> None:
-    faiss, (count, dimension) = _faiss(), embedding_ne.shape
-    if kind == HNSW:
-        index = faiss.IndexHNSWFlat(dimension, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = EF_BUILD
-    else:
-        lists = max(1, min(int(4 * count**0.5), count // 39))  # faiss warns below 39 training points per list
-        quantizer = faiss.IndexFlatIP(dimension)
-        index = faiss.IndexIVFFlat(quantizer, dimension, lists, faiss.METRIC_INNER_PRODUCT)
-        index.cp.min_points_per_centroid = 1  # small databases are legal, and warned about otherwise
-        if count:
-            index.train(embedding_ne)
-    if count:
-        index.add(embedding_ne)
-    faiss.write_index(index, str(file))
-
-
-def _read_index(file: Path, facts: Facts) -> Any:
-    """The faiss index, its vectors read by memory map."""
-    faiss = _faiss()
-    try:
-        index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
-    except (RuntimeError, MemoryError) as error:
-        raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); expected an index") from error
-    if (index.ntotal, index.d) != (facts.entries, facts.dimension):
-        raise ConfigError(
-            f"{file} has {index.ntotal} vectors of {index.d}; expected {facts.entries} of {facts.dimension}"
-        )
-    if facts.index == HNSW:
-        index.hnsw.efSearch = EF_SEARCH
-    else:
-        index.nprobe = max(PROBED, index.nlist // 16)
-    return index

@@ -1,0 +1,140 @@
+"""Rollouts by a server that refuses, drops, hangs, loses answers, or is started anew with other weights.
+
+The engine and the server are real, and so are the faults, of a server in front of it (`faulty.py`).
+"""
+
+import contextlib
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from tests.infer.chats import tokenizer
+from tests.infer.engines import asked
+from tests.infer.serve.live import serving
+from tests.infer.test_swap import CONFIG, PROMPTS, made, others, remote_engine, told
+from tests.posttrain.faulty import Fault, front
+
+from orogen.infer.engine import Engine
+from orogen.infer.request import Sampling
+from orogen.infer.serve.weights import Weights
+from orogen.posttrain import calls, remote
+from orogen.posttrain.calls import Patience
+
+ASKED = [asked(prompt, 6, Sampling(seed=n)) for n, prompt in enumerate(PROMPTS)]
+BUSY = Fault(status=429, headers={"retry-after": "0"})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return made(tokenizer().vocab_size)
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch):
+    monkeypatch.setenv(remote.API_KEY, "secret")
+    monkeypatch.setattr(calls, "FIRST_WAIT", 0.02)
+
+
+@contextlib.contextmanager
+def served(model, folder, faults=()):
+    """A server with an engine of its own, and the one in front of it."""
+    engine = Engine(model, CONFIG)
+    weights = Weights(engine, folder, model.config, None, CONFIG)
+    with (
+        serving(engine, words=True, most=64, key="secret", weights=weights) as (port, service),
+        front(port, faults) as one,
+    ):
+        yield SimpleNamespace(port=one.port, folder=folder, engine=engine, front=one, service=service)
+
+
+def far_of(server, model, **more):
+    more = {"server_timeout": 20.0, "server_deadline": 60.0, "slots": 1} | more
+    return remote_engine(server, model, **more)
+
+
+def test_faults_change_no_bit_and_count_nothing_twice(model, tmp_path):
+    """Weights whose answer is lost are given again, and a request whose answer is lost is answered again."""
+    faults = [
+        BUSY,
+        Fault("lost"),
+        None,
+        BUSY,
+        Fault("drop"),
+        None,
+        Fault("lost"),
+        Fault(status=503),
+        None,
+        Fault("half"),
+    ]
+    near = Engine(model, CONFIG)
+    near.give(*others(model))
+    with served(model, tmp_path, {n: f for n, f in enumerate(faults) if f}) as server:
+        far = far_of(server, model)
+        far.give(*others(model), version=3, in_flight=False)
+        found = far.run(ASKED, lambda: None)
+        assert told(found) == told(near.run(ASKED)) and len(server.front.asked) == len(faults) + 1
+        assert {output.version for one in found for output in one if output.tokens} == {3}
+        assert far.retries() == 7 and far.retries() == 0
+
+
+def test_a_server_that_hangs_is_asked_again(model, tmp_path):
+    with served(model, tmp_path, {2: Fault("hang"), 4: Fault("slow")}) as server:
+        far = far_of(server, model)
+        far.give(model.params, model.buffers, version=0, in_flight=False)
+        far.run(ASKED[:1], lambda: None)  # compiles
+        far._calls._patience = Patience(timeout=1.0, deadline=60.0, retries=8)
+        found = far.run(ASKED, lambda: None)
+        assert told(found) == told(Engine(model, CONFIG).run(ASKED)) and far.retries() == 2
+
+
+def test_a_server_started_anew_gets_the_weights_again(model, tmp_path):
+    """Its own weights are others; none of their tokens is taken, though several requests hear of them at once."""
+    near = Engine(model, CONFIG)
+    near.give(*others(model))
+    expected = told(near.run(ASKED))
+    with served(model, tmp_path) as server:
+        far = far_of(server, model, slots=3)
+        far.give(*others(model), version=5, in_flight=False)
+        far.run(ASKED, lambda: None)
+        server.engine.give(model.params, model.buffers)  # as if it had just been started
+        given = lambda: [body for path, body in server.front.asked if path == "/v1/weights"]  # noqa: E731
+        before = len(given())
+        found = far.run(ASKED, lambda: None)
+        assert {output.version for one in found for output in one if output.tokens} == {5}
+        assert [[i for i, _ in one] for one in told(found)] == [[i for i, _ in one] for one in expected]
+        assert len(given()) == before + 1 and given()[-1]["folder"] == given()[0]["folder"] and far.retries() >= 3
+
+
+def test_weights_that_come_amid_answers_are_ours(model, tmp_path):
+    """A request that is sent while the server still has the ones before is no stranger's."""
+    with served(model, tmp_path) as server:
+        far = far_of(server, model, slots=2)
+        far.give(model.params, model.buffers, version=0, in_flight=False)
+        versions = iter(range(1, 100))
+        more = [asked(p, 24, Sampling(seed=n), ignore_eos=True) for n, p in enumerate(PROMPTS * 3)]
+        found = far.run(more, lambda: far.give(*others(model), version=next(versions), in_flight=True))
+        seen = {output.version for one in found for output in one if output.tokens}
+        assert len(seen) > 1 and seen <= set(range(100)) and far.retries() == 0
+
+
+def test_a_run_ends_with_one_line_and_does_not_wait_for_what_hangs(model, tmp_path):
+    """One request is refused to the end while two others hang."""
+    faults = {1: Fault("hang"), 2: Fault("hang"), **dict.fromkeys(range(3, 9), BUSY)}
+    with served(model, tmp_path, faults) as server:
+        far = far_of(server, model, slots=3, server_retries=2)
+        far.give(model.params, model.buffers, version=0, in_flight=False)
+        began, last = time.monotonic(), f"http://127.0.0.1:{server.port}/v1/completions: given up after 3 attempts in "
+        with pytest.raises(remote.ServerError) as caught:
+            far.run(ASKED, lambda: None)
+        assert time.monotonic() - began < 10 and last in str(caught.value) and "\n" not in str(caught.value)
+        assert not [one for one in threading.enumerate() if one.name.startswith("ThreadPool")]
+        server.front.faults.clear()
+        assert told(far.run(ASKED[:1], lambda: None)) == told(Engine(model, CONFIG).run(ASKED[:1]))
+
+
+def test_another_kind_of_server_is_named(model, tmp_path):
+    with front(faults=[Fault(status=200, text='{"choices": [{"text": "a"}]}')]) as server:
+        far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model)
+        with pytest.raises(remote.ServerError, match="expected ids, log-probabilities and versions"):
+            far.run(ASKED[:1], lambda: None)
