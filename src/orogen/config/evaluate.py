@@ -22,7 +22,8 @@ class EvaluateConfig:
     method: windows predicts each token from those before it in its own window; carried, from the whole document, whose
     states, keys and values are carried from piece to piece.
     max_length: longer requests of lm-eval lose their beginning, as with its own models, and are counted. None: as many
-    tokens as the model has learned positions, at most 2048; 512 for a piece.
+    tokens as the model has learned positions, at most 2048; 512 for a piece; for a request, what the checkpoint's
+    config.json or tokenizer says, as in lm-eval's own models.
     """
 
     tasks: Annotated[tuple[str, ...], "generated suites, and tasks of lm-eval"]
