@@ -258,11 +258,12 @@ def loader(folder, cold):
 
 def train(folder, cold, steps):
     """`orogen train` of a tiny model on the store, with an evaluation every 30 steps: its memory, and from the start of
-    the process to its first step, JAX and compilation included."""
+    the process to its first step, JAX included. cold: nothing is compiled yet either."""
     run = Path(tempfile.mkdtemp()) / "run"
     binds = [w for name, v in config_of(folder).items() for w in ("--gin_bindings", f"DataConfig.{name} = {v!r}")]
     words = [sys.executable, "-m", "orogen.cli", "train", "--gin_file", HERE / "tiny.gin", "--run", run, *binds]
-    running, began = begin(lambda began: words, cold, stdout=subprocess.DEVNULL)
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(run.parent / "compiled")} if cold else {}
+    running, began = begin(lambda began: words, cold, stdout=subprocess.DEVNULL, env=os.environ | kept)
     memory, metrics = Memory(running.pid), run / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
         memory.sample()
@@ -284,7 +285,7 @@ def main():
     parser.add_argument("--gb", type=float, default=10.0, help="of tokens and store: their size")
     parser.add_argument("--units", type=int, default=1024, help="of store: `orogen tokenize` divides 10 GB into 1,024")
     parser.add_argument("--steps", type=int, default=100, help="of train")
-    parser.add_argument("--cold", action="store_true", help="empties the page cache first, which only root may do")
+    parser.add_argument("--cold", action="store_true", help="empties the page cache first, as root alone may")
     parser.add_argument("--megabytes", type=float, default=60, help="of text that is tokenized")
     parser.add_argument("--turns", type=int, default=5, help="of tokenize")
     parser.add_argument("--began", type=float, help="of read: when the process was started")
