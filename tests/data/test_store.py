@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -351,6 +352,27 @@ def test_documents_of_any_length_come_back_from_the_files(tmp_path, monkeypatch)
             found = tokens.read(number)
             assert found.dtype == np.int32 and np.array_equal(found, documents[number])
     assert indexed.dtype_for(65499) == np.uint16 and indexed.dtype_for(65500) == np.int32
+
+
+def test_few_of_a_stores_files_are_open_at_a_time(config, whole, monkeypatch):
+    """Read by two threads in random orders: a store may have more files than a process may open."""
+    folder, manifest, stored = whole
+    expected = [stream.tokens_t for stream in stored.splits["train"]]
+    monkeypatch.setattr(indexed, "MOST_OPEN", 2)
+    split = open_corpus(dataclasses.replace(config, corpus=str(folder))).splits["train"]
+    split.ids(0)
+    held = [len(os.listdir("/proc/self/fd"))]
+
+    def read(seed):
+        for number in np.random.default_rng(seed).permutation(4 * len(split)) % len(split):
+            assert np.array_equal(split[number].tokens_t, expected[number])
+            held.append(len(os.listdir("/proc/self/fd")))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, (0, 1)))
+    assert sum(one["split"] == "train" for one in manifest["shards"]) > 8
+    # Each thread may hold an index that was closed meanwhile, of two files, open a third, and list the folder.
+    assert max(held) <= held[0] + 2 * 4
 
 
 def test_a_large_held_out_split_is_thinned_evenly(whole):

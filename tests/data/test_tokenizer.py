@@ -68,6 +68,13 @@ def test_batch_encodes_as_one_by_one(tokenizer):
         assert ids.dtype == np.int32
 
 
+def test_the_names_of_specials_in_a_marked_text_are_these_tokens(tokenizer):
+    words = tokenizer.encode
+    expected = [*words("a "), tokenizer.bos_id, *words(" b\n"), tokenizer.eos_id, *words("<bos")]
+    assert tokenizer.encode_marked("a <bos> b\n<eos><bos").tolist() == expected
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(words("a <bos> b\n<eos>").tolist())
+
+
 def test_specials_are_0_1_2_and_decode_to_nothing(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.decode([1, *tokenizer.encode("ab"), 2, 0, 0]) == "ab"

@@ -3,21 +3,22 @@
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests.convert.synthetic import stored
+from tests.convert.synthetic import shapes, stored, write
 from tests.convert.test_peer import without_clamp
 
-from orogen.checkpoint.open import open_model
+from orogen.checkpoint.open import open_folder, open_model
 from orogen.config.data import DataConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.data.corpora import stdlib_documents
 from orogen.data.vocabulary import make_tokenizer
 from orogen.evaluate.run import Evaluator
-from orogen.evaluate.subject import Subject
+from orogen.evaluate.subject import Subject, stated_length
 
 LENGTH = 96  # of windows: texts are longer
 WORDS = 384
@@ -103,7 +104,7 @@ def test_repeated_draws_of_one_request_have_seeds_of_their_own():
 
     class Counted(HarnessModel):
         def __init__(self):
-            self._subject = SimpleNamespace(max_length=99, write=lambda prompts: [p.sampling.seed for p in prompts])
+            self._subject = SimpleNamespace(request_length=99, write=lambda prompts: [p.sampling.seed for p in prompts])
             self._most = 100
 
         def tok_encode(self, string, *_):
@@ -125,7 +126,8 @@ def test_numbers_are_those_of_the_hugging_face_backend(model, hugging_face, tmp_
     names = ("choose", "roll", "write")
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     theirs = simple_evaluate(hugging_face, tasks=list(names), task_manager=manager, bootstrap_iters=100)["results"]
-    config = EvaluateConfig(tasks=names, task_path=(str(tmp_path),), max_length=LENGTH, batch_tokens=1024)
+    asked = ("choose", "roll", "wr?t*")
+    config = EvaluateConfig(tasks=asked, task_path=(str(tmp_path),), max_length=LENGTH, batch_tokens=1024)
     evaluator = Evaluator(config)
     subject = Subject(open_model(model[0]), config, EngineConfig(slots=4, max_length=LENGTH))
     ours = evaluator.run(subject)
@@ -143,12 +145,13 @@ def test_numbers_are_those_of_the_hugging_face_backend(model, hugging_face, tmp_
 
 
 def test_each_answer_is_that_of_the_hugging_face_backend(model, hugging_face):
-    """Contexts that end in spaces, that are empty, and that are too long."""
+    """Contexts that end in spaces, that are empty, that are too long, and that name special tokens."""
     from lm_eval.api.instance import Instance
 
     from orogen.evaluate.harness_model import HarnessModel
 
-    pairs = [("def f", "(x):"), ("a  ", "b c"), ("", "import os"), ("x " * 200, "y z"), ("é", " →"), ("a", "")][:5]
+    pairs = [("def f", "(x):"), ("a  ", "b c"), ("", "import os"), ("x " * 200, "y z"), ("é", " →")]
+    pairs += [("<bos>user\nx = 1<eos>\n<bos>assistant\n", "y<eos>"), ("a <eos>", " b")]
     kind = "loglikelihood"
     config = EvaluateConfig(tasks=("x",), max_length=LENGTH)
     ours = HarnessModel(Subject(open_model(model[0]), config, EngineConfig()))
@@ -157,12 +160,63 @@ def test_each_answer_is_that_of_the_hugging_face_backend(model, hugging_face):
     for (value, greedy), (wanted, choice) in zip(ours.loglikelihood(requests), expected, strict=True):
         assert value == pytest.approx(wanted, abs=1e-4) and greedy == choice
     assert ours.facts("task") == {"shortened": 1.0}
-    texts = ["x = 1\n" * 60, "a", "word " * 96]
+    texts = ["x = 1\n" * 60, "a", "word " * 96, "a<eos>b"]
     rolling = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
     for value, wanted in zip(
         ours.loglikelihood_rolling(rolling), hugging_face.loglikelihood_rolling(rolling), strict=True
     ):
         assert value == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_is_written_is_what_the_hugging_face_backend_writes(model, hugging_face):
+    """Up to stop strings that overlap, whose order decides, and to names of special tokens."""
+    from lm_eval.api.instance import Instance
+
+    from orogen.evaluate.harness_model import HarnessModel
+
+    source = [line for line in list(stdlib_documents())[40].text.splitlines() if len(line) > 20]
+    free = hugging_face.generate_until(
+        [Instance("generate_until", {}, (line, {"max_gen_toks": 24}), n) for n, line in enumerate(source[:12])], True
+    )
+    pairs = Counter(text[at : at + 3] for text in free for at in range(len(text) - 2))
+    (three, _), *_ = pairs.most_common(1)
+    untils = ([three[1:], three[:2]], [three[:2], three[1:]], ["<bos>", "<eos>"], ["<eos>\n", "e"])
+    requests = [
+        Instance("generate_until", {}, (line, {"until": until, "max_gen_toks": 24}), number)
+        for until in untils
+        for number, line in enumerate(source[:12])
+    ]
+    config = EvaluateConfig(tasks=("x",), max_length=LENGTH)
+    ours = HarnessModel(Subject(open_model(model[0]), config, EngineConfig(slots=4))).generate_until(requests)
+    assert ours == hugging_face.generate_until(requests, disable_tqdm=True)
+    assert len({tuple(ours[start : start + 12]) for start in range(0, 48, 12)}) > 2
+
+
+def test_requests_are_as_long_as_the_hugging_face_backend_takes_them(model, tmp_path):
+    """By config.json, or the default of its class; by the tokenizer for a model that has none."""
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    for name, changes, settings in (
+        ("stated", {"max_position_embeddings": 71}, {}),
+        ("default", {}, {"model_max_length": 50}),
+        ("tokenizer", {"model_type": "mamba2"}, {"model_max_length": 50}),
+        ("neither", {"model_type": "mamba2"}, {}),
+    ):
+        config, tensors = shapes("mamba2" if changes.get("model_type") else "nemotron_h")
+        folder = tmp_path / name
+        config = {key: value for key, value in config.items() if key != "max_position_embeddings"}
+        write(folder, config | changes, tensors)
+        make_tokenizer(DataConfig(corpus="stdlib", tokenizer="byte"), ()).save(folder)
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+        words = transformers.AutoTokenizer.from_pretrained(folder)
+        made = SimpleNamespace(config=transformers.AutoConfig.from_pretrained(folder))
+        expected = HFLM.max_length.fget(
+            SimpleNamespace(_max_length=None, model=made, tokenizer=words, _DEFAULT_MAX_LENGTH=2048)
+        )
+        with open_folder(folder) as opened:
+            assert (stated_length(opened) or 2048) == expected, name
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ class EvaluateConfig:
     """Tasks and texts that a model is evaluated on.
 
     tasks: names of generated suites (mqar, induction, copying, phonebook, phonebook_reversed, needle,
-    variable_tracking, common_words, frequent_words, document_qa), or of tasks of lm-eval.
+    variable_tracking, common_words, frequent_words, document_qa), or names and patterns of tasks of lm-eval.
     task_path: a task's YAML may name Python functions, which lm-eval runs; a name that is found here is no other task.
     method: windows predicts each token from those before it in its own window; carried, from the whole document, whose
     states, keys and values are carried from piece to piece.
     max_length: longer requests of lm-eval lose their beginning, as with its own models, and are counted. None: as many
-    tokens as the model has learned positions, at most 2048; 512 for a piece.
+    tokens as the model has learned positions, at most 2048; 512 for a piece; for a request, what the checkpoint's
+    config.json or tokenizer says, as in lm-eval's own models.
     """
 
     tasks: Annotated[tuple[str, ...], "generated suites, and tasks of lm-eval"]

@@ -16,9 +16,11 @@ import hashlib
 import mmap
 import os
 import struct
+import threading
 import weakref
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -37,6 +39,9 @@ MAX_TOKENS = 2**31 - 1  # of a document: lengths are int32
 # files at random would otherwise come to have all of them resident. Each read maps its own pages and up to 64 KiB
 # around its first one (Linux's fault_around_bytes).
 RESIDENT_BYTES, AROUND_BYTES = 2**26, 2**16
+# Indices whose files are open at a time, with two descriptors each: a process often may have 1,024. A store has an
+# index per unit and split, thousands in all.
+MOST_OPEN = 128
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -84,59 +89,94 @@ class IndexedWriter:
         self._temporary.unlink(missing_ok=True)
 
 
+class Mapped(NamedTuple):
+    """The maps of both files, and what the index holds of each sequence (n,) and of the documents' ends."""
+
+    index: mmap.mmap
+    data: mmap.mmap | bytes
+    length_n: np.ndarray
+    place_n: np.ndarray
+    end_n: np.ndarray
+
+    def give_back(self) -> None:
+        """Unmaps all pages; the next reads map them again."""
+        self.index.madvise(mmap.MADV_DONTNEED)
+        if isinstance(self.data, mmap.mmap):
+            self.data.madvise(mmap.MADV_DONTNEED)
+
+
 class Residence:
-    """Counts what the reads of this process have mapped, and gives pages back."""
+    """What the reads of this process have mapped: counts it, gives pages back, and closes the files that were not read
+    for longest. May be used from several threads."""
 
     def __init__(self) -> None:
-        self._mapped, self._maps = 0, weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._open: dict[weakref.ref[IndexedTokens], None] = {}  # the one read last comes last
 
-    def add(self, tokens: "IndexedTokens") -> None:
-        """Files that will be read."""
-        self._maps.add(tokens)
+    def touch(self, tokens: "IndexedTokens") -> None:
+        """Its files are about to be read."""
+        ref = weakref.ref(tokens, self._forget)
+        with self._lock:
+            self._open.pop(ref, None)
+            self._open[ref] = None
+            closed = list(self._open)[:-MOST_OPEN] if len(self._open) > MOST_OPEN else []
+            for one in closed:
+                del self._open[one]
+        for one in closed:
+            if (found := one()) is not None:
+                found.mapped = None
 
     def count(self, size: int) -> None:
         """A read of `size` bytes is done."""
-        self._mapped += size + AROUND_BYTES
-        if self._mapped > RESIDENT_BYTES:
-            self._mapped = 0
-            for one in list(self._maps):
-                one.give_back()
+        with self._lock:
+            self._bytes += size + AROUND_BYTES
+            if self._bytes <= RESIDENT_BYTES:
+                return
+            self._bytes, held = 0, list(self._open)
+        for one in held:
+            if (tokens := one()) is not None and (mapped := tokens.mapped) is not None:
+                mapped.give_back()
+
+    def _forget(self, ref: "weakref.ref[IndexedTokens]") -> None:
+        self._open.pop(ref, None)  # without the lock, which the thread that collects garbage may hold
 
 
 _RESIDENCE = Residence()
 
 
 class IndexedTokens:
-    """The sequences of `PREFIX.bin` and `PREFIX.idx`. Nothing but the header is read until a sequence is.
+    """The sequences of `PREFIX.bin` and `PREFIX.idx`. Nothing but the header and the last place is read until a
+    sequence is, and files that are not read do not stay open: see MOST_OPEN.
 
     Raises ConfigError for files that do not belong together, FileNotFoundError.
     """
 
     def __init__(self, prefix: Path):
         self._bin, self._idx = (prefix.with_name(prefix.name + end) for end in (".bin", ".idx"))
+        self.mapped: Mapped | None = None  # while the files are open
         with self._idx.open("rb") as file:
             head = file.read(HEADER.size)
             size = os.fstat(file.fileno()).st_size
             if len(head) < HEADER.size or HEADER.unpack(head)[:2] != (MAGIC, VERSION):
                 raise ConfigError(f"{self._idx} begins with {head[:9]!r}; expected an index of Megatron's, version 1")
-            _, _, code, count, boundaries = HEADER.unpack(head)
+            _, _, code, self._count, self._boundaries = HEADER.unpack(head)
             if code not in DTYPES:
                 raise ConfigError(f"{self._idx} has tokens of dtype code {code}; expected one of {sorted(DTYPES)}")
-            if (expected := HEADER.size + 12 * count + 8 * boundaries) != size:
-                raise ConfigError(f"{self._idx} has {size} bytes; expected {expected} for {count} documents")
-            self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._dtype, self._count = DTYPES[code], count
-        self.length_n = np.frombuffer(self._index, "<i4", count, HEADER.size)
-        self._place_n = np.frombuffer(self._index, "<i8", count, HEADER.size + 4 * count)
-        self._end_n = np.frombuffer(self._index, "<i8", boundaries, HEADER.size + 12 * count)
-        end = int(self._place_n[-1]) + int(self.length_n[-1]) * self._dtype.itemsize if count else 0
-        with self._bin.open("rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) != end:
-                raise ConfigError(f"{self._bin} has {size} bytes; expected {end}, as {self._idx.name} says")
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        if isinstance(self._data, mmap.mmap):
-            self._data.madvise(mmap.MADV_RANDOM)
-        _RESIDENCE.add(self)
+            self._dtype = DTYPES[code]
+            if (expected := HEADER.size + 12 * self._count + 8 * self._boundaries) != size:
+                raise ConfigError(f"{self._idx} has {size} bytes; expected {expected} for {self._count} documents")
+            end = self._end(file) if self._count else 0
+        if (size := self._bin.stat().st_size) != end:
+            raise ConfigError(f"{self._bin} has {size} bytes; expected {end}, as {self._idx.name} says")
+
+    def _end(self, file: BinaryIO) -> int:
+        """The size of the .bin by its index: where its last sequence ends."""
+        length = os.pread(file.fileno(), 4, HEADER.size + 4 * (self._count - 1))
+        place = os.pread(file.fileno(), 8, HEADER.size + 4 * self._count + 8 * (self._count - 1))
+        return int.from_bytes(place, "little", signed=True) + self._dtype.itemsize * int.from_bytes(
+            length, "little", signed=True
+        )
 
     def __len__(self) -> int:
         return self._count
@@ -144,34 +184,53 @@ class IndexedTokens:
     def read(self, index: int) -> np.ndarray:
         """The tokens (t,) of a sequence, in memory of their own: int32, or int64 if the file has it, whose ids may not
         fit. Raises ConfigError."""
-        length, place = int(self.length_n[index]), int(self._place_n[index])
-        if length < 0 or not 0 <= place <= len(self._data) - length * self._dtype.itemsize:
-            expected = f"expected it within the {len(self._data)} bytes of {self._bin.name}"
+        mapped = self._maps()
+        length, place = int(mapped.length_n[index]), int(mapped.place_n[index])
+        if length < 0 or not 0 <= place <= len(mapped.data) - length * self._dtype.itemsize:
+            expected = f"expected it within the {len(mapped.data)} bytes of {self._bin.name}"
             raise ConfigError(f"{self._idx}: sequence {index} has {length} tokens from byte {place}; {expected}")
         wide = np.int64 if self._dtype.itemsize == 8 else np.int32
-        tokens_t = np.frombuffer(self._data, self._dtype, length, place).astype(wide) if length else np.zeros(0, wide)
+        tokens_t = np.frombuffer(mapped.data, self._dtype, length, place).astype(wide) if length else np.zeros(0, wide)
         _RESIDENCE.count(2 * AROUND_BYTES + length * self._dtype.itemsize)  # of the two arrays of the index as well
         return tokens_t
 
     @property
     def document_count(self) -> int:
         """Documents, each of any number of sequences."""
-        return max(len(self._end_n) - 1, 0)
+        return max(self._boundaries - 1, 0)
 
     def document(self, number: int) -> np.ndarray:
         """The tokens (t,) of a document, the sequences of which are joined: int32, or int64 if the file has it. Raises
         ConfigError."""
-        first, last = self._end_n[number : number + 2].tolist()
+        first, last = self._maps().end_n[number : number + 2].tolist()
         if not 0 <= first <= last <= self._count:
             expected = f"expected an ascending pair up to {self._count}"
             raise ConfigError(f"{self._idx}: document {number} has the sequences from {first} to {last}; {expected}")
         return np.concatenate([self.read(i) for i in range(first, last)] or [np.zeros(0, np.int32)])
 
-    def give_back(self) -> None:
-        """Unmaps all pages; the next reads map them again."""
-        self._index.madvise(mmap.MADV_DONTNEED)
-        if isinstance(self._data, mmap.mmap):
-            self._data.madvise(mmap.MADV_DONTNEED)
+    def _maps(self) -> Mapped:
+        """The maps, which live as long as somebody holds them: another thread may close the files meanwhile."""
+        _RESIDENCE.touch(self)
+        mapped = self.mapped
+        if mapped is None:
+            mapped = self.mapped = self._open()
+        return mapped
+
+    def _open(self) -> Mapped:
+        with self._idx.open("rb") as file:
+            index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with self._bin.open("rb") as file:
+            empty = not os.fstat(file.fileno()).st_size
+            data = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if isinstance(data, mmap.mmap):
+            data.madvise(mmap.MADV_RANDOM)
+        count = self._count
+        return Mapped(
+            index, data,
+            length_n=np.frombuffer(index, "<i4", count, HEADER.size),
+            place_n=np.frombuffer(index, "<i8", count, HEADER.size + 4 * count),
+            end_n=np.frombuffer(index, "<i8", self._boundaries, HEADER.size + 12 * count),
+        )  # fmt: skip
 
 
 def _finish(file) -> None:

@@ -252,7 +252,7 @@ def _tokenized(batch: list[Record], tokenizer: Tokenizer) -> Iterator[tuple[str,
                 ids, text = next(texts), record.text.encode()
             else:
                 ids = text_ids(record.ids_t, tokenizer=tokenizer)
-                text = tokenizer.text_bytes(ids.tolist())
+                text = tokenizer.text_bytes(ids)
             if isinstance(ids, ConfigError):
                 raise ids
             if len(ids) >= MAX_TOKENS:

@@ -134,7 +134,7 @@ class StoredSplit(Sequence[Stream]):
 
     def texts(self) -> Iterator[bytes]:
         """The text of each document in UTF-8."""
-        return (self._tokenizer.text_bytes(self.ids(index).tolist()) for index in range(len(self)))
+        return (self._tokenizer.text_bytes(self.ids(index)) for index in range(len(self)))
 
 
 class Store:

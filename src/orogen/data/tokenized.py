@@ -193,8 +193,8 @@ def text_ids(ids_t: np.ndarray, *, tokenizer: Any) -> np.ndarray:
     ids_t = ids_t.astype(np.int32)
     ids_t = ids_t[1:] if len(ids_t) and ids_t[0] == tokenizer.bos_id else ids_t
     ids_t = ids_t[:-1] if len(ids_t) and ids_t[-1] == tokenizer.eos_id else ids_t
-    specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    if np.isin(ids_t, specials).any():
-        found = int(ids_t[np.isin(ids_t, specials)][0])
-        raise ConfigError(f"the special token {found} inside; expected one document, without padding")
+    special_t = (ids_t == tokenizer.bos_id) | (ids_t == tokenizer.eos_id) | (ids_t == tokenizer.pad_id)
+    if special_t.any():
+        expected = "expected one document, without padding"
+        raise ConfigError(f"the special token {int(ids_t[special_t][0])} inside; {expected}")
     return ids_t

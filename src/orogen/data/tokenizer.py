@@ -109,6 +109,12 @@ class Tokenizer:
         """`encode` of a text that follows other text, before which the pipeline puts no space, or a special token."""
         return self._encode_exactly(text, first=special and self._begins_after_specials)
 
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Token ids (n,) int32 of a text in which the names of special tokens are these tokens: those of transformers,
+        without what a tokenizer's folder puts around a text. Raises ConfigError if the `tokenizers` library fails."""
+        with panics_refused():
+            return np.array(self._marking.encode(text, add_special_tokens=False).ids, np.int32)
+
     def encode_document(self, text: str) -> np.ndarray:
         """`encode` for training: ids (n,) int32 whose bytes are exactly the text's.
 
@@ -180,9 +186,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens; specials have none. Raises ConfigError for an id outside the vocabulary."""
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ConfigError(f"token ids from {min(ids)} to {max(ids)}: expected 0 to {self.vocab_size - 1}")
+        ids_n = np.asarray(ids if isinstance(ids, np.ndarray | list) else list(ids), np.int64)
+        if ids_n.size and not 0 <= ids_n.min() <= ids_n.max() < self.vocab_size:
+            raise ConfigError(f"token ids from {ids_n.min()} to {ids_n.max()}: expected 0 to {self.vocab_size - 1}")
+        ids = ids_n.tolist()
         return b"".join(map(self.bytes_of_token.__getitem__, ids))
 
     def text_bytes(self, ids: Iterable[int]) -> bytes:
@@ -282,6 +289,11 @@ class Tokenizer:
         file["normalizer"] = without_prefix(file["normalizer"])
         file["pre_tokenizer"] = without_prefix(file["pre_tokenizer"])
         return as_text(tokenizers.Tokenizer.from_str(json.dumps(file)))
+
+    @cached_property
+    def _marking(self) -> tokenizers.Tokenizer:
+        """The pipeline that finds specials in texts."""
+        return exact(tokenizers.Tokenizer.from_str(json.dumps(self._file)))
 
     @cached_property
     def _begins_after_specials(self) -> bool:

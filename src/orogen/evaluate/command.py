@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from orogen.checkpoint.open import open_folder, read_model
     from orogen.evaluate.results import plain, table, write_results
     from orogen.evaluate.run import Evaluator
-    from orogen.evaluate.subject import Subject
+    from orogen.evaluate.subject import Subject, stated_length
     from orogen.simulate.fit import require_evaluation_fits, require_inference_fits
 
     evaluator, began = Evaluator(config), time.monotonic()
@@ -97,7 +97,8 @@ def evaluate(options: argparse.Namespace) -> int:
             named = {"EvaluateConfig.lengths": length, "EvaluateConfig.batch_tokens": config.batch_tokens}
             require_evaluation_fits(folder.config, free_memory(), **scored, settings=named)
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
-    results = evaluator.run(Subject(opened, config, engine, told_progress()))
+        length = stated_length(folder)
+    results = evaluator.run(Subject(opened, config, engine, told_progress(), stated_length=length))
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []
     lines = [*table(results), *(f"wrote {file}" for file in written)]

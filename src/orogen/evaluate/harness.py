@@ -20,7 +20,8 @@ NO_FILTER = ",none"  # what lm-eval appends to the name of a metric whose answer
 
 
 class Harness:
-    """The tasks of lm-eval that a config names. tasks: their names; writes: whether one of them generates text.
+    """The tasks of lm-eval that a config names, or matches by * and ?. tasks: their names; writes: whether one of them
+    generates text.
 
     Raises ConfigError if lm-eval is not installed, for folders that do not exist, for tasks that nobody has, and for
     those that cannot be loaded.
@@ -38,8 +39,9 @@ class Harness:
 
             paths: Any = list(config.task_path)
             self._manager = TaskManager(include_path=paths or None, include_defaults=not paths)
-            self.tasks = tuple(task for task in config.tasks if self._has(task))
-        if unknown := [task for task in config.tasks if task not in self.tasks and task not in SUITES]:
+            found = {task: self._manager.match_tasks([task]) for task in config.tasks}
+            self.tasks = tuple(dict.fromkeys(name for names in found.values() for name in names))
+        if unknown := [task for task, names in found.items() if not names and task not in SUITES]:
             where = f"in {', '.join(config.task_path)}" if config.task_path else "that lm-eval has"
             raise ConfigError(
                 f"EvaluateConfig.tasks has {unknown[0]!r}; expected a generated suite ({', '.join(SUITES)}) or a task "
@@ -65,9 +67,6 @@ class Harness:
         for task in results:
             results[task] |= model.facts(task)
         return results
-
-    def _has(self, task: str) -> bool:
-        return bool(self._manager.match_tasks([task]))
 
     def _load(self) -> bool:
         """Reads the tasks' data once, before a model answers anything. Returns whether a task generates text."""

@@ -3,7 +3,8 @@
 What tokens a request becomes is what lm-eval's own Hugging Face backend makes of it, so that their numbers can be
 compared: a text is encoded with what the tokenizer's folder puts around it, a continuation is what its encoding
 together with the context has beyond the context's own, an empty context is the bos token, and texts that are too long
-lose their beginning.
+lose their beginning. What a model writes is decoded by itself, without specials, and then loses what comes after each
+of the strings of `until`, in their order.
 """
 
 from collections import Counter
@@ -33,9 +34,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self._subject, self._words = subject, subject.tokenizer
         self.shortened: Counter[str] = Counter()
-        # The tokens of a row: the last one is only predicted, but a row that is scored has a position for it too.
-        positions = subject.opened.config.learned_positions
-        self._most = min(subject.max_length + 1, positions or subject.max_length + 1)
+        self._most = subject.request_length + 1  # tokens of a row: the last one is only predicted
 
     @property
     def eot_token_id(self) -> int:
@@ -58,13 +57,11 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The ids of a text, with what the tokenizer puts around it unless `add_special_tokens` is False. A text that
-        begins with the name of bos has it already."""
-        name = self._words.special_names["bos_token"]
-        if add_special_tokens is None and string.startswith(name):
-            rest = self._words.encode_inside(string.removeprefix(name), special=True)
-            return [self._words.bos_id, *rest.tolist()]
-        ids = self._words.encode(string).tolist()
-        if add_special_tokens is False:
+        begins with the name of bos has it already. The name of a special token is that token: tasks for models of chats
+        write them."""
+        ids = self._words.encode_marked(string).tolist()
+        begun = add_special_tokens is None and string.startswith(self._words.special_names["bos_token"])
+        if begun or add_special_tokens is False:
             return ids
         front, back = self._words.around
         return [*front, *ids, *back]
@@ -127,11 +124,11 @@ class HarnessModel(TemplateLM):
         until, tokens = kwargs.get("until") or [], kwargs["max_gen_toks"]
         if unknown := sorted(kwargs.keys() - {*SAMPLING, *IGNORED}):
             raise ConfigError(f"a task's generation_kwargs have {unknown[0]!r}; expected {', '.join(SAMPLING)}")
-        most = self._subject.max_length - tokens
+        most = self._subject.request_length - tokens
         if most < 1:
             raise ConfigError(
                 f"a task asks for {tokens} new tokens; expected fewer than EvaluateConfig.max_length = "
-                f"{self._subject.max_length}"
+                f"{self._subject.request_length}"
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self._count(instance, len(ids) > most)

@@ -1,8 +1,8 @@
 """Log-likelihoods of given tokens, row by row, on any plan: all that perplexity and multiple choice need.
 
-A row is one sequence. Rows are sorted by length and padded to lengths and numbers of rows from a short list, so that
-each shape compiles once. The forward pass is that of the held-out loss (`train.heldout.measure`): pipelines, context
-and ZeRO included, and experts drop nothing.
+A row is one sequence. Its last token is only predicted, never read. Rows are sorted by length and padded to lengths and
+numbers of rows from a short list, so that each shape compiles once. The forward pass is that of the held-out loss
+(`train.heldout.measure`): pipelines, context and ZeRO included, and experts drop nothing.
 
 Letters: b rows, t time, n rows of a batch.
 """
@@ -18,7 +18,7 @@ from jax import Array
 
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
-from orogen.data.packing import Batch
+from orogen.data.packing import NEXT, NEXT_WEIGHT, Batch
 from orogen.model.heads import judge
 from orogen.model.lm import LanguageModel
 from orogen.parallel import distributed
@@ -77,11 +77,11 @@ class Scorer:
     ) -> list[Score]:
         """The score of each row. weights: parameters and buffers of the model, as they are stored between steps.
         progress is called after each batch. Raises ConfigError for a row that is longer than the model's learned
-        positions, or that asks for its first token."""
+        positions and the token that follows them, or that asks for its first token."""
         self._check(rows)
         params = at_work(weights[0], self._opened.plan)
         scores: list[Score] = [Score(0.0, 0, 0)] * len(rows)
-        for numbers, size, length in self._batches([len(row.tokens_t) for row in rows]):
+        for numbers, size, length in self._batches([max(len(row.tokens_t) - 1, 1) for row in rows]):
             batch = self._batch([rows[number] for number in numbers], size, length)
             found = jax.device_get(self._program(size, length)(params, weights[1], batch))
             by_row = zip(*(np.asarray(found[name].sum, np.float64) for name in (NATS, HITS, ASKED)), strict=True)
@@ -94,8 +94,9 @@ class Scorer:
         most, size = self._opened.config.learned_positions, self._opened.config.vocab_size
         for row in rows:
             length = len(row.tokens_t)
-            if most is not None and length > most:
-                raise ConfigError(f"a text of {length} tokens; expected at most ModelConfig.learned_positions = {most}")
+            if most is not None and length > most + 1:
+                expected = f"at most {most + 1}, one more than ModelConfig.learned_positions"
+                raise ConfigError(f"a text of {length} tokens; expected {expected}")
             if not length or row.asked_t[0]:
                 raise ConfigError("a text asks for its first token; expected a token before each that is asked for")
             if not 0 <= row.tokens_t.min() <= row.tokens_t.max() < size:
@@ -132,15 +133,17 @@ class Scorer:
         return max(1, min(self._batch_tokens // length // unit, few)) * unit
 
     def _batch(self, rows: Sequence[Row], size: int, length: int) -> Batch:
-        tokens_bt, segments_bt = np.zeros((2, size, length), np.int32)
-        weights_bt = np.zeros((size, length), np.float32)
+        tokens_bt, segments_bt, next_bt = np.zeros((3, size, length), np.int32)
+        asked_bt = np.zeros((size, length), np.float32)
         for place, row in enumerate(rows):
-            tokens_bt[place, : len(row.tokens_t)] = row.tokens_t
-            segments_bt[place, : len(row.tokens_t)] = 1
-            weights_bt[place, : len(row.tokens_t)] = row.asked_t
+            read = len(row.tokens_t) - 1
+            tokens_bt[place, :read], next_bt[place, :read] = row.tokens_t[:-1], row.tokens_t[1:]
+            segments_bt[place, :read] = 1
+            asked_bt[place, :read] = row.asked_t[1:]
         positions_bt = np.where(segments_bt, np.arange(length, dtype=np.int32), 0)
         number_bt = np.broadcast_to(np.arange(size, dtype=np.int32)[:, None], (size, length))
-        batch = Batch(tokens_bt, segments_bt, positions_bt, weights_bt, {ROW: number_bt})
+        extras = {ROW: number_bt, NEXT: next_bt, NEXT_WEIGHT: asked_bt}
+        batch = Batch(tokens_bt, segments_bt, positions_bt, np.zeros_like(asked_bt), extras)
         return batch_to_devices(batch, self._opened.plan)
 
     def _program(self, size: int, length: int) -> Callable[..., Any]:

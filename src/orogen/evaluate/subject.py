@@ -5,10 +5,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from orogen.checkpoint.folders import HuggingFaceFolder, OrogenFolder, RunFolder, read_kept
 from orogen.checkpoint.open import Opened
 from orogen.config.checks import ConfigError
 from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
+from orogen.config.json_file import read_json
+from orogen.convert.defaults import DEFAULTS
+from orogen.data.specials import SETTINGS
 from orogen.data.tokenizer import Tokenizer
 from orogen.evaluate.carried import PIECE, Carrier
 from orogen.evaluate.likelihood import Row, Score, Scorer
@@ -18,11 +22,14 @@ from orogen.infer.request import ERROR, MOST_STOPS, Request, Sampling
 from orogen.train.heldout import at_work
 
 WINDOW = 2048  # as lm-eval takes for models that do not say how long their texts may be
+LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order
+UNLIMITED = int(1e30)  # what transformers writes as model_max_length where there is no limit
 TOGETHER = 4  # prompts per slot that an engine gets at a time, after which progress is reported
 
 
 class Prompt(NamedTuple):
-    """What is to be continued: ids, by at most so many tokens, up to the first of these strings."""
+    """What is to be continued: ids, by at most so many tokens, up to the first of these strings, in which the name of a
+    special token is that token."""
 
     ids: tuple[int, ...]
     tokens: int
@@ -32,12 +39,13 @@ class Prompt(NamedTuple):
 
 class Subject:
     """A model on its plan, with what an evaluation asks of it. engine: of generation; its `max_length` grows with the
-    prompts. progress: called after each part of the work."""
+    prompts. progress: called after each part of the work. stated_length: see `stated_length`."""
 
     def __init__(
-        self, opened: Opened, config: EvaluateConfig, engine: EngineConfig, progress: Callable[[], None] = lambda: None
-    ):
-        self.opened, self.config, self.progress = opened, config, progress
+        self, opened: Opened, config: EvaluateConfig, engine: EngineConfig,
+        progress: Callable[[], None] = lambda: None, *, stated_length: int | None = None,
+    ):  # fmt: skip
+        self.opened, self.config, self.progress, self._stated = opened, config, progress, stated_length
         self.scorer = Scorer(opened, dtype=engine.compute_dtype, batch_tokens=config.batch_tokens)
         self._settings = engine
         self._engine: Engine | None = None
@@ -60,14 +68,19 @@ class Subject:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a window, or of a request of lm-eval. Raises ConfigError if the model has fewer
-        positions."""
+        """The most tokens of a window. Raises ConfigError if the model has fewer positions."""
         positions, asked = self.opened.config.learned_positions, self.config.max_length
         if positions is not None and asked is not None and asked > positions:
             raise ConfigError(
                 f"EvaluateConfig.max_length is {asked}; expected at most ModelConfig.learned_positions = {positions}"
             )
         return asked or min(WINDOW, positions or WINDOW)
+
+    @property
+    def request_length(self) -> int:
+        """The most tokens that a request of lm-eval reads: as its Hugging Face backend, what the checkpoint states,
+        unless the config says."""
+        return self.max_length if self.config.max_length else self._stated or self.max_length
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """See `Scorer.score`."""
@@ -82,8 +95,8 @@ class Subject:
         return Carrier(self.opened, piece=self.config.max_length or PIECE, dtype=self._settings.compute_dtype)
 
     def write(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The continuation of each prompt. Raises ConfigError for what the model has no room for, FloatingPointError if
-        logits are no numbers."""
+        """The continuation of each prompt, decoded by itself. Raises ConfigError for what the model has no room for,
+        FloatingPointError if logits are no numbers."""
         if not prompts:
             return []
         for prompt in prompts:
@@ -93,11 +106,11 @@ class Subject:
         texts, at_once = [""] * len(prompts), TOGETHER * engine.config.slots
         for start in range(0, len(order), at_once):
             numbers = order[start : start + at_once]
-            outputs = engine.run([_request(prompts[number]) for number in numbers])
-            for number, (*before, last) in zip(numbers, outputs, strict=True):
-                if last.finish == ERROR:
-                    raise FloatingPointError(f"a continuation failed: {last.error}")
-                text = "".join(output.text for output in (*before, last))
+            outputs = engine.run([self._request(prompts[number]) for number in numbers])
+            for number, found in zip(numbers, outputs, strict=True):
+                if found[-1].finish == ERROR:
+                    raise FloatingPointError(f"a continuation failed: {found[-1].error}")
+                text = self.tokenizer.decode(chosen.id for output in found for chosen in output.tokens)
                 texts[number] = shortened(text, prompts[number].stops)
             self.progress()
         return texts
@@ -112,12 +125,32 @@ class Subject:
             self._engine = Engine(self.opened._replace(params=params), settings)
         return self._engine
 
-
-def _request(prompt: Prompt) -> Request:
-    stops = tuple(stop for stop in dict.fromkeys(prompt.stops) if stop)[:MOST_STOPS]
-    return Request(prompt=prompt.ids, max_tokens=prompt.tokens, stop=stops, sampling=prompt.sampling)
+    def _request(self, prompt: Prompt) -> Request:
+        """The names of specials in stop strings are shown in the text that is searched, and so end it."""
+        stops = tuple(stop for stop in dict.fromkeys(prompt.stops) if stop)[:MOST_STOPS]
+        specials = self.tokenizer.specials if stops else {}
+        shown = tuple(i for i, name in specials.items() if any(str(name) in stop for stop in stops))
+        return Request(prompt=prompt.ids, max_tokens=prompt.tokens, stop=stops, sampling=prompt.sampling, shown=shown)
 
 
 def shortened(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops`: an engine watches for MOST_STOPS of them only."""
-    return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
+    """The text before the first of each stop string in turn, as lm-eval shortens texts: of two that overlap, the one
+    named first decides. An engine watches for MOST_STOPS of them only."""
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def stated_length(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> int | None:
+    """How many tokens a text of the model may have, as lm-eval's Hugging Face backend finds it: in config.json, or else
+    beside the tokenizer. None: neither says."""
+    hugging_face = isinstance(folder, HuggingFaceFolder)
+    values = folder.values if hugging_face else read_kept(folder.folder).get("config", {})
+    known = {**DEFAULTS.get(values.get("model_type", ""), {}), **values}
+    for name in LENGTHS:
+        if type(found := known.get(name)) is int and found > 1:
+            return found
+    beside = folder.folder if hugging_face and not folder.stored else folder.folder / "tokenizer"
+    settings = read_json(beside / SETTINGS) if (beside / SETTINGS).is_file() else {}
+    found = settings.get("model_max_length")
+    return found if type(found) is int and 1 < found < UNLIMITED else None
