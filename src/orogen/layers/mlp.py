@@ -77,10 +77,10 @@ class MLP(nnx.Module):
         hidden_btf = self.hidden(x_btd, plan)
         return self.project(hidden_btf, plan), {"mlp": row_squares(hidden_btf, docs, plan, "mlp")}
 
-    def start(self, room: Any, dtype: Any) -> None:
+    def start(self, allocator: Any, dtype: Any) -> None:
         """None: the layer treats each token by itself, so there is nothing to cache."""
 
-    def cache_axes(self, room: Any) -> None:
+    def cache_axes(self, allocator: Any) -> None:
         """None, as in `start`."""
 
     def transform(self, x_btd: Array, plan: Plan) -> Array:

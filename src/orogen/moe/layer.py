@@ -102,10 +102,10 @@ class MoE(nnx.Module):
                 kept["shared"] = row_squares(hidden_btf, docs, plan, "mlp")
         return y_btd, kept
 
-    def start(self, room: Any, dtype: Any) -> None:
+    def start(self, allocator: Any, dtype: Any) -> None:
         """None: the layer treats each token by itself, so there is nothing to cache."""
 
-    def cache_axes(self, room: Any) -> None:
+    def cache_axes(self, allocator: Any) -> None:
         """None, as in `start`."""
 
     def _routed(self, x_btd: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
