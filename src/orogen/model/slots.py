@@ -214,10 +214,10 @@ class SlotState(NamedTuple):
                 return kept.moved(run, flush_b, rounds["seeds_b2"])
 
             def play(kept: Replayed) -> tuple[Array, Any]:
-                piece, cached = Ring(x_bthp, B_btgn, dt_bth), {"ring": kept.ring, "cursor_b": kept.cursor_b}
+                implementation = "triton" if kernel == "triton" else "parallel"
                 return replay(
-                    piece, a_h, C_btgn, state_bhpn=opened(kept.state), **cached, **of_rows,
-                    implementation="triton" if kernel == "triton" else "parallel",
+                    Ring(x_bthp, B_btgn, dt_bth), a_h, C_btgn, state_bhpn=opened(kept.state), ring=kept.ring,
+                    cursor_b=kept.cursor_b, implementation=implementation, **of_rows,
                 )  # fmt: skip
 
             replays = Replays(move, play, lambda state: updated(state, scan, **rounds))
