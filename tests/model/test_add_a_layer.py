@@ -66,10 +66,10 @@ class Toy(nnx.Module):
         u_btf = checkpoint_name(linear(plan.enter(x_btd), self.up, plan), "toy")
         return plan.leave(linear(jnp.tanh(u_btf), self.down, plan)), None
 
-    def start(self, room: Any, dtype: Any) -> None:
+    def start(self, allocator: Any, dtype: Any) -> None:
         return None
 
-    def cache_axes(self, room: Any) -> None:
+    def cache_axes(self, allocator: Any) -> None:
         return None
 
 
@@ -184,14 +184,14 @@ def test_a_new_letter_starts_beside_layers_with_memory(toy):
     model = hybrid(pattern="tM", mtp_depths=0)
     plan = make_plan(PlanConfig(), model)
     graph, abstract = nnx.split(jax.eval_shape(lambda: Stack(repeats("tM"), model, nnx.Rngs(0))))
-    state, room = randomised(abstract, np.random.default_rng(0)), Rows(2, 6)
+    state, allocator = randomised(abstract, np.random.default_rng(0)), Rows(2, 6)
     x_btd = np.random.default_rng(1).normal(size=(2, 6, model.hidden_size)).astype(np.float32)
 
     @jax.jit
     def run(state, x_btd):
         stack, docs = nnx.merge(graph, state), documents(jnp.ones((2, 6), jnp.int32))
-        given, pieces = stack.start(room, jnp.float32), []
-        assert given[0] is None and len(stack.cache_axes(room)) == 2
+        given, pieces = stack.start(allocator, jnp.float32), []
+        assert given[0] is None and len(stack.cache_axes(allocator)) == 2
         for part in (slice(0, 2), slice(2, 6)):
             piece = jax.tree.map(lambda a, part=part: a[:, part], (x_btd, docs))
             y_btd, kept = stack(*piece, plan, given)

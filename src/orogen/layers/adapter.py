@@ -37,7 +37,7 @@ Weight = nnx.Param | Adapted
 
 
 def base_of(weight: Weight) -> nnx.Param:
-    """The weight itself."""
+    """The weight without its factors."""
     return weight.weight if isinstance(weight, Adapted) else weight
 
 
@@ -57,7 +57,7 @@ def _modules(mixer: nnx.Module) -> list[tuple[nnx.Module, tuple[str, ...]]]:
 
 
 def is_factor(path: tuple[Any, ...]) -> bool:
-    """Whether the parameter of this path in a model's state is an adapter's."""
+    """Whether the parameter at this path of a model's state is an adapter's factor."""
     return path[-1] in FACTORS
 
 
@@ -70,8 +70,12 @@ def apart(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 
 
 def without_adapters(params: nnx.State) -> nnx.State:
-    """The parameters with adapters that add nothing: their factors B are zero. The other arrays are the same ones."""
-    off = lambda path, leaf: leaf.replace(jnp.zeros_like(leaf.get_value())) if path[-1] == FACTORS[1] else leaf  # noqa: E731
+    """The parameters with adapters that add nothing: their factors B are zero. All other arrays are shared, not
+    copied."""
+
+    def off(path: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
+        return leaf.replace(jnp.zeros_like(leaf.get_value())) if path[-1] == FACTORS[1] else leaf
+
     return nnx.from_flat_state([(path, off(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
 
 

@@ -8,9 +8,12 @@ from jax import Array, lax
 
 
 class Documents(NamedTuple):
-    """segments_bt: each token's document, int32, 0 for padding, as `numbered` gives it: no two documents of a row share
-    an id, so a rank that holds part of the row can tell them apart. positions_bt: the token's position in its document,
-    int32, from 0."""
+    """The documents of packed rows.
+
+    segments_bt: int32, each token's document, 0 for padding. As `numbered` gives them, no two documents of a row share
+    an id, so a rank that holds part of the row can distinguish them. positions_bt: int32, each token's position in its
+    document, from 0.
+    """
 
     segments_bt: Array
     positions_bt: Array

@@ -15,7 +15,7 @@ from orogen.parallel.plan import Plan
 
 
 class Embedding(nnx.Module):
-    """One row per token of the vocabulary, plus one per position in a document if positions are learned."""
+    """One row per token of the vocabulary, and one per position in a document if positions are learned."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, positions, std = config.hidden_size, config.learned_positions, config.init_std
@@ -30,8 +30,8 @@ class Embedding(nnx.Module):
         rows_vd = plan.weight(self.weight)
         local_bt = tokens_bt - plan.index("vocab") * rows_vd.shape[0]
         held_bt = (local_bt >= 0) & (local_bt < rows_vd.shape[0]) & (tokens_bt < self.vocab_size)
-        # The gradient drops what is past the end. If it added zeros to some row instead, all tokens of the other ranks
-        # would wait for each other there.
+        # The gradient drops an index past the end. If tokens of other ranks instead added zeros to some row of this
+        # one, all of them would wait for each other there.
         index_bt = jnp.where(held_bt, local_bt, rows_vd.shape[0])
         x_btd = plan.leave(jnp.take(rows_vd, index_bt, axis=0, mode="fill", fill_value=0))
         if self.positions is None:
@@ -56,7 +56,7 @@ class ScoreHead(nnx.Module):
 
 
 def table(vectors: nnx.Param, plan: Plan) -> Array:
-    """A table of vectors (n, d) that is whole on every rank, to look vectors up in."""
+    """The table of vectors (n, d), whole on every rank, for lookups."""
     return plan.weight(vectors)
 
 

@@ -1,9 +1,10 @@
-"""Functions by which every weight is read for a product: `linear` for a matrix, `grouped` for experts, `head_matrix`.
+"""The functions through which every weight is read for a product: `linear` for a matrix, `grouped` for experts, and
+`head_matrix`.
 
 The current layer's recipe (`Plan.recipe`) names the formats, by the kind of the weight (`config/precision.py`); a
-product without a kind follows `PlanConfig.linear` alone. call: tells apart the products of one kind in one layer.
-Products that no recipe changes have functions of their own. Weights that are held in 8 bits (`precision/scaled.py`) are
-decoded here.
+product without a kind follows `PlanConfig.linear` alone. Arguments that several functions share: kind, of the weight;
+call, the number of the product among those of its kind in the layer, as `config/kinds.py` lists them. Products that no
+recipe changes have functions of their own. Weights that are held in 8 bits (`precision/scaled.py`) are decoded here.
 
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert, v vocabulary.
 """
@@ -40,15 +41,15 @@ GROUPED = {IN_PLAIN: grouped_matmul}
 
 
 def linear(x_btd: Array, weight: Weight, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
-    """x w, in the formats of the recipe."""
+    """x w (b, t, f) in x's dtype, in the formats of the recipe."""
     return linears(x_btd, (weight,), plan, kind, call=call)[0]
 
 
 def linears(
     x_btd: Array, weights: Sequence[Weight], plan: Plan, kind: str | None = None, *, call: int = 0
 ) -> tuple[Array, ...]:
-    """x w for each of several weights that a model could equally store as one: a format with one scale per tensor gives
-    them a common one."""
+    """x w (b, t, f) for each of several weights that a model could equally store as one matrix: a format with one scale
+    per tensor gives them a common scale."""
     products = _linears(x_btd, [base_of(weight) for weight in weights], plan, kind, call)
     return tuple(_adapted(y, x_btd, weight, plan) for y, weight in zip(products, weights, strict=True))
 
@@ -56,7 +57,7 @@ def linears(
 def linears_and_plain(
     x_btd: Array, weights: Sequence[Weight], narrow: Weight, plan: Plan, kind: str | None = None, *, call: int
 ) -> tuple[Array, ...]:
-    """`linears` of weights, and `linear_plain` of a narrow one, whose call is given: one product if all are plain."""
+    """`linears` of weights, then `linear_plain` of a narrow one, whose call is given. One product if all are plain."""
     if not _is_plain(plan, kind):
         return *linears(x_btd, weights, plan, kind), linear_plain(x_btd, narrow, plan, kind, call=call)
     every = (*weights, narrow)
@@ -80,8 +81,8 @@ def _products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, 
 def _adapted(
     y_btf: Array, x_btd: Array, weight: Weight, plan: Plan, product: Callable[..., Array] | None = None
 ) -> Array:
-    """The product with a weight, and that with its low-rank factors if it has any, in the compute dtype. product: of
-    rows and a matrix; None: `multiply`."""
+    """The product y with a weight, plus the product with its low-rank factors if it has any, in the compute dtype.
+    product: multiplies rows by a matrix; None: `multiply`."""
     if not isinstance(weight, Adapted):
         return y_btf
     product = product or multiply
@@ -106,8 +107,9 @@ def _linears(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan, kind: str |
 
 
 def linear_plain(x_btd: Array, weight: Weight, plan: Plan, kind: str | None = None, *, call: int = 0) -> Array:
-    """x w in the compute dtype, whatever the recipe: for results that are too narrow to gain from another format, or
-    that are exponentiated into decays. kind: of a weight that quantised models store with those of this kind."""
+    """x w (b, t, f) in the compute dtype, whatever the recipe: for results that are too narrow to gain from another
+    format, or that are exponentiated into decays. kind: only that of a weight which quantised checkpoints store with
+    others of the kind."""
     base = base_of(weight)
     given = plan.weight(base)
     if (measured := plan.recipe.measures(kind)) is not None:
@@ -116,17 +118,17 @@ def linear_plain(x_btd: Array, weight: Weight, plan: Plan, kind: str | None = No
 
 
 def linear_float32(x_btd: Array, weight: nnx.Param, plan: Plan) -> Array:
-    """x w in float32, whatever the recipe, by `multiply_float32`."""
+    """x w (b, t, f) in float32, whatever the recipe; see `multiply_float32`."""
     return multiply_float32(x_btd, plan.weight(weight))
 
 
 def empty_columns(weight: nnx.Param, plan: Plan) -> Array:
-    """Which outputs of a weight (d, f) have no weight but 0, (f)."""
+    """(f,) which outputs of a weight (d, f) have weights of 0 only."""
     return jnp.all(plan.weight(weight) == 0, axis=0)
 
 
 def empty_first_row(weight: nnx.Param, plan: Plan) -> Array:
-    """Whether the first input of a weight (d, f) has no weight but 0."""
+    """() whether the first input of a weight (d, f) has weights of 0 only."""
     return jnp.all(plan.weight(weight)[0] == 0)
 
 
@@ -140,12 +142,15 @@ def grouped(
     call: int = 0,
     rows: tuple[RowOrder, int] | None = None,
 ) -> Array:
-    """x w_e for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`; rows: from
-    `rows_of_experts`, if the recipe rounds them."""
+    """x w_e (r, f) for the rows of each expert e, in the formats of the recipe. group_sizes: see `grouped_matmul`;
+    rows: the result of `rows_of_experts`, required if the recipe rounds rows, which must then be sorted by expert:
+    otherwise raises ValueError."""
     y_rf = _grouped(x_rd, base_of(weight), group_sizes, plan, product=(kind, call), rows=rows)
-    implementation = plan.config.grouped_matmul
-    multiply = lambda x, w: grouped_matmul(x, w, group_sizes, implementation=implementation)  # noqa: E731
-    return _adapted(y_rf, x_rd, weight, plan, multiply)
+
+    def with_experts(x_rd: Array, w_edf: Array) -> Array:
+        return grouped_matmul(x_rd, w_edf, group_sizes, implementation=plan.config.grouped_matmul)
+
+    return _adapted(y_rf, x_rd, weight, plan, with_experts)
 
 
 def _grouped(
@@ -177,7 +182,7 @@ def _grouped(
 
 
 def _measured(x_btd: Array, weights_df: Sequence[Array], site: Site) -> tuple[Array, ...]:
-    """`linears`, measured."""
+    """`linears` of a model that is being quantised, with its measurements."""
 
     def product(x_btd: Array, weights_df: Sequence[Array]) -> tuple[Array, ...]:
         return tuple(multiply(x_btd, w_df) for w_df in weights_df)
@@ -186,7 +191,8 @@ def _measured(x_btd: Array, weights_df: Sequence[Array], site: Site) -> tuple[Ar
 
 
 def _measured_rows(x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroups | int, site: Site) -> Array:
-    """`grouped`, measured. Candidates are scored where the experts' outputs are combined (`moe/layer.py`)."""
+    """`grouped` of a model that is being quantised, with its measurements. Candidate formats are scored where the
+    experts' outputs are combined (`moe/layer.py`)."""
     if isinstance(group_sizes, RowGroups):
         raise ValueError("rows that name their experts cannot be measured; expected rows sorted by expert")
     plan = site.plan
@@ -201,6 +207,7 @@ def _measured_rows(x_rd: Array, weight_edf: Array, group_sizes: Array | RowGroup
 
 
 def _site(weight: nnx.Param, measured: Measured, plan: Plan, product: tuple[str | None, int]) -> Site:
+    """Which product is measured: its kind and call, and the logical axes that split the weight's inputs and outputs."""
     kind, call = product
     assert kind is not None, "only weights of a kind are measured"
     inputs, outputs = (axis if axis not in (None, *SHARDED) and plan.rules[axis] else None for axis in _axes(weight))
@@ -217,14 +224,16 @@ def rounds_experts(plan: Plan) -> bool:
 
 
 def token_numbers(x_btd: Array, plan: Plan) -> Array:
-    """The number (b, t) of each token of x in the global batch; x may be the share of a rank of tensor."""
+    """(b, t) int32: the index of each token of x in the global batch; x may be one tensor rank's share of the
+    tokens."""
     number_bt = _rounding(plan).number_bt
     assert number_bt is not None, "a part of the batch is known where layers run"
     return number_bt if number_bt.shape[1] == x_btd.shape[1] else plan.piece(number_bt, "tensor", dim=1)
 
 
 def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: int) -> tuple[RowOrder, int]:
-    """How the rows of tokens with these numbers are rounded together; see `precision.expert_rows`."""
+    """Which rows, of tokens with these indices in the global batch, are rounded together, and how many rows there are
+    with each group filled up; see `precision.expert_rows`."""
     at = _rounding(plan)
     units = [p.token_block for kind in GROUPS["routed"] if (p := plan.recipe.products(kind)) is not None]
     settings = {"tokens": at.tokens, "chunk": at.chunk, "unit": math.lcm(*units)}
@@ -232,7 +241,7 @@ def rows_of_experts(number_r: Array, group_sizes: Any, plan: Plan, *, experts: i
 
 
 def _how(products: Products, plan: Plan, kind: str, call: int) -> tuple[How, Array | None]:
-    """What a rounded product does, and the zeros whose gradient is its counters, if there are any."""
+    """What a rounded product does, and the zeros whose gradient is its counters; None if nothing is counted."""
     probe_l, number = _rounding(plan).probe_l, KINDS.index(kind)
     without_arrays = dataclasses.replace(plan, rounding=None)
     how = How(products, without_arrays, 8 * number + call, probe_l is not None)
@@ -240,6 +249,7 @@ def _how(products: Products, plan: Plan, kind: str, call: int) -> tuple[How, Arr
 
 
 def _offsets(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> Offsets:
+    """Where operands lie in the whole arrays, by which stochastic rounding draws the same bits under every plan."""
     at, axes = _rounding(plan), [weight.get_metadata()["axes"] for weight in weights]
     shapes = [weight.get_value().shape for weight in weights]
     column_i = tuple(_word(_first(out, shape[1], plan)) for (_, out), shape in zip(axes, shapes, strict=True))
@@ -248,7 +258,7 @@ def _offsets(x_btd: Array, weights: Sequence[nnx.Param], plan: Plan) -> Offsets:
 
 
 def _first(axis: str | None, size: int, plan: Plan) -> Array | int:
-    """The place in the whole weight of the first of this rank's `size` rows or columns."""
+    """The index in the whole weight of the first of this rank's `size` rows or columns."""
     return 0 if axis is None or axis in SHARDED else plan.index(axis) * size
 
 
@@ -263,8 +273,8 @@ def _rounding(plan: Plan) -> Rounding:
 
 
 def head_matrix(embedding: nnx.Param, head: nnx.Param | None, plan: Plan) -> Array:
-    """The head (d, v of this rank) for the product in the cross-entropy; without a head, the transposed embedding. In
-    the compute dtype, the only format that recipes have for it."""
+    """The head (d, v of this rank) for the product in the cross-entropy; without a head, the transposed embedding.
+    Always in the compute dtype: no recipe has another format for it."""
     return plan.weight(embedding).T if head is None else plan.weight(head)
 
 

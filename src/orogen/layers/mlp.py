@@ -56,8 +56,7 @@ def activate(up: Array, gate: Array | None, *, name: str, limit: float | None = 
 class MLP(nnx.Module):
     """down(activate(up x, gate x)); hidden columns and their biases are sharded over `mlp`.
 
-    prefix: starts the checkpoint names of its intermediates, which remat policies use; that of an expert that
-    all tokens share is `shared_`.
+    prefix: of the checkpoint names of its intermediates, which remat policies use: `shared_` for a shared expert.
     """
 
     def __init__(self, config: ModelConfig, hidden: int, *, bias: bool, rngs: nnx.Rngs, prefix: str = ""):
@@ -72,16 +71,16 @@ class MLP(nnx.Module):
         self.down_bias = parameter(jnp.zeros(size), ("norm",)) if bias else None
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d), with the signature of a mixer; it keeps nothing, or the statistics that a probe asks for."""
+        """y (b, t, d), by the signature of a mixer; it keeps nothing, or the statistics that a probe requests."""
         if not measuring(given):
             return self.transform(x_btd, plan), None
         hidden_btf = self.hidden(x_btd, plan)
         return self.project(hidden_btf, plan), {"mlp": row_squares(hidden_btf, docs, plan, "mlp")}
 
-    def start(self, room: Any, dtype: Any) -> None:
-        """None: tokens do not see each other here, so there is nothing to cache."""
+    def start(self, allocator: Any, dtype: Any) -> None:
+        """None: the layer treats each token by itself, so there is nothing to cache."""
 
-    def cache_axes(self, room: Any) -> None:
+    def cache_axes(self, allocator: Any) -> None:
         """None, as in `start`."""
 
     def transform(self, x_btd: Array, plan: Plan) -> Array:
@@ -111,5 +110,5 @@ class MLP(nnx.Module):
 
 
 def dense_mlp(config: ModelConfig, rngs: nnx.Rngs) -> MLP:
-    """The MLP of a layer of its own."""
+    """The mixer of a dense MLP layer (`-`)."""
     return MLP(config, config.intermediate_size, bias=config.mlp_bias, rngs=rngs)

@@ -15,7 +15,7 @@ from orogen.parallel.plan import Plan
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) · weight; statistics and product in float32, the result in x's dtype (arXiv:1910.07467)."""
+    """x / rms(x) · weight; statistics and product are float32, the result has x's dtype (arXiv:1910.07467)."""
 
     def __init__(self, size: int, epsilon: float):
         self.weight = parameter(jnp.ones(size), ("norm",))
@@ -43,12 +43,14 @@ class RMSNormCastFirst(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_btd: Array, plan: Plan) -> Array:
-        unit = lambda x_btd: _unit_rms(x_btd, self.epsilon).astype(x_btd.dtype)  # noqa: E731
-        return from_inputs(lambda x_btd, weight: unit(x_btd) * weight.astype(x_btd.dtype))(x_btd, self.weight[...])
+        def normalise(x_btd: Array, weight: Array) -> Array:
+            return _unit_rms(x_btd, self.epsilon).astype(x_btd.dtype) * weight.astype(x_btd.dtype)
+
+        return from_inputs(normalise)(x_btd, self.weight[...])
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / deviation · weight + bias; all in float32, the result in x's dtype (arXiv:1607.06450)."""
+    """(x - mean) / deviation · weight + bias; all float32, the result has x's dtype (arXiv:1607.06450)."""
 
     def __init__(self, size: int, epsilon: float):
         self.weight, self.bias = parameter(jnp.ones(size), ("norm",)), parameter(jnp.zeros(size), ("norm",))
@@ -80,8 +82,10 @@ def make_norm(config: ModelConfig, size: int | None = None, *, epsilon: float | 
 
 
 def _layer_norm(x_btd: Array, weight: Array, bias: Array, epsilon: float) -> Array:
-    scaled = lambda x_btd, weight, bias: _standardised(x_btd, epsilon) * weight + bias  # noqa: E731
-    return from_inputs(lambda x_btd, *affine: scaled(x_btd, *affine).astype(x_btd.dtype))(x_btd, weight, bias)
+    def normalise(x_btd: Array, weight: Array, bias: Array) -> Array:
+        return (_standardised(x_btd, epsilon) * weight + bias).astype(x_btd.dtype)
+
+    return from_inputs(normalise)(x_btd, weight, bias)
 
 
 def _unit_rms(x_btd: Array, epsilon: float) -> Array:

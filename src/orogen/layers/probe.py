@@ -1,9 +1,8 @@
-"""What a layer is given to report its activations' sizes, from which pruning tells what matters; to be left out; or to
-keep the residual stream after it.
+"""Probes: a layer that is given one reports statistics of its activations, from which pruning computes importance; or
+its output is left out; or the residual stream after it is kept.
 
 A layer takes a `Probe` by `given`, in place of a cache, and its statistics leave by `kept`: a dict of float32 arrays,
-whole and equal on every device, so that a pass needs no further reduction. They are sums over batches once a caller
-adds them up.
+whole and equal on every device, so that a pass needs no further reduction. The caller adds them up over batches.
 
 Letters: b batch, t time, d model, c channels.
 """
@@ -19,16 +18,19 @@ from jax import Array, lax
 from orogen.layers.documents import Documents
 from orogen.parallel.plan import Plan
 
-# The axes over which ranks hold other rows, and other tokens of a row, of what `Plan.enter` returns; and of what
-# `Plan.deal` returns.
+# The logical axes that split rows, and the tokens of a row, of what `Plan.enter` returns, and of what `Plan.deal`
+# returns.
 ENTERED, DEALT = ("batch", "context"), ("token_rows", "token_time")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("gain",), meta_fields=("measures", "streams"))
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """measures: whether the layer keeps statistics. gain: () factor of the layer's output, 0 to leave the layer out;
-    None: 1. streams: whether it keeps a `Seen` in place of what it keeps without a probe."""
+    """What a layer is asked for.
+
+    gain: () factor of the layer's output, 0 to leave the layer out; None: 1. measures: whether the layer keeps
+    statistics. streams: whether it keeps a `Seen`.
+    """
 
     gain: Array | None = None
     measures: bool = False
@@ -43,7 +45,7 @@ class Seen(NamedTuple):
 
 
 def probe_of(given: Any) -> tuple[Probe | None, Any]:
-    """The probe that a layer is given, if it is one, and else what it is given."""
+    """`given` as a pair: the probe if it is one, else None; and what is given otherwise."""
     return (given, None) if isinstance(given, Probe) else (None, given)
 
 
@@ -54,8 +56,8 @@ def measuring(given: Any) -> bool:
 
 def row_squares(a_btc: Array, docs: Documents, plan: Plan, axis: str | None, *, dim: int = 0) -> Array:
     """(c): Σ over the rows of the batch of (mean over the row's tokens of |a|)², over all devices; padding does not
-    count. Its square root, summed over batches before, is Minitron's importance of a channel (arXiv:2407.14679,
-    section 2.2: mean over the sequence, L2 over the batch).
+    count. The square root of its sum over batches is Minitron's importance of a channel (arXiv:2407.14679, section 2.2:
+    mean over the sequence, L2 over the batch).
 
     a_btc: activations of whole context ranks, as after `Plan.enter`, whose dimension `dim` of the channels is split
     over the logical axis.
@@ -78,7 +80,7 @@ def change(before_btd: Array, after_btd: Array, docs: Documents, plan: Plan) -> 
     """(): Σ over the batch's tokens of 1 - cos(before, after), two residual streams; padding does not count."""
     before, after = (plan.deal(x).astype(jnp.float32) for x in (before_btd, after_btd))
     inner = lambda a, b: jnp.sum(a * b, axis=-1)  # noqa: E731
-    # Of two vectors of zeros the cosine is 1: a layer that changes nothing.
+    # Two zero vectors count as equal, with a cosine of 1: the layer changes nothing.
     square_bt = inner(before, before) * inner(after, after)
     cosine_bt = jnp.where(square_bt > 0, inner(before, after) * lax.rsqrt(jnp.where(square_bt > 0, square_bt, 1)), 1)
     changed = jnp.sum(jnp.where(own_tokens(docs, plan), 1 - cosine_bt, 0))
@@ -86,12 +88,12 @@ def change(before_btd: Array, after_btd: Array, docs: Documents, plan: Plan) -> 
 
 
 def own_tokens(docs: Documents, plan: Plan) -> Array:
-    """Which of the tokens (b, t) that this rank alone routes are no padding."""
+    """(b, t) which of the tokens that this rank alone routes are not padding."""
     return plan.deal(plan.own(docs.segments_bt)) != 0
 
 
 def whole(x: Array, plan: Plan, axis: str | None = None, *, dim: int = 0) -> Array:
-    """`x` with all pieces along the dimension `dim`, which is split over the logical axis; it is one value on all
+    """`x`, whose dimension `dim` is split over the logical axis, gathered along it and marked as equal on all
     devices."""
     return plan.agreed(x if axis is None else plan.gather(x, axis, dim=dim))
 

@@ -17,9 +17,9 @@ from orogen.config.model import ModelConfig
 class Rotary:
     """Rotates pair f of a head by position · frequencies[f], and scales it by `magnitude`.
 
-    The first 2f numbers of a head are rotated, the others stay. Pairs are (f, f + half) of that part, or (2f, 2f + 1)
-    if `interleave`; the result has the halves layout in both cases, which does not change products of queries and
-    keys.
+    The first 2 · len(frequencies) numbers of a head are rotated, the others stay. Pair f is (f, f + half) of that part,
+    or (2f, 2f + 1) if `interleave`; the result has the layout in halves in both cases, which does not change products
+    of queries and keys.
     """
 
     frequencies: tuple[float, ...]
@@ -66,8 +66,8 @@ def _magnitude(config: ModelConfig) -> float:
 
 
 def _stretched(config: ModelConfig, size: int) -> np.ndarray:
-    """How much of each frequency is divided by the factor: 0 for those that rotate more than beta_fast times within the
-    original context, 1 for less than beta_slow times, linear in f in between (YaRN, section 3.2)."""
+    """(f,) the share of each frequency that is divided by the factor: 0 if it rotates more than beta_fast times within
+    the original context, 1 if fewer than beta_slow times, linear in f in between (YaRN, section 3.2)."""
 
     def index(turns: float) -> float:  # the f whose frequency rotates that often
         wavelengths = config.yarn_original_positions / (turns * 2 * math.pi)

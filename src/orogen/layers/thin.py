@@ -1,9 +1,9 @@
-"""Products of few rows where decoding has kernels for them: with weights in 8 bits as they lie in memory.
+"""Products of few rows for which decoding has kernels that read 8-bit weights without decoding them in memory first.
 
-A weight in 8 bits is decoded in memory before its product where the plan has no kernel for it, its scales are finer
-than the kernels take, a whole matrix is to multiply more than ROWS_IN_8_BITS rows, or the GPU is of compute capability
-below 8.9, where Triton cannot convert E4M3. With R1 on one H200 the kernels that read E4M3 make a step 1.1 to 1.2 times
-as long as bfloat16 weights of twice the bytes (`experiments/decode_throughput`).
+A weight in 8 bits is decoded in memory instead if the plan has no such kernel, if its scales are finer than the kernels
+support, if a dense product has more than ROWS_IN_8_BITS rows, or on a GPU of compute capability below 8.9, where Triton
+cannot convert E4M3. With R1 on one H200, a step with these kernels takes 1.1 to 1.2 times as long as one with bfloat16
+weights of twice the bytes (`experiments/decode_throughput`).
 
 Letters: b batch, t time, n tokens (b · t), d width in, f width out, e experts, r rows sorted by expert.
 """
@@ -21,15 +21,15 @@ from orogen.kernels.thin_matmul import Matrix, takes, thin_matmul
 from orogen.parallel.plan import Plan
 from orogen.precision.scaled import Scaled
 
-# By the plan's grouped product, which decoding chooses: that of few rows with whole matrices.
+# The implementation of dense products with few rows, by that of the plan's grouped product, which decoding chooses.
 THIN = {"triton_small": "triton"}
-# The most rows for which the kernel multiplies: weights in 8 bits, which are decoded in memory otherwise, and others.
-# None of others: that has not been timed on a GPU yet. Option --together of experiments/decode_throughput sets it.
+# The most rows for which the kernel is used: with 8-bit weights, and with others. 0 for others, since that has not been
+# timed on a GPU yet; the option --together of experiments/decode_throughput sets it.
 ROWS_IN_8_BITS, ROWS = 256, 0
 
 
 def thin_products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Array, ...] | None:
-    """x w (b, t, f) for each weight, by one kernel; None where the plan has none for these."""
+    """x w (b, t, f) for each weight, by one kernel; None if the plan has no kernel for them."""
     rows, in_8_bits = math.prod(x_btd.shape[:-1]), any(isinstance(w, Scaled) for w in weights)
     most = ROWS_IN_8_BITS if in_8_bits else ROWS
     if rows > most or (name := THIN.get(plan.config.grouped_matmul)) is None or (in_8_bits and not converts_e4m3()):
@@ -42,7 +42,7 @@ def thin_products(x_btd: Array, weights: Sequence[Any], plan: Plan) -> tuple[Arr
 
 
 def thin_grouped(x_rd: Array, weight: Any, group_sizes: Array | RowGroups | int, plan: Plan) -> Array | None:
-    """x w_e for the rows of each expert e, by a kernel that reads a weight in 8 bits; None where the plan has none."""
+    """x w_e (r, f) for the rows of each expert e, by a kernel that reads 8-bit weights; None if the plan has none."""
     if not isinstance(weight, Scaled) or isinstance(group_sizes, int):
         return None
     if (name := plan.config.grouped_matmul) not in SCALED or not converts_e4m3():

@@ -24,22 +24,25 @@ they are laid out by stage.
 decodes; tests undo the former.
 
 **Images.** `x` attends to the images of a row, `g` is a tanh-gated MLP after it (`cross_attention.py`); both begin as
-the identity. One perceiver resampler (`resampler.py`), a part of the model like the embedding, makes what all layers
-`x` are `given`; every stage with such a layer has it and computes it for itself.
+the identity. One perceiver resampler (`resampler.py`), a part of the model like the embedding, computes the vectors
+that all layers `x` are `given`; every stage with such a layer has a copy of it.
 
 **Add a layer.** A layer is one letter of the pattern. Write the mixer here: parameters in `__init__` through
 `orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__(h_btd, docs, plan, given) ->
 (y_btd, kept)`, in one device's shapes, communicating only through `plan.enter`, `plan.leave`, `plan.sum`, …; and
-`start` and `cache_axes` for what it is `given` with the first piece of a sequence: `KeyValues` or `Recurrent` of
-`model/cache.py`, or a class of its own with a method `with_piece`; None for a mixer without memory.
+`start(allocator, dtype)` and `cache_axes(allocator)`, which return the empty cache that it is `given` with the first
+piece of a sequence, and the cache's logical axes. An allocator (`cache.Rows`, `slots.Slots`) makes caches of keys and
+values and of recurrent states; a mixer may also return a class of its own with a method `with_piece`, or None if it has
+no memory. `layers/mlp.py` is the shortest mixer.
 A causal convolution takes the tokens before a piece, or before a rank's part, by `context_ssm.convolve`, and leaves its
 window by `context_cache.with_inputs` (`mamba1.py` is the shortest example). Give large intermediates names
-(`checkpoint_name`), so that they can be kept or recomputed.
+(`checkpoint_name`), so that they can be saved or recomputed.
 Then write what the layer costs, an `orogen.cost.kind.LayerCosts`, in a file of `orogen/cost/kinds/`: operations,
 parameters, bytes kept, collectives, caches. Last, add one row to `LAYERS` (`config/kinds.py`): the letter, its name,
 where mixer and costs are, the fields that it reads, its intermediates, and for adapters and formats its kinds of
-weight. A new field belongs in `ModelConfig`, with its checks. All else finds the row; `kind_of` refuses a letter
-without one. Only what few layers have is told elsewhere: checkpoints' names (`convert/mixers.py`), and for pruning
-units, which the row names (`compress/slices.py`), and scores (`compress/importance.py`).
+weight. A new field belongs in `ModelConfig`, with its checks. Everything else looks the row up; `kind_of` refuses a
+letter without one. Three things that not every layer has are defined elsewhere: names of tensors in Hugging Face
+checkpoints (`convert/mixers.py`) and, for pruning, units, which the row names (`compress/slices.py`), and scores
+(`compress/importance.py`).
 Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.
 """

@@ -25,17 +25,17 @@ from orogen.model.slots import Paged
 from orogen.parallel.plan import Plan
 from orogen.precision.key_values import read, stored
 
-# For the norms of MLA's latent vectors: DeepSeek's own code and transformers leave it at the default of their class,
-# whatever rms_norm_eps says.
+# For the norms of MLA's latent vectors. DeepSeek's own code and transformers use their norm's default there, whatever
+# rms_norm_eps is.
 LATENT_EPSILON = 1e-6
 
 
 class Attention(nnx.Module):
     """softmax(q kᵀ / √k) v, causal and within documents; query head i reads key head i // (h/g).
 
-    A query sees `window` tokens, including its own, or all up to its own if None. Depending on the config, heads are
-    normalised (Qwen3), then rotated by position, projections have biases, and each head has a sink (gpt-oss). Without
-    any of these it is Nemotron-H's.
+    A query attends to the last `window` tokens, its own included, or to all up to its own if None. Depending on the
+    config, heads are normalised (Qwen3), then rotated by position, projections have biases, and each head has a sink
+    (gpt-oss). Without any of these it is Nemotron-H's attention.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, window: int | None = None):
@@ -58,7 +58,8 @@ class Attention(nnx.Module):
         self.sinks = normal(rngs, heads, ("heads",), std=std) if config.attention_sinks else None
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given a cache of earlier tokens' keys and values, attends to them too and returns it updated."""
+        """y (b, t, d), and what is kept. Given a cache of earlier tokens' keys and values, it attends to these too and
+        returns the cache with this call's tokens; given a probe, it returns statistics."""
         probe, given = probe_of(given)
         with jax.named_scope("in_proj"):
             h_btd = plan.enter(x_btd)
@@ -82,14 +83,14 @@ class Attention(nnx.Module):
             y_bthk = attend(q_bthk, k_bsgk, v_bsgk, docs.segments_bt, plan, reading=found, **settings)
         return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept
 
-    def start(self, room: Any, dtype: Any) -> Any:
-        """An empty cache of keys and values."""
+    def start(self, allocator: Any, dtype: Any) -> Any:
+        """An empty cache of keys and values (…, g, k) per token."""
         heads = base_of(self.key)[...].shape[-1] // self.head_dim, self.head_dim
-        return room.key_values((heads, heads), dtype, window=self.window)
+        return allocator.key_values((heads, heads), dtype, window=self.window)
 
-    def cache_axes(self, room: Any) -> Any:
+    def cache_axes(self, allocator: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return room.key_value_axes((("kv_heads", None),) * 2, window=self.window)
+        return allocator.key_value_axes((("kv_heads", None),) * 2, window=self.window)
 
     def _heads(self, name: str, projected_btf: Array, bias: nnx.Param | None) -> Array:
         return _split(checkpoint_name(add_bias(projected_btf, bias), name), self.head_dim)
@@ -135,8 +136,7 @@ class LatentAttention(nnx.Module):
         self.out_bias = _bias(size, "norm", biased)
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given a cache of earlier tokens' latent vectors and rotary keys, attends to those tokens too and
-        returns it updated."""
+        """As `Attention`, with a cache of earlier tokens' latent vectors and rotary keys."""
         probe, given = probe_of(given)
         h_btd = plan.enter(x_btd)
         q_bthk = self._queries(h_btd, docs, plan)
@@ -145,7 +145,7 @@ class LatentAttention(nnx.Module):
         latent_btr = self.latent_norm(latent_btr, plan)
         shared_btk = checkpoint_name(add_bias(shared_btk, self.key_rope_bias), "latent")
         shared_bt1k = self.rotary(shared_btk[:, :, None], docs.positions_bt)
-        # One scale for both, as in vLLM, which keeps them side by side.
+        # One scale for both, as in vLLM, which stores them side by side.
         pair = plan.recipe.stored.key_values
         scales = None if pair is None else (pair[0], pair[0])
         latent_btr, shared_bt1k = stored((latent_btr, shared_bt1k), scales)
@@ -168,13 +168,13 @@ class LatentAttention(nnx.Module):
         )
         return _join(y_bthk, self.out, self.out_bias, plan), _measured(y_bthk, docs, plan, probe) or kept
 
-    def start(self, room: Any, dtype: Any) -> Any:
-        """An empty cache of what keys and values are computed from."""
-        return room.key_values(((base_of(self.latent_down)[...].shape[-1],), (1, self.rope)), dtype)
+    def start(self, allocator: Any, dtype: Any) -> Any:
+        """An empty cache of latent vectors (…, r) and shared rotary keys (…, 1, k) per token."""
+        return allocator.key_values(((base_of(self.latent_down)[...].shape[-1],), (1, self.rope)), dtype)
 
-    def cache_axes(self, room: Any) -> Any:
+    def cache_axes(self, allocator: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return room.key_value_axes(((None,), (None, None)))
+        return allocator.key_value_axes(((None,), (None, None)))
 
     @jax.named_scope("in_proj")
     def _queries(self, h_btd: Array, docs: Documents, plan: Plan) -> Array:
@@ -194,12 +194,13 @@ def _bias(size: int, axis: str, present: bool) -> nnx.Param | None:
 
 
 def _split(x_btf: Array, size: int) -> Array:
-    """`x_btf` as heads of `size`."""
+    """(b, t, heads, size)."""
     return x_btf.reshape(*x_btf.shape[:2], -1, size)
 
 
 def _measured(y_bthk: Array, docs: Documents, plan: Plan, probe: Probe | None) -> dict[str, Array] | None:
-    """What the heads' outputs tell of their importance, if the probe asks for it."""
+    """Statistics of the heads' outputs, from which their importance is computed; None unless the probe requests
+    them."""
     if probe is None or not probe.measures:
         return None
     return {"heads": row_squares(y_bthk, docs, plan, "heads")}

@@ -33,52 +33,58 @@ def mixer_of(letter: str, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 class Repeat(NamedTuple):
     """`items` (letters and Repeats) one after another, `count` times."""
 
-    items: tuple["str | Repeat", ...]
+    items: "Items"
     count: int
 
 
 Items = tuple[str | Repeat, ...]
 
 
+class _Folded(NamedTuple):
+    """Items of a part of the pattern, and how many distinct layers they have in total."""
+
+    distinct: int
+    items: Items
+
+
 @functools.cache
-def repeats(pattern: str) -> tuple[str | Repeat, ...]:
+def repeats(pattern: str) -> Items:
     """`pattern` folded into nested repetitions with the fewest distinct layers in total, so the least to compile.
 
     `MEM*MEM*E` becomes (Repeat((M, E, M, *), 2), E); 52 layers of Nemotron 3 Nano become 10.
     """
 
     @functools.cache
-    def best(start: int, end: int) -> tuple[int, tuple[str | Repeat, ...]]:
-        """(distinct layers, items) of pattern[start:end]."""
+    def best(start: int, end: int) -> _Folded:
+        """pattern[start:end] with the fewest distinct layers. Each result is built from those of later starts."""
         if start == end:
-            return 0, ()
-        cost, items = 1 + best(start + 1, end)[0], (pattern[start], *best(start + 1, end)[1])
-        for middle in range(start + 1, end):
-            folded = _fold(start, middle)
-            if folded is not None:
+            return _Folded(0, ())
+        rest = best(start + 1, end)
+        found = _Folded(1 + rest.distinct, (pattern[start], *rest.items))
+        for middle in range(start + 1, end + 1):
+            if (first := repeated(start, middle)) is not None:
                 rest = best(middle, end)
-                if folded[0] + rest[0] < cost:
-                    cost, items = folded[0] + rest[0], (folded[1], *rest[1])
-        whole = _fold(start, end)
-        return (whole[0], (whole[1],)) if whole is not None and whole[0] < cost else (cost, items)
+                if first.distinct + rest.distinct < found.distinct:
+                    found = _Folded(first.distinct + rest.distinct, first.items + rest.items)
+        return found
 
     @functools.cache
-    def _fold(start: int, end: int) -> tuple[int, Repeat] | None:
-        """pattern[start:end] as its shortest period repeated, if it has one."""
+    def repeated(start: int, end: int) -> _Folded | None:
+        """pattern[start:end] as one Repeat of its shortest period; None if it has no period."""
         text = pattern[start:end]
         period = (text + text).find(text, 1)
         if period == len(text):
             return None
-        cost, items = solved(start, start + period)
-        return cost, Repeat(items, len(text) // period)
+        once = from_end(start, start + period)
+        return _Folded(once.distinct, (Repeat(once.items, len(text) // period),))
 
-    def solved(start: int, end: int) -> tuple[int, tuple[str | Repeat, ...]]:
-        """`best`, computed from the end, so that no call recurses further than to a cached result or a period."""
+    def from_end(start: int, end: int) -> _Folded:
+        """`best` after the results of all later starts, which it then finds cached: recursion stays shallow."""
         for later in range(end, start, -1):
             best(later, end)
         return best(start, end)
 
-    return solved(0, len(pattern))[1]
+    return from_end(0, len(pattern)).items
 
 
 class Place(NamedTuple):
@@ -88,7 +94,7 @@ class Place(NamedTuple):
     index: tuple[int, ...]
 
 
-def places(items: tuple[str | Repeat, ...]) -> list[Place]:
+def places(items: Items) -> list[Place]:
     """The place of every layer, in the order of the pattern."""
     found = []
     for number, item in enumerate(items):
@@ -100,7 +106,7 @@ def places(items: tuple[str | Repeat, ...]) -> list[Place]:
     return found
 
 
-def letters(items: tuple[str | Repeat, ...]) -> str:
+def letters(items: Items) -> str:
     """The pattern that was folded into `items`."""
     return "".join(item if isinstance(item, str) else letters(item.items) * item.count for item in items)
 
@@ -130,27 +136,26 @@ class Layer(nnx.Module):
         of_stream = {"hidden": stream_squares(h_btd, docs, plan), "change": change(x_btd, after_btd, docs, plan)}
         return after_btd, {**of_stream, **kept}
 
-    def start(self, room: Any, dtype: Any) -> Any:
-        """What the mixer is given with the first piece of a sequence. See `Stack.start`."""
-        return self.mixer.start(room, dtype)
+    def start(self, allocator: Any, dtype: Any) -> Any:
+        """What the mixer is `given` with the first piece of a sequence; see `Stack.start`."""
+        return self.mixer.start(allocator, dtype)
 
-    def cache_axes(self, room: Any) -> Any:
+    def cache_axes(self, allocator: Any) -> Any:
         """The logical axes of what `start` makes."""
-        return self.mixer.cache_axes(room)
+        return self.mixer.cache_axes(allocator)
 
 
 class Stack(nnx.Module):
     """Layers in order. A repetition is one child whose arrays have a leading axis, scanned over.
 
-    State enters and leaves layers as two trees of one form: a tuple with one entry per child, which is whatever the
-    layer's mixer takes and keeps (None if nothing), or, for a repetition, a nested tuple stacked along the leading
+    State enters and leaves layers as two trees of one form: a tuple with one entry per child. For a layer, the entry is
+    whatever its mixer takes or keeps (None if nothing); for a repetition, a nested tuple stacked along the leading
     axis. `given` goes in: routing to replay, caches of earlier tokens, probes (`layers/probe.py`). A call returns the
     residual stream and what the layers `kept`: routing statistics, each given cache with this call's tokens added, or
-    what a probe asks for.
-    The plan has a recipe for each layer, and possibly for layers after these.
+    the statistics that a probe requests. The plan has a recipe for each layer, and possibly for layers after these.
     """
 
-    def __init__(self, items: tuple[str | Repeat, ...], config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, items: Items, config: ModelConfig, rngs: nnx.Rngs):
         self.items, self.size = items, len(letters(items))
         self.children: Any = nnx.List([_child(item, config, rngs) for item in items])
 
@@ -165,24 +170,25 @@ class Stack(nnx.Module):
             start = stop
         return x_btd, tuple(kept)
 
-    def start(self, room: Any, dtype: Any) -> tuple[Any, ...]:
-        """What the layers are given with the first piece of each sequence: empty caches of this device's heads and
-        channels, in the form that `room` decides (`cache.Rows`, `slots.Slots`), with activations in `dtype`. Each later
-        piece is given `caches` of what the layers kept."""
+    def start(self, allocator: Any, dtype: Any) -> tuple[Any, ...]:
+        """What the layers are `given` with the first piece of each sequence: empty caches of this device's heads and
+        channels, in the form that the allocator decides (`cache.Rows`, `slots.Slots`), with activations in `dtype`.
+        Each later piece is given `caches` of what the layers kept."""
         started = []
         for item, child in zip(self.items, self.children, strict=True):
-            empty = child.start(room, dtype)
+            empty = child.start(allocator, dtype)
             if isinstance(item, Repeat):
                 empty = jax.tree.map(lambda a, n=item.count: jnp.broadcast_to(a, (n, *a.shape)), empty)
             started.append(empty)
         return tuple(started)
 
-    def cache_axes(self, room: Any) -> tuple[Any, ...]:
+    def cache_axes(self, allocator: Any) -> tuple[Any, ...]:
         """The logical axes of what `start` makes, without the axes that repetitions put in front."""
-        return tuple(child.cache_axes(room) for child in self.children)
+        return tuple(child.cache_axes(allocator) for child in self.children)
 
 
 def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """A Layer, or for a repetition one Stack whose arrays are stacked along a leading axis."""
     if isinstance(item, str):
         return Layer(item, config, rngs)
 
@@ -198,6 +204,7 @@ def _child(item: str | Repeat, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
 
 
 def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
+    """One layer under its remat policy."""
     graph, state = nnx.split(layer)
     plan = plan.of_layer()
 
@@ -212,6 +219,7 @@ def _apply(layer: Layer, x_btd: Array, docs: Documents, plan: Plan, given: Any) 
 
 
 def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
+    """The repetitions of a stack, one after another; given, and what they keep, are stacked along a leading axis."""
     graph, states = nnx.split(stack)
     count = len(jax.tree.leaves(states)[0])
     turns = [plan.of_layers(turn * stack.size, (turn + 1) * stack.size) for turn in range(count)]
@@ -220,10 +228,10 @@ def _scan(stack: Stack, x_btd: Array, docs: Documents, plan: Plan, given: Any) -
         state, given, each = inputs
         return nnx.merge(graph, state)(x_btd, docs, plan.with_each(each), given)
 
-    apart = lambda a: a.reshape(count, stack.size, *a.shape[1:])  # noqa: E731
-    each = (None, None) if plan.rounding is None else jax.tree.map(apart, plan.rounding.each)
+    by_turn = lambda a: a.reshape(count, stack.size, *a.shape[1:])  # noqa: E731
+    each = (None, None) if plan.rounding is None else jax.tree.map(by_turn, plan.rounding.each)
     if len({turn.recipes for turn in turns}) > 1:
-        # Unrolled, since some turns differ: a loop over the others would first copy their weights out.
+        # Unrolled, since some turns have other recipes: a loop over the rest would first copy their weights out.
         kept = []
         for index, turn in enumerate(turns):
             inputs = jax.tree.map(lambda a, index=index: a[index], (states, given, each))

@@ -18,9 +18,9 @@ ByLetter = dict[str, Any]
 
 
 def by_letter(stack: Any, items: Items, *, lead: int = 0) -> ByLetter:
-    """The arrays of a Stack's layers by letter, layers of one letter along axis `lead` in the order of the pattern.
+    """The arrays of a Stack's layers by letter; the layers of a letter lie along axis `lead`, in pattern order.
 
-    stack: its state, or a tuple such as its statistics; all its arrays share the axes in front of `lead`.
+    stack: a Stack's state, or a tuple such as its statistics; all its arrays share the axes before `lead`.
     """
     stacks = []
     for item, child in zip(items, _children(stack, len(items)), strict=True):
@@ -64,7 +64,7 @@ def joined(stacks: Sequence[ByLetter], *, lead: int = 0) -> ByLetter:
 
 
 def add_rows(total: Array, rows_r: Array, chunk: Array) -> Array:
-    """`total` (1, v, r, ...) with `rows_r` added to the first rows of a chunk, in place."""
+    """`total` (1, v, r, …) with `rows_r` added to the first rows of chunk `chunk`, in place."""
     zero = jnp.zeros_like(chunk)
     start = (zero, chunk) + (zero,) * (total.ndim - 2)
     old = lax.dynamic_slice(total, start, (1, 1, *rows_r.shape))
@@ -72,7 +72,7 @@ def add_rows(total: Array, rows_r: Array, chunk: Array) -> Array:
 
 
 def state_of(children: tuple[Any, ...]) -> dict[str, Any]:
-    """The state of a Stack whose items have these arrays; empty if none has any."""
+    """The state of a Stack whose items have these arrays, nested like `block.Items`; empty if none has any."""
     nested = [state_of(child) if isinstance(child, tuple) else child for child in children]
     found = {index: child for index, child in enumerate(nested) if child}
     return {"children": found} if found else {}
@@ -92,5 +92,5 @@ def concatenated(axis: int, *arrays: Array) -> Array:
 
 
 def plain(tree: Any) -> Any:
-    """Nested dicts of variables, from a State or part of one."""
+    """Nested dicts of variables, from an nnx.State or a part of one."""
     return {name: plain(part) for name, part in tree.items()} if isinstance(tree, Mapping) else tree

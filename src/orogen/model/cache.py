@@ -1,7 +1,7 @@
 """Caches: what layers keep of earlier tokens, so that a sequence may come in pieces, the last of them single tokens.
 
-A mixer makes its cache in `start` and names its logical axes in `cache_axes`. Both ask a room, which decides the form
-of the cache: `Rows` here, or `Slots`, for an engine, in `model.slots`.
+A mixer makes its cache in `start` and names its logical axes in `cache_axes`. Both call an allocator, which decides
+the form of the cache: `Rows` here, or `Slots`, for an engine, in `model.slots`.
 
 Pieces are consecutive: the documents of a piece are those of the whole row at the same positions, and every document of
 a row has an id of its own. The whole row at once and any division of it into pieces give the same outputs and gradients
@@ -71,8 +71,8 @@ class KeyValues(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What queries (b, t) read: values (b, s, …), their documents (b, s), the queries' positions (b, t) and the values'
-    (b, s), None if they are 0, 1, ..."""
+    """What queries (b, t) read: values (b, s, …), the documents of these (b, s), and the positions of queries (b, t)
+    and of values (b, s), int32. k_index None: the values' positions are 0, 1, …"""
 
     values: tuple[Array, ...]
     kv_segments_bs: Array
@@ -93,8 +93,7 @@ class Recurrent(NamedTuple):
 
     @classmethod
     def empty(cls, batch: int, taps: int, channels: Sequence[int], state: tuple[int, ...], dtype: Any) -> "Recurrent":
-        """The cache before the first token, for convolutions of `taps` taps over so many channels each, and states of
-        this shape."""
+        """The cache before the first token; arguments as in `Rows.recurrent`."""
         windows = tuple(jnp.zeros((batch, taps - 1, size), dtype) for size in channels)
         segments_bk = jnp.full((batch, max(taps - 1, 1)), EMPTY, jnp.int32)
         return cls(windows, jnp.zeros((batch, *state), jnp.float32), segments_bk)
@@ -105,8 +104,8 @@ class Recurrent(NamedTuple):
         return Recurrent(windows, state, jax.tree.map(lambda a: jnp.full_like(a, EMPTY), self.segments_bk))
 
     def halos(self, before: int, docs: Documents) -> list[tuple[Array, Array]]:
-        """Of each convolution the inputs (b, before, c) of the tokens before a piece, oldest first, and the documents
-        (b, before) of these."""
+        """For each convolution, the inputs (b, before, c) of the tokens before a piece, oldest first, and the documents
+        (b, before) of these tokens."""
         return [(window_bkc[:, -before:], self.segments_bk[:, -before:]) for window_bkc in self.windows]
 
     def entering(self, docs: Documents) -> Array:
@@ -121,7 +120,7 @@ class Recurrent(NamedTuple):
     def selective_scan(
         self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any
     ) -> tuple[Array, Array]:
-        """`kernels.selective_scan` in the same way."""
+        """`kernels.selective_scan`, likewise."""
         start_bin = self.entering(docs)
         return selective_scan(*operands, segments_bt=docs.segments_bt, initial_state_bin=start_bin, **settings)
 
@@ -138,14 +137,15 @@ class Recurrent(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Room for `batch` rows of at most `length` tokens, which may hold several documents and padding: the plain form of
-    every cache."""
+    """Allocates the plain form of every cache: `batch` rows of at most `length` tokens, which may hold several
+    documents and padding."""
 
     batch: int
     length: int
 
     def key_values(self, shapes: Sequence[tuple[int, ...]], dtype: Any, *, window: int | None = None) -> KeyValues:
-        """For attention that reads arrays of these shapes per token. All tokens stay, even those outside a `window`."""
+        """The cache of attention that reads arrays of these shapes per token. It keeps all tokens, even those outside a
+        `window`."""
         return KeyValues.empty(self.batch, self.length, shapes, dtype)
 
     def key_value_axes(self, axes: Sequence[tuple[str | None, ...]], *, window: int | None = None) -> KeyValues:
@@ -155,8 +155,9 @@ class Rows(NamedTuple):
     def recurrent(
         self, taps: int, channels: Sequence[int], state: tuple[int, ...], inputs: Sequence[tuple[int, ...]], dtype: Any
     ) -> Recurrent:
-        """For convolutions of `taps` taps over so many channels each, and states of this shape. inputs: the shapes of a
-        token's x, B and dt, for rooms that keep them."""
+        """The cache of a state-space mixer. taps: of its convolutions; channels: of each of them; state: the shape of
+        one row's state; inputs: the shapes of a token's x, B and dt, for allocators that keep them; dtype: of the
+        windows."""
         return Recurrent.empty(self.batch, taps, channels, state, dtype)
 
     def recurrent_axes(
@@ -170,7 +171,7 @@ class Rows(NamedTuple):
 
 
 def is_cache(one: Any) -> bool:
-    """Whether `one`, which a layer kept, is a cache, to be given with the next piece: caches have `with_piece`."""
+    """Whether `one`, which a layer kept, is a cache, to be given with the next piece: only caches have `with_piece`."""
     return hasattr(type(one), "with_piece")
 
 
@@ -197,7 +198,7 @@ def map_layers(function: Callable[..., Any], *trees: Any) -> Any:
 
 
 def require_one_context_rank(plan: Plan, given: Any) -> None:
-    """Raises ValueError if a cache of `Rows` is given while the sequence lies on several ranks of `context`."""
+    """Raises ValueError if a cache from `Rows` is given while the sequence is split over several ranks of `context`."""
     if isinstance(given, (KeyValues, Recurrent)) and plan.size("context") > 1:
         raise ValueError(f"context={plan.size('context')} with caches of earlier tokens: expected context=1")
 

@@ -38,8 +38,8 @@ def attend(
 ) -> Array:
     """Outputs (b, t, h, k) of `kernels.attention` for this rank's queries against the whole sequence.
 
-    With a kernel of `context_fused`, padding that recurs in a row is as many documents as the rank's parts show.
-    reading: how queries read the keys, if these are those of all tokens so far, which every rank has.
+    With a kernel of `context_fused`, padding that recurs in a row counts as several documents. reading: how queries
+    read the keys of a cache, which holds all tokens so far on every rank.
     """
     implementation = plan.config.attention
     kernel = partial(attention, implementation=implementation, window=window, scale=scale)
@@ -88,8 +88,8 @@ def _visits(plan: Plan):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _by_parts(operands: tuple[Array, ...], plan: Plan, options: _Options) -> tuple[Array, Array]:
-    """Outputs (b, t, h, k) and log-sum-exps (b, t, h) float32 of queries, keys, values and segments. The outputs have
-    the queries' dtype with a fused kernel, whose gradient takes them so, else float32."""
+    """Outputs (b, t, h, k) and float32 log-sum-exps (b, t, h) of queries, keys, values and segments. The outputs are
+    float32, but have the queries' dtype with a fused kernel, whose gradient requires that."""
     return _forward(operands, plan, options)[0]
 
 
@@ -116,10 +116,10 @@ def _forward(operands, plan, options):
 
 
 def _backward(plan, options, saved, cotangents):
-    """Sees all keys once more; the gradients of keys and values end on their own rank."""
+    """Visits the keys of all ranks once more; the gradients of keys and values arrive on their own rank."""
     q_bthk, *own, y_bthk, lse_bth = saved
     dy_bthk, dlse_bth = cotangents
-    # Else XLA may merge the exchanges of both passes, and hold other ranks' keys from one to the other.
+    # Otherwise XLA may merge the exchanges of both passes, and hold other ranks' keys from one pass to the other.
     (k_btgk, v_btgk, segments_bt), dy_bthk = lax.optimization_barrier((own, dy_bthk))
     own = k_btgk, v_btgk, segments_bt
     time, method = q_bthk.shape[1], _method(plan, options)

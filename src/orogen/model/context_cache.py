@@ -1,10 +1,10 @@
 """Pieces of a text that are split over the ranks of `context`, and the caches of `model.slots` that they continue.
 
-Every rank has a copy of the caches. It computes its own tokens of a piece, as in training, and writes to its copy what
-all ranks contribute: keys and values, which are gathered; the last inputs of convolutions; and the states, which pass
-from part to part. So a piece may follow any other and begin anywhere in its text.
+Every rank has a copy of the caches. It computes its own tokens of a piece, as in training, and writes the contributions
+of all ranks to its copy: keys and values, which are gathered; the last inputs of convolutions; and the states, which
+are passed from part to part. So a piece may follow any other piece and begin anywhere in its text.
 
-With one rank of `context`, these functions use a cache in the plain way.
+With one rank of `context`, these functions just call the cache's methods.
 
 Letters: b rows, t time of this rank, k tokens of a convolution's window.
 """

@@ -1,8 +1,9 @@
-"""Blocks of context attention by a fused kernel that knows lengths, but no documents.
+"""Blocks of context attention by a fused kernel that takes the lengths of rows, but no documents.
 
-Among a rank's own tokens, each run of equal segments is one causal call. Between two parts of the sequence, at most one
-document crosses: its tokens end the earlier part and begin the later one. Keys may come in any order where all are
-seen, so with the keys reversed the document is at the front of both, where two lengths describe it.
+Among a rank's own tokens, each run of equal segments is one causal call. At most one document crosses from one part of
+the sequence to a later one: its tokens end the earlier part and begin the later one. The order of keys does not matter
+where all of them are visible. So the keys are reversed, which puts the document at the front of both parts, where two
+lengths describe it.
 
 Letters: b batch, t queries, s keys, h query heads, g key heads, k head size.
 """
@@ -24,10 +25,15 @@ KERNELS = {"cudnn": (attend_cudnn, pull_cudnn)}
 
 
 def fused(implementation: str, scale: float) -> Method:
-    """The method of a kernel. The gradient leaves out the log-sum-exps' own cotangents, so nothing may use them."""
+    """The method of a kernel. Its gradient ignores cotangents of the log-sum-exps, so nothing may be computed from
+    them."""
     attend, pull = (partial(kernel, scale=scale) for kernel in KERNELS[implementation])
-    attention = _Call(lambda qkv, _, *lengths, causal: attend(qkv, *lengths, causal=causal), "qq", (0, LOWEST))
-    gradient = _Call(pull, "qkk", (0, 0, 0))
+
+    def run_attention(qkv: Any, softmax: None, *lengths: Any, causal: bool) -> tuple[Array, ...]:
+        return attend(qkv, *lengths, causal=causal)
+
+    attention = _Call(run_attention, (_Result("queries", 0), _Result("queries", LOWEST)))
+    gradient = _Call(pull, (_Result("queries", 0), _Result("keys", 0), _Result("keys", 0)))
 
     def attend_own(queries: Queries, keys: Keys) -> Sums:
         return _sums(*_own(attention, queries, keys, None))
@@ -47,13 +53,20 @@ def fused(implementation: str, scale: float) -> Method:
     return Method(attend_own, attend_pairs, pull_own, pull_pairs)
 
 
+class _Result(NamedTuple):
+    """One result of a call: whether its axis of time is that of the `queries` or of the `keys`, and its value where
+    nothing is visible."""
+
+    time: str
+    unseen: float
+
+
 class _Call(NamedTuple):
-    """run: (q, k, v), the whole softmax and lengths -> results; of: whether each result is of queries (q) or keys (k);
-    unseen: its value where nothing is seen."""
+    """A kernel: run takes (q, k, v), the whole softmax (None for attention itself) and lengths, and returns
+    `results`."""
 
     run: Callable[..., tuple[Array, ...]]
-    of: str
-    unseen: tuple[float, ...]
+    results: tuple[_Result, ...]
 
 
 def _own(call: _Call, queries: Queries, keys: Keys, softmax: Softmax | None) -> tuple[Array, ...]:
@@ -94,19 +107,19 @@ def _later(call: _Call, queries: Queries, keys: Keys, softmax: Softmax | None) -
     q_length_b = _leading(queries.segments_bt == document_b1)
     k_length_b = jnp.where(q_length_b > 0, _leading(jnp.flip(keys.segments_bs == document_b1, 1)), 0)
     operands = vary_like((qkv, softmax), (qkv, softmax, q_length_b, k_length_b))
-    lengths = {"q": q_length_b, "k": k_length_b}
+    lengths = {"queries": q_length_b, "keys": k_length_b}
 
     def by_lengths(qkv, softmax):
         q_bthk, *kv = qkv
         at_least_one = Lengths(*(jnp.maximum(length_b, 1) for length_b in lengths.values()))
         reversed_ = (q_bthk, *(jnp.flip(a, 1) for a in kv))
         results = call.run(reversed_, softmax, at_least_one, causal=False)
-        return tuple(masked(*result) for result in zip(results, call.of, call.unseen, strict=True))
+        return tuple(map(masked, results, call.results))
 
-    def masked(a: Array, of: str, unseen: float) -> Array:
-        inside_bt = jnp.arange(a.shape[1]) < lengths[of][:, None]
-        a = jnp.where(_beside(inside_bt, a), a, jnp.asarray(unseen, a.dtype))
-        return jnp.flip(a, 1) if of == "k" else a
+    def masked(a: Array, result: _Result) -> Array:
+        inside_bt = jnp.arange(a.shape[1]) < lengths[result.time][:, None]
+        a = jnp.where(_beside(inside_bt, a), a, jnp.asarray(result.unseen, a.dtype))
+        return jnp.flip(a, 1) if result.time == "keys" else a
 
     all_seen = jnp.all((q_length_b == qkv[0].shape[1]) & (k_length_b == qkv[1].shape[1]))
     plain = lambda *operands: tuple(call.run(*operands, None, causal=False))  # noqa: E731

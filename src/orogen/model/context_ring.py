@@ -1,4 +1,4 @@
-"""Keys of other context ranks: how they come to this rank, and which of them its queries see.
+"""Keys of other context ranks: how they reach this rank, and which of them are visible to its queries.
 
 Each rank's tokens are two parts, the first early and the second late in the sequence (`parallel.context`). Of the four
 pairs of one of this rank's parts with one of another's, exactly two are visible, each of them whole. The second part's
@@ -22,11 +22,11 @@ Step = Callable[[Any, Any, Array], tuple[Any, Any]]
 
 
 def around(step: Step, carry: Any, keys: Any, shares: Any, plan: Plan) -> tuple[Any, Any]:
-    """The carry after a `step` for every other rank, nearest first, and the sum of what all ranks' steps and its own
-    `shares` give to this rank.
+    """The carry after a `step` for every other rank, nearest first; and the sum of the shares that the steps of all
+    ranks computed for this one, and of its own `shares`.
 
-    Keys go round the ring; shares follow them, and go one rank further. Neither's sending waits for the step beside it,
-    nor the step for them: the next keys are sent first, and the shares so far are added last.
+    Keys travel around the ring; shares follow them, one rank further. Communication and computation overlap: a step
+    sends the next keys before it computes, and adds the shares that it received only afterwards.
     """
     ranks = plan.size("context")
 

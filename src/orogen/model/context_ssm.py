@@ -22,7 +22,8 @@ from orogen.parallel.plan import Plan
 
 
 class Convolution(Protocol):
-    """A causal convolution of `taps` tokens."""
+    """A causal convolution of `taps` tokens: (b, t, c) from x_btc. Tokens of other segments than a token's own do not
+    contribute to it. halo_bkc, halo_segments_bk: the `taps` - 1 tokens before the first; None: zeros."""
 
     taps: int
 

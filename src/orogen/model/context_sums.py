@@ -1,4 +1,4 @@
-"""What passes between context attention and the methods that attend to a block of keys.
+"""The types by which context attention calls a method that attends to a block of keys.
 
 Letters: b batch, t queries of this rank or block, s keys, h query heads, g key heads, k head size.
 """
@@ -49,8 +49,8 @@ class Given(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How a rank attends to its own keys, and to those of two visible pairs of blocks, all of each of which is earlier
-    in the sequence than the queries. All results are float32.
+    """How a rank attends to its own keys, and to two pairs of blocks of queries and keys. In each pair, all keys are
+    earlier in the sequence than the queries. All results are float32.
 
     attend_own: (queries, keys) -> sums; attend_pairs: (queries, keys) twice -> the sums of each.
     pull_own: ((queries, given), keys) -> gradients of queries and of (keys, values); pull_pairs: the same, twice.
@@ -70,5 +70,5 @@ def merge(one: Sums, other: Sums) -> Sums:
 
 
 def unseen_unless(condition: Array, sums: Sums) -> Sums:
-    """`sums`, or those of no keys."""
+    """`sums` where the condition holds, else the sums over no keys."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), sums, Sums(jnp.float32(0), jnp.float32(LOWEST)))

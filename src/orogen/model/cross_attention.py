@@ -1,4 +1,4 @@
-"""Layers by which a language model learns to see: tanh-gated cross-attention to images, and a tanh-gated MLP.
+"""The layers that connect a language model to images: tanh-gated cross-attention, and a tanh-gated MLP.
 
 Both begin as the identity, since their gates are zero: a model into which they are inserted computes what it did
 before. Source: Flamingo, arXiv:2204.14198, section 3.1.2, whose GATED XATTN-DENSE block is the two layers `xg`.
@@ -25,9 +25,11 @@ from orogen.parallel.varying import vary_like
 
 
 class Images(NamedTuple):
-    """What a cross-attention layer is given. vectors_bnd: the images of each row, resampled; image_bn: the image, 1, 2,
-    …, that each vector belongs to, int32; image_bt: the image that each token sees, 0 for none: the latest one before
-    it in its own document."""
+    """What a cross-attention layer is `given`.
+
+    vectors_bnd: the images of each row, resampled. image_bn: int32, the image, 1, 2, …, that each vector belongs to.
+    image_bt: int32, the image that each token attends to: the latest before it in its own document, 0 for none.
+    """
 
     vectors_bnd: Any
     image_bn: Any
@@ -35,10 +37,10 @@ class Images(NamedTuple):
 
 
 class GatedCrossAttention(nnx.Module):
-    """tanh(gate) · softmax(q kᵀ / √k) v W_o over the vectors of the image that a token sees; 0 if it sees none.
+    """tanh(gate) · softmax(q kᵀ / √k) v W_o over the vectors of the image that a token attends to; 0 without one.
 
-    Products are in the compute dtype whatever the recipe: the vectors of images are not tokens, whose numbers and
-    sequences the roundings of a recipe go by.
+    Products are in the compute dtype whatever the recipe: a recipe rounds by token index and sequence, which the
+    vectors of images do not have.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -52,7 +54,7 @@ class GatedCrossAttention(nnx.Module):
         self.tanh_gate = parameter(jnp.zeros(1), ("norm",))
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Images | None = None) -> tuple[Array, None]:
-        """y (b, t, d). Text alone is given nothing."""
+        """y (b, t, d); zeros for text without images, where nothing is given."""
         if given is None:
             return jnp.zeros_like(x_btd), None
         with jax.named_scope("in_proj"):
@@ -68,10 +70,10 @@ class GatedCrossAttention(nnx.Module):
             y_btd = plan.leave(linear_plain(y_bthk.reshape(*y_bthk.shape[:2], -1), self.out, plan))
         return gated(y_btd, self.tanh_gate), None
 
-    def start(self, room: Any, dtype: Any) -> None:
-        """None: it remembers no tokens, and is given its images with every piece."""
+    def start(self, allocator: Any, dtype: Any) -> None:
+        """None: it keeps no tokens, and is given its images with every piece."""
 
-    def cache_axes(self, room: Any) -> None:
+    def cache_axes(self, allocator: Any) -> None:
         """None, as in `start`."""
 
     def _heads(self, x_btf: Array) -> Array:
@@ -89,10 +91,10 @@ class GatedMLP(nnx.Module):
         """y (b, t, d)."""
         return gated(self.mlp.transform(x_btd, plan), self.tanh_gate), None
 
-    def start(self, room: Any, dtype: Any) -> None:
-        """None: tokens do not see each other here."""
+    def start(self, allocator: Any, dtype: Any) -> None:
+        """None: the layer treats each token by itself."""
 
-    def cache_axes(self, room: Any) -> None:
+    def cache_axes(self, allocator: Any) -> None:
         """None, as in `start`."""
 
 
@@ -104,7 +106,8 @@ def gated(y_btd: Array, gate: nnx.Param) -> Array:
 def attend_all(
     q_bthk: Array, k_bngk: Array, v_bngk: Array, group_bt: Array | None = None, group_bn: Array | None = None
 ) -> Array:
-    """Attention (b, t, h, k) of each query to all keys of its group, earlier or later; None: one group."""
+    """Attention (b, t, h, k) of each query to all keys of its group, whether earlier or later. Groups None: one
+    group."""
     last_t = jnp.full(q_bthk.shape[1], k_bngk.shape[1] - 1, jnp.int32)  # no key comes after any query
     # All scores at once: a row has far fewer vectors of images than tokens.
     return attention(
@@ -114,9 +117,8 @@ def attend_all(
 
 
 def seen_by(items: tuple[Any, ...], images: Images | None, letter: str = "x") -> Any:
-    """`images` as a stack of these items takes them: an entry for each of its cross-attention layers. None for none.
-
-    items: letters and repetitions (`block.Repeat`)."""
+    """`images` as a stack of these items (`block.Items`) is given them: an entry per cross-attention layer. None if
+    there are no images."""
     if images is None:
         return None
     found = []

@@ -42,7 +42,8 @@ def scores(h_btd: Array, model: LanguageModel, plan: Plan) -> Array:
     with jax.named_scope("score"):
         found_bt, ranks = embedding.scores(plan.deal(h_btd), model.score, plan), plan.size("tensor")
         mine_t = jnp.repeat(jnp.arange(ranks), found_bt.shape[1]) == plan.index("tensor")
-        # A sum with zeros, not a gather: it is one value on all ranks of tensor, and counts once.
+        # A sum with zeros, not a gather, since its type is one value on all ranks of tensor, whose gradient counts
+        # once.
         return plan.sum(jnp.where(mine_t, jnp.tile(found_bt, (1, ranks)), 0), "tensor")
 
 
@@ -50,7 +51,7 @@ def judge(h_btd: Array, model: LanguageModel, targets_bt: Array, plan: Plan) -> 
     """The log-likelihood (b, t) float32 of each target, and whether it is the most likely token; see `token_nats`."""
     with jax.named_scope("cross_entropy"):
         operands, settings = _read(h_btd, model, plan)
-        del settings["implementation"]  # there is one
+        del settings["implementation"]  # this kernel has only one
         found = cross_entropy.judge(*operands, targets_bt.reshape(-1), **settings)
         return cross_entropy.Judged(*(x_n.reshape(targets_bt.shape) for x_n in found))
 
@@ -79,7 +80,7 @@ def most_likely(h_btd: Array, model: LanguageModel, count: int, plan: Plan) -> d
     Raises ValueError if the vocabulary has fewer."""
     with jax.named_scope("most_likely"):
         operands, settings = _read(h_btd, model, plan)
-        del settings["implementation"]  # there is one
+        del settings["implementation"]  # this kernel has only one
         reduce = Reduce(settings.pop("reduce_max"), settings.pop("reduce_sum"))
         gather = lambda x_nk: plan.gather(x_nk, "vocab", dim=1)  # noqa: E731
         found = divergence.most_likely(*operands, count, reduce=reduce, gather=gather, **settings)

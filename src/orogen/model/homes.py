@@ -1,4 +1,4 @@
-"""Where the parameters of each layer are in the tree of a model's."""
+"""Where each layer's parameters are in a model's tree of parameters."""
 
 import itertools
 from typing import NamedTuple
@@ -8,7 +8,8 @@ from orogen.model.block import places, repeats
 
 
 class Home(NamedTuple):
-    """Where a layer's parameters are: the path of its module, and its index in their leading axes."""
+    """Where a layer's parameters are: the path of its module in the tree, and the layer's index in the leading axes
+    that repetition adds to the module's arrays."""
 
     letter: str
     path: tuple[str | int, ...]
@@ -16,7 +17,7 @@ class Home(NamedTuple):
 
 
 def homes(config: ModelConfig) -> list[Home]:
-    """The home of each layer, counted along the pattern, those of the multi-token-prediction block last."""
+    """The home of each layer in pattern order, those of the multi-token-prediction block last."""
     found = []
     for stem, pattern in ((("backbone",), config.layers.main), (("mtp", "layers"), config.layers.mtp)):
         for letter, place in zip(pattern, places(repeats(pattern)), strict=True):

@@ -22,24 +22,25 @@ from orogen.parallel.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Every device has every layer: the backbone's pattern and the MTP block's. `Stages` has the same interface."""
+    """Every device has every layer: those of the backbone's pattern and of the MTP block's. `Stages` has the same
+    interface."""
 
     main: str
     mtp: str
 
     @property
     def chunks(self) -> list[tuple[str, str]]:
-        """The layers that a device runs one after another: of the backbone, and of the MTP block."""
+        """The patterns of backbone and MTP block for each chunk: here there is one."""
         return [(self.main, self.mtp)]
 
     @property
     def segmented(self) -> tuple[str, ...]:
-        """The segments of a pipeline: none."""
+        """The pattern's pipeline segments: none."""
         return ()
 
     @property
     def filled(self) -> dict[str, float]:
-        """See `Stages.filled`: there are no rows without a layer here."""
+        """See `Stages.filled`: here, no array has rows without a layer."""
         return {}
 
     def split(self, state: nnx.State) -> nnx.State:
@@ -52,9 +53,12 @@ class Whole:
 
     def layer(self, state: nnx.State, number: int) -> nnx.State:
         """The parameters or buffers of one layer, counted along the pattern, with the MTP block's layers last."""
-        deeper = number >= len(self.main)
-        tree: Any = state.get(MTP, {}).get(LAYERS, {}) if deeper else state.get(BACKBONE, {})
-        place = places(repeats(self.mtp if deeper else self.main))[number - deeper * len(self.main)]
+        if number < len(self.main):
+            tree: Any = state.get(BACKBONE, {})
+            place = places(repeats(self.main))[number]
+        else:
+            tree = state.get(MTP, {}).get(LAYERS, {})
+            place = places(repeats(self.mtp))[number - len(self.main)]
         for child in place.path:
             tree = tree.get("children", {}).get(child, {})
         return nnx.State(jax.tree.map(lambda a: a[place.index], plain(tree)))
@@ -74,11 +78,11 @@ class Whole:
         return plan.spec()
 
     def choice_specs(self, plan: Plan, depths: int) -> Any:
-        """PartitionSpecs of routers' choices (m, …, b, t, …): of each stack in the order in which they run."""
+        """PartitionSpecs of the routers' choices (m, …, b, t, …), one tree per stack in the order in which they run."""
         return tuple(_choice_specs(items, plan, 1) for items in (repeats(self.main), *[repeats(self.mtp)] * depths))
 
     def split_replay(self, replay: tuple[Any, ...]) -> Any:
-        """Replays (m, …, b, t, k) of the whole model's stacks, in the form used by this layout."""
+        """Replays (m, …, b, t, k) of the whole model's stacks, in this layout's form."""
         return replay
 
 

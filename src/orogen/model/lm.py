@@ -39,11 +39,12 @@ class LanguageModel(nnx.Module):
         self.head = None if config.tie_word_embeddings else Head(config, rngs)
         self.mtp = MTPBlock(config, rngs, fold(config.layers.mtp)) if config.layers.mtp else None
         self.resampler = Resampler(config, rngs) if "x" in config.layers.main else None
-        self.score = ScoreHead(config, rngs) if config.score_head else None  # last: others draw the same numbers
+        self.score = ScoreHead(config, rngs) if config.score_head else None  # last, so that it shifts no random draws
         self.mtp_depths, self.vocab_size = config.mtp_depths, config.vocab_size
 
     def given_images(self, extras: Mapping[str, Array], plan: Plan) -> Any:
-        """What the backbone's cross-attention layers are given of a batch with these extras; None without images."""
+        """The images that the backbone's cross-attention layers are `given` for a batch with these extras; None without
+        images."""
         images = None if self.resampler is None else self.resampler.images(extras, plan)
         return seen_by(self.backbone.items, images)
 
@@ -57,7 +58,7 @@ class LanguageModel(nnx.Module):
     def deeper(
         self, h_btd: Array, tokens_bt: Array, docs: Documents, plan: Plan, given: Any = None
     ) -> list[tuple[Array, Any]]:
-        """(hidden state, what the layers keep) of each multi-token-prediction depth 1, 2, …; none without a block."""
+        """(hidden state, what the layers keep) of each multi-token-prediction depth 1, 2, …; empty without a block."""
         depths = []
         if self.mtp is None:
             return depths
@@ -88,8 +89,8 @@ class LanguageModel(nnx.Module):
 
 
 class Built(NamedTuple):
-    """A model taken apart: its static graph, and its parameters and buffers as abstract arrays with axis names, laid
-    out by `layout`, with `vocab_rows` rows for a vocabulary of `vocab_size`."""
+    """A model split into its static graph and abstract parameters and buffers, which carry axis names and are laid out
+    by `layout`, with `vocab_rows` rows for a vocabulary of `vocab_size`."""
 
     graph: nnx.GraphDef
     params: nnx.State
@@ -121,11 +122,11 @@ def build(config: ModelConfig, layout: Layout | None = None, vocab_rows: int | N
 def written_out(
     config: ModelConfig, built: Built, *states: nnx.State, release: bool = False
 ) -> tuple[Built, tuple[nnx.State, ...]]:
-    """The same model, laid out whole, with every layer separate, and its parameters or buffers in that form: a loop
-    over layers would copy each one's weights out of their stack, which takes as long as a step of decoding.
+    """The same model, laid out whole and with every layer separate, and its parameters or buffers in that form. For
+    decoding: a loop over layers would copy each layer's weights out of their stack, which takes as long as a step.
 
     release: the arrays of repeated layers move to the host, are deleted, and come back layer by layer, so that the
-    devices never hold more than the weights once; the states given cannot be used any more.
+    devices never hold the weights twice; the given states cannot be used afterwards.
     """
     model = jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0), repeated=False))
     graph = nnx.split(model)[0]

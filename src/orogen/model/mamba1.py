@@ -3,6 +3,7 @@
 Letters: b batch, t time, d model, i inner channels, r rank of the time step, n state.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,7 +55,8 @@ class Mamba1(nnx.Module):
         self.out_bias = projection_bias(config, size, "norm")
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given a cache of earlier tokens' window and state, continues from it and returns it updated."""
+        """y (b, t, d), and what is kept. Given a cache of earlier tokens' window and state, it continues from them and
+        returns the updated cache."""
         probe, given = probe_of(given)
         require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
@@ -67,8 +69,7 @@ class Mamba1(nnx.Module):
         with jax.named_scope("selective_scan"):
             y_bti, state = self._scan(x_bti, docs, plan, given)
         with jax.named_scope("gate"):
-            gated = lambda y_bti, z_bti: (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(x_btd.dtype)  # noqa: E731
-            y_bti = checkpoint_name(from_inputs(gated)(y_bti, z_bti), "gated")
+            y_bti = checkpoint_name(from_inputs(partial(_gated, dtype=x_btd.dtype))(y_bti, z_bti), "gated")
         with jax.named_scope("out_proj"):
             # The ranks' partial products are summed first, so that the bias is added once.
             y_btd = add_bias(plan.leave(linear(y_bti, self.out, plan, "mamba_out")), self.out_bias)
@@ -77,22 +78,22 @@ class Mamba1(nnx.Module):
             kept = with_inputs(given, inputs, state, docs, plan, window=self.conv.taps - 1)
         return y_btd, kept
 
-    def start(self, room: Any, dtype: Any) -> Any:
-        """The cache before the first token, of the same size however many tokens come."""
+    def start(self, allocator: Any, dtype: Any) -> Any:
+        """The cache before the first token; its size does not depend on the number of tokens."""
         channels, state = self.A_log[...].shape[-2:]
         inputs = (channels,), (state,), (channels,)
-        return room.recurrent(self.conv.taps, (channels,), (channels, state), inputs, dtype)
+        return allocator.recurrent(self.conv.taps, (channels,), (channels, state), inputs, dtype)
 
-    def cache_axes(self, room: Any) -> Any:
+    def cache_axes(self, allocator: Any) -> Any:
         """The logical axes of what `start` makes."""
         inputs = ("mamba_heads",), (None,), ("mamba_heads",)
-        return room.recurrent_axes(("mamba_heads",), ("mamba_heads", None), inputs)
+        return allocator.recurrent_axes(("mamba_heads",), ("mamba_heads", None), inputs)
 
     def _scan(self, x_bti: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
-        """The scan's output plus D x, float32, and, if a cache is given, the state after the last token, in the form in
-        which the cache holds it."""
+        """The scan's output plus D x (b, t, i), float32; and the state (b, i, n) after the last token, as the given
+        cache stores it, or None without a cache."""
         segments_bt, state = docs.segments_bt, None
-        # The time step's low-rank part, B and C sum over all channels, and each rank holds only its own.
+        # The time step's low-rank part, B and C are sums over all channels, of which each rank holds only its own.
         parts = tuple(linear_plain(x_bti, w, plan) for w in (self.dt_down, self.B, self.C))
         dt_btr, B_btn, C_btn = (checkpoint_name(a, "x_proj") for a in plan.sum(parts, "mamba_heads"))
         # The ranks' gradients of B and C are summed here, where they are smallest, once each.
@@ -116,3 +117,8 @@ class Mamba1(nnx.Module):
             y_bti = scan_over_parts(operands, segments_bt, plan, chunk_size=CHUNK)
         y_bti = from_inputs(lambda y_bti, x_bti, D_i: y_bti + D_i * x_bti)(y_bti, x_bti, D_i)
         return to_tokens(y_bti, plan) if by_heads else y_bti, state
+
+
+def _gated(y_bti: Array, z_bti: Array, *, dtype: Any) -> Array:
+    """y · silu(z), multiplied in float32."""
+    return (y_bti * jax.nn.silu(z_bti.astype(jnp.float32))).astype(dtype)

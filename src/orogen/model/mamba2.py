@@ -67,11 +67,8 @@ class Mamba2(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, heads = config.hidden_size, config.mamba_num_heads
         inner, states = heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
-        self.head_dim, self.state_size, self.chunk_size = (
-            config.mamba_head_dim,
-            config.ssm_state_size,
-            config.chunk_size,
-        )
+        self.head_dim, self.state_size = config.mamba_head_dim, config.ssm_state_size
+        self.chunk_size = config.chunk_size
         self.time_step_range = config.time_step_min, config.time_step_max
         project = lambda width, axis: normal(rngs, (size, width), ("embed", axis), std=config.init_std)  # noqa: E731
         self.z, self.x = project(inner, "mamba_heads"), project(inner, "mamba_heads")
@@ -92,7 +89,8 @@ class Mamba2(nnx.Module):
         self.out_bias = projection_bias(config, size, "norm")
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d); given a cache of earlier tokens' windows and state, continues from it and returns it updated."""
+        """y (b, t, d), and what is kept. Given a cache of earlier tokens' windows and state, it continues from them and
+        returns the updated cache; given a probe, it returns statistics."""
         probe, given = probe_of(given)
         require_one_context_rank(plan, given)
         with jax.named_scope("in_proj"):
@@ -119,29 +117,26 @@ class Mamba2(nnx.Module):
             kept = with_inputs(given, inputs, state, docs, plan, window=self.conv_x.taps - 1)
         return y_btd, kept
 
-    def start(self, room: Any, dtype: Any) -> Any:
-        """The cache before the first token, of the same size however many tokens come."""
+    def start(self, allocator: Any, dtype: Any) -> Any:
+        """The cache before the first token; its size does not depend on the number of tokens."""
         channels = [conv.weight[...].shape[-2] for conv in (self.conv_x, self.conv_B, self.conv_C)]
         heads, size = self.D[...].shape[-1], self.state_size
         inputs = (heads, self.head_dim), (channels[1] // size, size), (heads,)
-        return room.recurrent(self.conv_x.taps, channels, (heads, self.head_dim, size), inputs, dtype)
+        return allocator.recurrent(self.conv_x.taps, channels, (heads, self.head_dim, size), inputs, dtype)
 
-    def cache_axes(self, room: Any) -> Any:
+    def cache_axes(self, allocator: Any) -> Any:
         """The logical axes of what `start` makes."""
         inputs = ("mamba_heads", None), ("groups", None), ("mamba_heads",)
-        return room.recurrent_axes(("mamba_heads", "groups", "groups"), ("mamba_heads", None, None), inputs)
+        return allocator.recurrent_axes(("mamba_heads", "groups", "groups"), ("mamba_heads", None, None), inputs)
 
     def _scan(self, inputs: tuple[Array, ...], docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
-        """The SSD's output (b, t, i) from its inputs x, B, C and dt, and, if a cache is given, the state (b, h, p, n)
-        after the last token, in the form in which the cache holds it."""
+        """The SSD's output (b, t, i) from its inputs x, B, C and dt; and the state (b, h, p, n) after the last token,
+        as the given cache stores it, or None without a cache."""
         x_bti, B_btc, C_btc, dt_bth = inputs
         segments_bt, state = docs.segments_bt, None
         split = lambda a, size: a.reshape(*a.shape[:2], -1, size)  # noqa: E731
-        x_bthp, B_btgn, C_btgn = (
-            split(x_bti, self.head_dim),
-            split(B_btc, self.state_size),
-            split(C_btc, self.state_size),
-        )
+        x_bthp = split(x_bti, self.head_dim)
+        B_btgn, C_btgn = split(B_btc, self.state_size), split(C_btc, self.state_size)
         vectors = self.dt_bias[...], self.A_log[...], self.D[...]
         by_heads = plan.config.context_ssm == "heads" and plan.size("context") > 1
         if by_heads:
@@ -149,8 +144,7 @@ class Mamba2(nnx.Module):
             segments_bt = whole(segments_bt, plan)
             vectors = tuple(plan.piece(v, "context", dim=0) for v in vectors)
         dt_bias_h, A_log_h, D_h = vectors
-        step = lambda dt, bias: jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.time_step_range)  # noqa: E731
-        dt_bth = from_inputs(step)(dt_bth, dt_bias_h)
+        dt_bth = from_inputs(self._time_step)(dt_bth, dt_bias_h)
         operands = (x_bthp, dt_bth, -jnp.exp(A_log_h), B_btgn, C_btgn)
         settings = {"skip_h": D_h, "chunk_size": self.chunk_size, "implementation": plan.config.ssd}
         if given is not None:
@@ -160,6 +154,10 @@ class Mamba2(nnx.Module):
         else:
             y_bthp = ssd_over_parts(operands, D_h, segments_bt, plan, chunk_size=self.chunk_size).astype(x_bti.dtype)
         return (to_tokens(y_bthp, plan) if by_heads else y_bthp).reshape(x_bti.shape), state
+
+    def _time_step(self, dt_bth: Array, bias_h: Array) -> Array:
+        """softplus(dt + bias), float32, clipped if the config has bounds."""
+        return jnp.clip(jax.nn.softplus(dt_bth.astype(jnp.float32) + bias_h), *self.time_step_range)
 
 
 def projection_bias(config: ModelConfig, width: int, axis: str) -> nnx.Param | None:

@@ -9,19 +9,19 @@ import jax
 from orogen.config.remat import Remat
 from orogen.parallel.placement import DEVICE, HOST
 
-# Operations as expensive to recompute as matrix products: our own kernels (those of Mosaic GPU inside a function with a
-# batching rule), and the router's sorting, whose results are small. A policy sees the operations of a custom derivative
-# rule, but not those inside another function with such a rule, so our rules call kernels directly.
+# Operations as expensive to recompute as matrix products: our own kernels (those of Mosaic GPU are called inside a
+# function with a batching rule), and the router's sorting, whose results are small. A policy sees the operations of a
+# custom derivative rule, but not those inside another function with such a rule, so our rules call kernels directly.
 FUSED = ("pallas_call", "custom_vmap_call", "sort", "top_k")
 
 
 def checkpointed(call: Callable[..., Any], remat: Remat, *, weights_behind: bool) -> Callable[..., Any]:
     """`call`, a function of weights and three other arguments, whose gradient saves the intermediates that `remat`
-    names and recomputes the others.
+    keeps and recomputes the others.
 
-    The recomputation reads its operands through an optimization barrier, so that XLA does not merge it with the first
-    computation. The weights go through it too if `weights_behind`, where much is computed from them alone; otherwise
-    not, since each layer's would be copied out of their stack.
+    The recomputation reads its operands through an optimization barrier, so that XLA does not merge it with the forward
+    computation. weights_behind: whether the weights pass the barrier too. That is right where much is computed from
+    weights alone; elsewhere it would only copy each layer's weights out of their stack.
     """
     # With prevent_cse per argument, jax 0.11.2 raises an AssertionError if a derivative rule holds a constant array.
     behind = (weights_behind, True, True, True)
@@ -47,8 +47,8 @@ def _policy(remat: Remat) -> Callable[..., Any]:
 
 
 def _is_product(primitive: Any, operands: tuple[Any, ...]) -> bool:
-    """Whether an operation costs as much as a matrix product. Those with batch axes do not count: they are attention's,
-    whose core is saved by name or recomputed."""
+    """Whether an operation costs as much as a matrix product. Products with batch axes do not count: they belong to
+    attention, whose core is saved by name or recomputed."""
     if primitive.name == "dot_general":
         return all(len(operand.shape) == 2 for operand in operands)
     return primitive.name in FUSED

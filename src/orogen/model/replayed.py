@@ -11,11 +11,11 @@ from orogen.model.stored_state import Run, updated
 
 
 class Replayed(NamedTuple):
-    """A state as it was some tokens ago (`stored_state`), and a ring of the inputs since then, of which each row has
-    `cursor_b`, int32; see `kernels.replay`.
+    """A state as it was some tokens ago (`stored_state`), and a ring with the inputs of the tokens since then: each row
+    has `cursor_b` of them, int32; see `kernels.replay`.
 
-    A row's state moves on when its next tokens would not fit into the ring, so states are read for every token but
-    rarely written. Tokens are rolled back by moving the cursor.
+    A row's state is updated only when its next tokens would not fit into the ring, so states are read for every token
+    but rarely written. Tokens are rolled back by moving the cursor.
     """
 
     state: Any
@@ -23,8 +23,8 @@ class Replayed(NamedTuple):
     cursor_b: Any
 
     def moved(self, run: Run, flush_b: Array, seeds_b2: Array | None) -> "Replayed":
-        """With states that have the ring's inputs in the rows of `flush_b`. run: given a state and seeds, the new state
-        and cursors, as of `kernels.replay`."""
+        """With the ring's inputs applied to the states of the rows in `flush_b`. run: (state, seeds) -> new state, new
+        cursors, as `kernels.replay.flush` computes them."""
 
         def flushed(state: Array, seeds_b2: Array | None) -> tuple[Array, Array]:
             state, cursor_b = run(state, seeds_b2)
@@ -36,8 +36,12 @@ class Replayed(NamedTuple):
 
 
 class Replays(NamedTuple):
-    """What a mixer does with `Replayed`. move: applies the ring's inputs to the states of some rows (b,). play:
-    computes a piece's outputs and the ring with the piece. scan: computes a piece from a state with an empty ring."""
+    """What a mixer does with `Replayed`.
+
+    move: (replayed, rows (b,) bool) -> replayed, with the ring's inputs applied to the states of these rows.
+    play: replayed -> a piece's outputs, and the ring with the piece.
+    scan: state -> a piece's outputs, and the state after it, computed with an empty ring.
+    """
 
     move: Callable[[Replayed, Array], Replayed]
     play: Callable[[Replayed], tuple[Array, Any]]
@@ -45,8 +49,8 @@ class Replays(NamedTuple):
 
 
 def after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool, alone: bool) -> tuple[Array, Replayed]:
-    """The outputs of a piece, and what is kept. cheap: whether a move of no row costs nothing. alone: whether this rank
-    has the whole piece; a ring takes no part of one."""
+    """The outputs of a piece, and what is kept. cheap: whether moving no row costs nothing. alone: whether this rank
+    has the whole piece; parts of a piece do not enter the ring."""
     tokens, entries = docs.segments_bt.shape[1], kept.ring[0].shape[1]
     every_b = jnp.ones(kept.cursor_b.shape, bool)
     if 2 * tokens > entries or not alone:  # a piece of a prompt
@@ -63,5 +67,5 @@ def after(kept: Replayed, docs: Documents, replays: Replays, *, cheap: bool, alo
 
 
 def counts(docs: Documents) -> Array:
-    """(b,) how many tokens of a piece each row has."""
+    """(b,) int32: the number of tokens that each row has in a piece."""
     return jnp.sum(docs.segments_bt != 0, axis=1, dtype=jnp.int32)

@@ -26,7 +26,7 @@ from orogen.model.cross_attention import Images, attend_all
 from orogen.parallel.context import whole
 from orogen.parallel.plan import Plan
 
-WIDENING = 4  # hidden units of the resampler's MLP over its width, as Flamingo has them
+WIDENING = 4  # hidden units of the resampler's MLP, as a multiple of its width; Flamingo's value
 
 
 class Resampler(nnx.Module):
@@ -45,7 +45,7 @@ class Resampler(nnx.Module):
 
     @jax.named_scope("resampler")
     def __call__(self, features_npv: Array, plan: Plan) -> Array:
-        """(n, l, d), whole on every rank of `tensor`, whose gradients add up."""
+        """(n, l, d), whole on every rank of `tensor`. The gradients of these ranks add up."""
         plan = _plain(plan)
         features_npd = linear_plain(features_npv.astype(self.project.get_value().dtype), self.project, plan)
         latents_ld: Array = self.latents[...]
@@ -55,15 +55,15 @@ class Resampler(nnx.Module):
         return self.norm(x_nld, plan)
 
     def images(self, extras: Mapping[str, Array], plan: Plan) -> Images | None:
-        """The images of a batch with these extras; None if it has none. Raises ValueError if a row has no room for an
-        image."""
+        """The images of a batch with these extras; None if it has none. Raises ValueError if the extras are too small
+        for one image per row."""
         if FEATURES not in extras:
             return None
         features_bni = _of_images(extras[FEATURES], self.vectors * self.width, FEATURES, plan)
         count = features_bni.shape[1]
         if self.captions is not None:
             tokens_bni = _of_images(extras[CAPTIONS], self.captions.size, CAPTIONS, plan)
-            count = min(count, tokens_bni.shape[1])  # both have the room that rows need, and may have more
+            count = min(count, tokens_bni.shape[1])  # either extra may have space for more images than rows have
         rows = len(features_bni)
         features_npv = features_bni[:, :count].reshape(rows * count, self.vectors, self.width)
         seen_nld = self(features_npv, plan)
@@ -77,7 +77,8 @@ class Resampler(nnx.Module):
 
 
 def _of_images(extra_btw: Array, size: int, name: str, plan: Plan) -> Array:
-    """(b, images, size): what lies in an extra, image by image. Raises ValueError if it has no room for one."""
+    """(b, images, size): the numbers of an extra, image by image. Raises ValueError if it is too small for one
+    image."""
     extra_bsw = whole(extra_btw, plan)
     flat_bf = extra_bsw.reshape(len(extra_bsw), -1)
     count = flat_bf.shape[1] // size
@@ -87,9 +88,9 @@ def _of_images(extra_btw: Array, size: int, name: str, plan: Plan) -> Array:
 
 
 class CaptionEncoder(nnx.Module):
-    """Vectors of the tokens of retrieved captions, each caption encoded alone, every token seeing every other, as RETRO
-    encodes the chunks that it has retrieved (arXiv:2112.04426, section 2.4). Padding is a token like any other: its
-    vectors say that a caption ends."""
+    """Encodes the tokens of retrieved captions, each caption by itself and without a causal mask, as RETRO encodes the
+    chunks that it retrieves (arXiv:2112.04426, section 2.4). Padding is encoded like any token: it marks a caption's
+    end."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         size, std = config.hidden_size, config.init_std
@@ -118,7 +119,8 @@ def _plain(plan: Plan) -> Plan:
 class ResamplerLayer(nnx.Module):
     """x + attention(norm(x), [norm(features); norm(x)]), then x + MLP(norm(x)). Heads and hidden units are sharded.
 
-    reads: whether there are features; without, x attends to itself."""
+    reads: whether there are features; without them, x attends to itself alone.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, reads: bool = True):
         size, std, self.head_dim = config.hidden_size, config.init_std, config.head_dim

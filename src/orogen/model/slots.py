@@ -1,10 +1,10 @@
-"""Caches of an engine's slots: each row holds one sequence, and sequences come, go and advance by different counts.
+"""Caches of an engine's slots: each row holds one sequence, and rows start, end and advance independently.
 
-A piece is right-padded: of its `t` tokens, a row has the first few, with segment 1; the rest, with segment 0, leaves no
-trace. A row may have none. The tokens' positions are `Documents.positions_bt`, which continue from those before. Keys
-and values are in pages that several rows may share (arXiv:2309.06180) or, under a window, in a ring, as are the inputs
-of convolutions; the caches hold no lengths, so a token is rolled back by feeding another one at its position. States
-are rolled back by `rolled_back`, by up to `Slots.drafts` tokens.
+A piece is right-padded: the first tokens of a row, perhaps none, have segment 1; the padding has segment 0 and changes
+no cache. The tokens' positions are `Documents.positions_bt`, which continue from those before. Keys and values are in
+pages that several rows may share (arXiv:2309.06180) or, under a window, in a ring, as are the inputs of convolutions.
+These caches hold no lengths, so a token is rolled back by feeding another one at its position; states are rolled back
+by `rolled_back`, by up to `Slots.drafts` tokens.
 
 Letters: b rows, t time of a piece, p pages per row, s positions that are read, k tokens of a convolution's window, r
 entries of a ring, l tokens whose inputs are kept.
@@ -29,12 +29,12 @@ from orogen.model.replayed import Replayed, Replays, after, counts
 from orogen.model.stored_state import axes, empty, opened, seeds_of, updated
 from orogen.parallel.plan import Plan
 
-FEW = 8  # the most tokens of a piece for which the decoding kernels are made
+FEW = 8  # the most tokens of a piece that the decoding kernels are designed for
 
 
 class Slots(NamedTuple):
-    """Room for the sequences of `rows` slots on this device, in `pages` pages of `page` tokens, at most `reach` pages
-    per row; see `cache.Rows`.
+    """Allocates the caches of `rows` slots on this device, in `pages` pages of `page` tokens, at most `reach` pages per
+    row; see `cache.Rows`.
 
     piece: the most tokens of a piece. drafts: the most tokens that are rolled back. replay: the number of tokens whose
     inputs are kept beside a state (see `Replayed`), at least 2 (drafts + 1) if there are drafts; 0: none. state_dtype:
@@ -67,8 +67,7 @@ class Slots(NamedTuple):
     def recurrent(
         self, taps: int, channels: Sequence[int], state: tuple[int, ...], inputs: Sequence[tuple[int, ...]], dtype: Any
     ) -> "SlotState":
-        """`SlotState` for convolutions of `taps` taps over so many channels each, and states of this shape; see
-        `cache.Rows.recurrent`."""
+        """`SlotState`; arguments as in `cache.Rows.recurrent`."""
         tokens = taps - 1 + self.drafts
         windows = tuple(jnp.zeros((self.rows, tokens, size), dtype) for size in channels)
         zeros = empty((self.rows, *state), self.state_dtype)
@@ -95,8 +94,8 @@ class Slots(NamedTuple):
 
 
 class Paged(NamedTuple):
-    """Keys and values (pages, page, …), or what they are computed from, and the pages of each row (b, p) int32, in the
-    order of its tokens. No two rows write to the same page."""
+    """Keys and values (pages, page, …), or what they are computed from; and the pages of each row (b, p), int32, in the
+    order of its tokens. Rows may share pages that they only read; no two rows write to one page."""
 
     values: Any  # typed for arrays and for their logical axes
     table_bp: Any
@@ -110,7 +109,8 @@ class Paged(NamedTuple):
 
         def write(pool: Array, new: Array) -> Array:
             flat = pool.reshape(-1, *pool.shape[2:])
-            flat = flat.at[index_bt.reshape(-1)].set(_flat(new).astype(pool.dtype), mode="drop")
+            rows = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
+            flat = flat.at[index_bt.reshape(-1)].set(rows, mode="drop")
             return flat.reshape(pool.shape)
 
         return self._replace(values=tuple(map(write, self.values, values)))
@@ -124,8 +124,8 @@ class Paged(NamedTuple):
         if plan.decode_kernels == "reference" or q_bthk.shape[1] > FEW or window is not None or dealt:
             return None
         count_b, tokens = counts(docs), q_bthk.shape[1]
-        # The kernel takes a row's last tokens. Padding therefore moves to the front, and the length ends with the last
-        # token that is there: what lies beyond it may be no number, which a weight of zero does not hide.
+        # The kernel takes a row's last tokens. Padding therefore moves to the front, and the length ends at the last
+        # real token: beyond it may be NaN, which a weight of zero does not hide.
         moved_bt = (jnp.arange(tokens) + count_b[:, None]) % tokens
         back_bt = (jnp.arange(tokens) - count_b[:, None]) % tokens
         turned = lambda a, index_bt: a if tokens == 1 else _at_times(a, index_bt)  # noqa: E731
@@ -138,8 +138,9 @@ class Paged(NamedTuple):
         return turned(y_bthk, back_bt)
 
     def reading(self, docs: Documents) -> Reading:
-        """Every position of the rows' pages; causality hides those after a query. Positions beyond a row's last token
-        read as zero: another sequence may have left a NaN there, which a weight of zero does not hide."""
+        """Reads every position of the rows' pages; the causal mask excludes those after a query. Positions beyond a
+        row's last token read as zero: another sequence may have left a NaN there, which a weight of zero does not
+        hide."""
         rows, page = len(self.table_bp), self.values[0].shape[1]
         last_b1 = docs.positions_bt[:, :1] + counts(docs)[:, None] - 1
         known_bs = jnp.arange(self.table_bp.shape[1] * page) <= last_b1
@@ -152,8 +153,8 @@ class Paged(NamedTuple):
 
 
 class Ringed(NamedTuple):
-    """Keys and values (b, r, …) of the last tokens: position i is entry i modulo r. The ring is longer than a window by
-    a piece, so that a piece, or tokens fed again in place of its end, overwrite nothing that a window reaches."""
+    """Keys and values (b, r, …) of the last tokens: position i is entry i modulo r. The ring is as long as a window and
+    a piece, so that neither a piece nor tokens that replace its end overwrite anything inside a window."""
 
     values: Any
 
@@ -165,7 +166,7 @@ class Ringed(NamedTuple):
         return Ringed(tuple(write(ring, new, index_bt) for ring, new in zip(self.values, values, strict=True)))
 
     def reading(self, docs: Documents) -> Reading:
-        """The last positions up to the piece's last token."""
+        """Reads the ring: the last positions up to the piece's last token."""
         entries = self.values[0].shape[1]
         last_b1 = docs.positions_bt[:, :1] + counts(docs)[:, None] - 1
         position_bs = last_b1 - (last_b1 - jnp.arange(entries)) % entries
@@ -195,7 +196,7 @@ class SlotState(NamedTuple):
         dt_bth, docs = _without_padding(dt_bth, docs), whole_documents(docs, plan)
         kernel, alone = plan.decode_kernels, plan.size("context") == 1
         rounds = {"seeds_b2": self._seeds(a_h, docs, plan), "rows_b": counts(docs) > 0}
-        of_rows = {"skip_h": skip_h, "active_b": counts(docs) > 0, "implementation": kernel}
+        of_rows = {"skip_h": skip_h, "active_b": counts(docs) > 0}
 
         def scan(state_bhpn: Array, seeds_b2: Array | None) -> tuple[Array, Array]:
             inputs = x_bthp, dt_bth, a_h, B_btgn, C_btgn
@@ -213,23 +214,28 @@ class SlotState(NamedTuple):
                 return kept.moved(run, flush_b, rounds["seeds_b2"])
 
             def play(kept: Replayed) -> tuple[Array, Any]:
-                piece, cached = Ring(x_bthp, B_btgn, dt_bth), {"ring": kept.ring, "cursor_b": kept.cursor_b}
-                of_rows["implementation"] = "triton" if kernel == "triton" else "parallel"
-                return replay(piece, a_h, C_btgn, state_bhpn=opened(kept.state), **cached, **of_rows)
+                implementation = "triton" if kernel == "triton" else "parallel"
+                return replay(
+                    Ring(x_bthp, B_btgn, dt_bth), a_h, C_btgn, state_bhpn=opened(kept.state), ring=kept.ring,
+                    cursor_b=kept.cursor_b, implementation=implementation, **of_rows,
+                )  # fmt: skip
 
             replays = Replays(move, play, lambda state: updated(state, scan, **rounds))
             return after(self.state, docs, replays, cheap=kernel == "triton", alone=alone)
         if x_bthp.shape[1] > 1:
             return updated(self.state, scan, **rounds)
         one = x_bthp[:, 0], dt_bth[:, 0], a_h, B_btgn[:, 0], C_btgn[:, 0]
-        step = lambda state, seeds: ssm_update(*one, state_bhpn=state, seeds_b2=seeds, **of_rows)  # noqa: E731
+
+        def step(state: Any, seeds_b2: Array | None) -> tuple[Array, Any]:
+            return ssm_update(*one, state_bhpn=state, seeds_b2=seeds_b2, **of_rows, implementation=kernel)
+
         y_bhp, state = updated(self.state, step, **rounds, in_blocks=True)
         return y_bhp[:, None], state
 
     def selective_scan(
         self, operands: Sequence[Array], docs: Documents, plan: Plan, **settings: Any
     ) -> tuple[Array, Any]:
-        """`kernels.selective_scan` in the same way."""
+        """`kernels.selective_scan`, likewise."""
         x_bti, dt_bti, A_in, B_btn, C_btn = operands
         dt_bti, docs = _without_padding(dt_bti, docs), whole_documents(docs, plan)
         active_b, alone = counts(docs) > 0, plan.size("context") == 1
@@ -285,8 +291,7 @@ def with_tables(caches: Any, table_bp: Array) -> Any:
     def place(one: Any) -> Any:
         if not isinstance(one, Paged):
             return one
-        stacked = one.table_bp.shape[:-2]
-        return one._replace(table_bp=jnp.broadcast_to(table_bp, (*stacked, *table_bp.shape)))
+        return one._replace(table_bp=jnp.broadcast_to(table_bp, (*one.table_bp.shape[:-2], *table_bp.shape)))
 
     return map_layers(place, caches)
 
@@ -308,8 +313,8 @@ def rolled_back(caches: Any, count_b: Array) -> Any:
 
 
 def without_drafts(known: Any, tentative: Any) -> Any:
-    """The caches of `tentative`, which has read drafts after `known`, without the drafts: pages and rings keep entries
-    that will be overwritten, and states are those of `known`."""
+    """The caches without drafts, given those before the drafts, `known`, and those after, `tentative`. Pages and rings
+    keep the drafts' entries, which will be overwritten; states are those of `known`."""
     return map_layers(lambda a, b: a if isinstance(a, SlotState) else b, known, tentative)
 
 
@@ -343,8 +348,3 @@ def _written(ring_bkc: Array, new_btc: Array, docs: Documents) -> Array:
 def _at_times(x_bthk: Array, index_bt: Array) -> Array:
     """Each row's tokens in this order."""
     return jnp.take_along_axis(x_bthk, index_bt[..., None, None], axis=1)
-
-
-def _flat(x: Array) -> Array:
-    """(b, t, …) as (b · t, …)."""
-    return x.reshape(-1, *x.shape[2:])

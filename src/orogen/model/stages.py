@@ -1,9 +1,9 @@
 """A model split into the segments of a pipeline: how its layers are laid out over the stages, and joined again.
 
-A stage keeps its layers by their letter, one array per parameter, with three axes in front: (stage, chunk, row). A
-chunk with fewer layers of a letter than the fullest has rows of zeros, which nothing reads. Embedding and head are one
-array if no stage needs both: stage 0 holds the embedding in its row, the last stage the head. Otherwise each is on
-every stage, as are the final norm and the MTP block's own parameters.
+A stage keeps its layers by letter, one array per parameter, with three leading axes: (stage, chunk, row). A chunk with
+fewer layers of a letter than the fullest chunk has rows of zeros, which nothing reads. Embedding and head are one array
+if no stage needs both: stage 0 holds the embedding in its row, the last stage the head. Otherwise each is on every
+stage, as are the final norm and the MTP block's own parameters.
 
 Letters: p stages, v chunks per stage, r rows, m microbatches, b batch, t time, k experts per token, l layers,
 e experts, n tokens of the vocabulary, d model.
@@ -34,8 +34,8 @@ MOE, CROSS = "E", "x"
 
 
 class Segment(NamedTuple):
-    """A stretch of the pattern. The first embeds tokens; the last has the heads, and the MTP block's layers `mtp`.
-    recipes: those of its own layers, then of the MTP block's; None where they do not matter."""
+    """A contiguous part of the pattern. The first segment embeds tokens; the last has the heads, and the MTP block's
+    layers `mtp`. recipes: of its own layers, then of the MTP block's; None where they do not matter."""
 
     pattern: str
     mtp: str
@@ -59,8 +59,8 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The layers of each segment of a pipeline; segment g is chunk g // stages of stage g % stages. The last also has
-    those of the MTP block, after its own."""
+    """The layers of each segment of a pipeline; segment g is chunk g // stages of stage g % stages. The last segment
+    also has the MTP block's layers, after its own."""
 
     patterns: tuple[str, ...]
     mtp: str
@@ -85,7 +85,7 @@ class Stages:
         return tuple(dict.fromkeys(self._with_recipes(recipes)))
 
     def kind_vp(self, recipes: tuple[Recipe, ...] | None) -> np.ndarray:
-        """(v, p) int: which of `kinds` chunk v of stage p is."""
+        """(v, p) int: the index in `kinds` of chunk v of stage p."""
         kinds = self.kinds(recipes)
         return np.reshape([kinds.index(s) for s in self._with_recipes(recipes)], (self.virtual, self.stages))
 
@@ -96,7 +96,7 @@ class Stages:
 
     @property
     def chunks(self) -> list[tuple[str, str]]:
-        """The layers of each chunk: of the backbone, and of the MTP block."""
+        """The patterns of backbone and MTP block for each chunk."""
         return [(segment.pattern, segment.mtp) for segment in self.segments]
 
     @property
@@ -126,8 +126,8 @@ class Stages:
         return _together(shared, self.join_rows(layers), self._items)
 
     def split_rows(self, stacks: Sequence[ByLetter], *, lead: int = 0) -> ByLetter:
-        """(p, v, r, ...) by letter, from the rows, along axis `lead`, of the backbone's stack and of the MTP block's.
-        The latter may come several times, once per depth: the last chunk then has its layers as often."""
+        """(p, v, r, …) by letter, from the rows, along axis `lead`, of the backbone's stack and of the MTP block's. The
+        latter may be repeated, once per depth: the last chunk then has its layers that many times."""
         depths, found = len(stacks) - 1, {}
         for letter in sorted(frozenset().union(*stacks)):
             trees = [stack[letter] for stack in stacks if letter in stack]
@@ -173,8 +173,8 @@ class Stages:
         return Choice(Replay(each, each), token, token)
 
     def split_replay(self, replay: tuple[Any, ...]) -> Any:
-        """Replays (m, …, b, t, k) of the whole model's stacks in the form that stages use, (p, v, r, m, b, t, k); ()
-        for a model without experts."""
+        """Replays (m, …, b, t, k) of the whole model's stacks, in the form of the stages, (p, v, r, m, b, t, k); () for
+        a model without experts."""
         main, deeper = self._items
         items = [main] + [deeper] * (len(replay) - 1)
         stacks: list[ByLetter] = [by_letter(tree, part, lead=1) for tree, part in zip(replay, items, strict=True)]
@@ -195,7 +195,8 @@ class Stages:
         return repeats("".join(self.patterns)), repeats(self.mtp)
 
     def _index(self, letter: str, depths: int) -> np.ndarray:
-        """(p, v, r) int: which of all layers of this letter each row holds; their number if it holds none."""
+        """(p, v, r) int: the layer that each row holds, counted among all layers of this letter; the number of these if
+        the row holds none."""
         counts = [s.pattern.count(letter) + depths * s.mtp.count(letter) for s in self.segments]
         starts = np.cumsum([0, *counts])
         index_gr = np.full((len(counts), max(counts)), starts[-1])
@@ -205,12 +206,15 @@ class Stages:
 
 
 def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
-    """A segment's parameters or buffers, in the form of a model with only these layers, from what this device's stage
-    keeps of `chunk`."""
+    """A segment's parameters or buffers, in the form of a model with only these layers. state: this device's stage;
+    chunk: int32, which of its chunks the segment is."""
+
+    def of_chunk(a: Array) -> Array:
+        """(r, …); a stage's only chunk is not copied."""
+        return a[0, 0] if a.shape[1] == 1 else lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)
+
     parts, stacks = _unpaired(plain(state), 0), [{}, {}]
     for letter, tree in parts.get(LAYERS, {}).items():
-        # Of a single chunk no copy is made.
-        of_chunk = lambda a: a[0, 0] if a.shape[1] == 1 else lax.dynamic_index_in_dim(a[0], chunk, keepdims=False)  # noqa: E731
         rows_r, start = jax.tree.map(of_chunk, _marked(tree, staged=False)), 0
         for stack, pattern in zip(stacks, (segment.pattern, segment.mtp), strict=True):
             if count := pattern.count(letter):
@@ -221,13 +225,13 @@ def take(state: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
 
 
 def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> nnx.State:
-    """`total`, in the form in which a stage keeps arrays, with the gradients of the result of `take` added in place."""
+    """`total`, laid out like a stage's parameters, with the gradients of a result of `take` added in place."""
     parts, (shared, stacks) = plain(total), _apart(grads, segment.items)
     if VOCABULARY in parts:
         (embedding, head), shared = _vocabulary_matrices(shared)
         grads_nd = [] if embedding is None else [embedding[...]]
         grads_nd += [] if head is None else [head[...].T]
-        if grads_nd:  # of only one of the two, which are on different stages
+        if grads_nd:  # at most one of the two, since they are on different stages
             parts[VOCABULARY] = parts[VOCABULARY].replace(parts[VOCABULARY][...] + grads_nd[0][None])
     layers = dict(parts.get(LAYERS, {}))
     for letter, tree in joined(stacks).items():
@@ -238,7 +242,7 @@ def add(total: nnx.State, grads: nnx.State, segment: Segment, chunk: Array) -> n
 
 
 def _apart(state: Any, items: tuple[Items, Items]) -> tuple[dict[str, Any], list[ByLetter]]:
-    """What is not a layer of a stack, and the rows of the backbone's stack and of the MTP block's."""
+    """The parts of the state that are not layers, and the rows of the backbone's stack and of the MTP block's."""
     state = plain(state)
     shared = {name: part for name, part in state.items() if name != BACKBONE}
     stacks = [by_letter(state.get(BACKBONE, {}), items[0]), {}]
@@ -263,13 +267,13 @@ def _paired(shared: Mapping[str, Any], stages: int) -> dict[str, Any]:
     """`shared` with embedding (n, d) and head (d, n) as one array (p, n, d): the first stage's and the last one's."""
     (embedding, head), others = _vocabulary_matrices(shared)
     lay = lambda e_nd, h_dn: jnp.stack([e_nd, *[jnp.zeros_like(e_nd)] * (stages - 2), h_dn.T])  # noqa: E731
-    value = jax.tree.map(lay, embedding.get_value(), head.get_value())  # none where an optimizer has none
+    value = jax.tree.map(lay, embedding.get_value(), head.get_value())  # an optimizer's state may have no arrays here
     return {**others, VOCABULARY: _marked(embedding.from_metadata(value, embedding.get_metadata()), staged=True)}
 
 
 def _unpaired(state: Mapping[str, Any], last: int) -> Mapping[str, Any]:
-    """The inverse, from the first row and the row `last`. Within one stage both are its only row, and it uses just one
-    of the two results."""
+    """The inverse of `_paired`: the embedding from row 0, the head from the row `last`. Within one stage both are its
+    only row, and the stage uses just one of the results."""
     if VOCABULARY not in state:
         return state
     others = {name: part for name, part in state.items() if name != VOCABULARY}
@@ -290,11 +294,13 @@ def _vocabulary_matrices(shared: Mapping[str, Any]) -> tuple[tuple[Any, Any], di
 
 
 def _lay_out(index_pvr: np.ndarray, lead: int, *arrays: Array) -> Array:
+    """(p, v, r, …): the rows of all arrays, along axis `lead`, at these indices; zeros past the end."""
     every = concatenated(0, *(jnp.moveaxis(a, lead, 0) for a in arrays))
     return jnp.take(every, index_pvr, axis=0, mode="fill", fill_value=0)
 
 
 def _pick(row_n: np.ndarray, lead: int, array: Array) -> Array:
+    """The rows `row_n` of an array (p, v, r, …), flattened over these axes, along axis `lead`."""
     return jnp.moveaxis(array.reshape(-1, *array.shape[3:])[row_n], 0, lead)
 
 

@@ -1,8 +1,8 @@
-"""How a slot keeps the state of an SSM from piece to piece: in float32, in float16, or in blocks of int8 with scales.
+"""How a slot stores the state of an SSM from piece to piece: in float32, in float16, or in blocks of int8 with scales.
 
-Kernels compute with float32 states, and with float16 ones that they round stochastically themselves; those of one token
-do so with int8 blocks too. Every other form is decoded before and encoded after them, but only for rows with tokens:
-what no token changes stays bit for bit.
+All kernels take float32 states, and float16 states that they round stochastically themselves; kernels for one token
+also take int8 blocks. Any other form is decoded before and encoded after a kernel, but only for rows with tokens: a
+state that no token changes stays the same bit for bit.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,11 @@ def axes(names: tuple[str | None, ...], dtype: Any) -> Any:
 def updated(
     state: Any, run: Run, *, seeds_b2: Array | None, rows_b: Array, in_blocks: bool = False
 ) -> tuple[Any, Any]:  # fmt: skip
-    """What `run` computes, and the state that it leaves, as `state` is kept. run: given a state and the seeds with
-    which a kernel rounds a float16 one. rows_b: which rows have tokens. seeds_b2: see `seeds_of`. in_blocks: whether
-    `run` takes int8 blocks and rounds them at random too."""
+    """The result of `run`, and the state after it in the form of `state`.
+
+    run: (state, seeds) -> result, new state; it rounds a float16 state by the seeds if it gets any. seeds_b2: see
+    `seeds_of`. rows_b: which rows have tokens. in_blocks: whether `run` also takes int8 blocks and rounds them.
+    """
     blocks = isinstance(state, Blocks)
     if (in_blocks and seeds_b2 is not None) or (not blocks and (state.dtype != jnp.float16 or seeds_b2 is not None)):
         return run(state, seeds_b2)
@@ -47,9 +49,9 @@ def updated(
 
 
 def seeds_of(state: Any, rates: Array, docs: Documents, plan: Plan) -> Array | None:
-    """The seeds of stochastic rounding, uint32 (b, 2): a word that differs between layers, made from their decay
-    rates, and the position, which differs between tokens. Equal texts are rounded alike, whatever their slot. None for
-    a float32 state, and where the recipe rounds to nearest."""
+    """The seeds of stochastic rounding, uint32 (b, 2): a word computed from the layer's decay rates, which differ
+    between layers, and the position of the piece's first token. So equal texts are rounded alike, whatever their slot.
+    None for a float32 state, and if the recipe rounds to nearest."""
     whole = not isinstance(state, Blocks) and state.dtype == jnp.float32
     if whole or not plan.recipe.stored.random_states:
         return None

@@ -1,7 +1,7 @@
-"""The residual stream after some layers of a stack, beside its result.
+"""The residual stream after chosen layers of a stack.
 
-Layers are numbered along the pattern from 0. A repetition that has one of them keeps the streams of all its turns,
-since a scan has one program: d numbers per token and turn.
+Layers are numbered along the pattern from 0. A repetition that contains a chosen layer keeps the streams of all its
+iterations, since a scan has one program: d numbers per token and iteration.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,7 +15,8 @@ from orogen.model.cache import map_layers
 
 
 def watching(pattern: str, layers: Collection[int]) -> Any:
-    """What a stack of the pattern is given so that these layers keep the residual stream after them; None for none."""
+    """The probes that a stack of the pattern is given so that these layers keep the residual stream after them; None if
+    there are no such layers."""
     if not layers:
         return None
     found = places(repeats(pattern))
@@ -45,5 +46,5 @@ def streams(pattern: str, kept: Any, layers: Sequence[int]) -> list[Array]:
 
 
 def unwatched(kept: Any) -> Any:
-    """What the stack would have kept without."""
+    """`kept` as it would be without `watching`."""
     return map_layers(lambda one: one.kept if isinstance(one, Seen) else one, kept)

@@ -1,10 +1,11 @@
 """Padding of the vocabulary: rows that a plan adds, so that `tensor` divides the number of rows.
 
-A plan keeps embedding and head with `PlanConfig.vocab_rows` rows, the last ones zero. They stay zero, and no result of
-the model depends on how many there are. No token reads such a row of the embedding, and the softmax leaves out the
-head's logits of such rows, so their gradients are zero; from zeros with zero gradients the optimizers make zeros, also
-with weight decay. So the model itself is built, initialised, counted, converted and scored without them, and only state
-that is laid out on a plan has them: `resized` adds them when it is laid out and drops them when it is joined.
+A plan keeps embedding and head with `PlanConfig.vocab_rows` rows, of which the last ones are padding. These stay zero,
+and no result of the model depends on their number: no token reads such a row of the embedding, and the softmax leaves
+out the logits of such rows of the head, so their gradients are zero; from zero parameters and zero gradients the
+optimizers compute zeros, with weight decay too. So the model itself is built, initialised, counted, converted and
+scored without padding, and only state that is laid out on a plan has it: `resized` adds it when state is laid out and
+drops it when state is joined.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ AXIS = "vocab"
 
 
 def vocab_dim(variable: nnx.Variable) -> int | None:
-    """Which dimension, counted from the last, runs over the vocabulary; None if none does."""
+    """The dimension, as a negative index, that runs over the vocabulary; None if none does."""
     axes = variable.get_metadata()["axes"]
     return axes.index(AXIS) - len(axes) if AXIS in axes else None
 

@@ -21,14 +21,19 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         experts, width, hidden = config.n_routed_experts, config.expert_width, config.moe_intermediate_size
         inward, outward = ("expert", "expert_embed", "expert_mlp"), ("expert", "expert_mlp", "expert_embed")
-        matrix = lambda *shape, axes, std: normal(rngs, (experts, *shape), axes, std=std)  # noqa: E731
-        # Vectors, one per expert: like other vectors they stay whole and in float32.
-        vector = lambda size, axis: parameter(jnp.zeros((experts, size)), ("expert", axis), float32=True)  # noqa: E731
+
+        def matrix(inputs: int, outputs: int, axes: tuple[str, ...], std: float) -> nnx.Param:
+            return normal(rngs, (experts, inputs, outputs), axes, std=std)
+
+        def vector(size: int, axis: str) -> nnx.Param:
+            """One vector per expert: like other vectors, it stays whole and in float32."""
+            return parameter(jnp.zeros((experts, size)), ("expert", axis), float32=True)
+
         bias, gated = config.routed_expert_bias, config.mlp_gated
         self.activation, self.limit = config.mlp_hidden_act, config.swiglu_limit
-        self.up = matrix(width, hidden, axes=inward, std=config.init_std)
-        self.down = matrix(hidden, width, axes=outward, std=config.output_init_std)
-        self.gate = matrix(width, hidden, axes=inward, std=config.init_std) if gated else None
+        self.up = matrix(width, hidden, inward, config.init_std)
+        self.down = matrix(hidden, width, outward, config.output_init_std)
+        self.gate = matrix(width, hidden, inward, config.init_std) if gated else None
         self.up_bias = vector(hidden, "expert_mlp") if bias else None
         self.gate_bias = vector(hidden, "expert_mlp") if bias and gated else None
         self.down_bias = vector(width, "norm") if bias else None
@@ -36,14 +41,15 @@ class Experts(nnx.Module):
     def __call__(
         self, rows_rw: Array, group_sizes: Array | RowGroups | int, plan: Plan, number_r: Array | None = None
     ) -> Array:
-        """(r, w). group_sizes: rows per expert of this rank; an int if all have the same number; or each result's
-        expert. number_r: of each row's token in the global batch, if the recipe rounds rows; -1 for a row of none."""
+        """(r, w) in rows' dtype. group_sizes: rows per expert of this rank (an int if all have the same number), or the
+        expert of each result. number_r: int32, required if the recipe rounds rows: the index in the global batch of
+        each row's token, -1 for a row without one."""
         return self.with_hidden(rows_rw, group_sizes, plan, number_r)[0]
 
     def with_hidden(
         self, rows_rw: Array, group_sizes: Array | RowGroups | int, plan: Plan, number_r: Array | None = None
     ) -> tuple[Array, Array]:
-        """The result (r, w) and the hidden units (r, f) of this rank that it is computed from."""
+        """The result (r, w), and this rank's hidden units (r, f), from which it is computed."""
         placed = None
         if number_r is not None:
             placed = rows_of_experts(number_r, group_sizes, plan, experts=len(base_of(self.up)[...]))
@@ -55,7 +61,7 @@ class Experts(nnx.Module):
             y_rf = grouped(x_rw, weight, group_sizes, plan, kind, call=call, rows=placed)
             if bias is None:
                 return y_rf
-            # Each row's bias, as a product with ones: rows of no expert get none, and gradients sum in float32.
+            # Each row's bias, as a product with ones: rows without an expert get none, and gradients sum in float32.
             bias_e1f = (bias[...] * counts)[:, None].astype(x_rw.dtype)
             ones_r1 = jnp.ones((len(x_rw), 1), x_rw.dtype)
             return y_rf + grouped_matmul(ones_r1, bias_e1f, group_sizes, implementation=plan.config.grouped_matmul)

@@ -1,7 +1,7 @@
 """The mixture-of-experts mixer: router, dispatch, experts, latent projections and shared expert.
 
-Letters: b batch, t time of the tokens that this rank routes, n tokens (b · t), d model, w expert width, k experts per
-token.
+Letters: b batch, t time of the tokens that this rank routes, n tokens (b · t), d model, w expert width, f hidden, k
+experts per token, e experts, r rows of this rank's experts, s source ranks.
 """
 
 import math
@@ -20,6 +20,7 @@ from orogen.config.precision import GROUPS
 from orogen.layers.documents import Documents
 from orogen.layers.linear import add_bias, linear, linear_plain, rounds_experts, token_numbers
 from orogen.layers.mlp import MLP
+from orogen.layers.multiply import flat
 from orogen.layers.parameter import normal, parameter
 from orogen.layers.probe import dealt_squares, measuring, own_tokens, probe_of, row_squares
 from orogen.moe.dispatch import DISPATCHES, drop_margin, expert_capacity, within_capacity
@@ -34,15 +35,17 @@ ROUTED = GROUPS["routed"]
 
 
 class Replay(NamedTuple):
-    """The experts of each token, negative where it chooses for itself, and which of them had room for it. (b, t, k)"""
+    """A routing to use instead of the router's own, (b, t, k): the experts of each token, int32, negative where the
+    token chooses for itself; and whether each assignment was kept, bool, or dropped."""
 
     experts: Array
     kept: Array
 
 
 class Choice(NamedTuple):
-    """What replays each token's choice; the margin (b, t) of the layer's own choice; and whether (b, t) a replayed
-    choice differed from it, in the experts (see Routing) or in which of them were dropped (see `drop_margin`)."""
+    """The routing that was used, in the form in which it can be replayed; the margin (b, t) of the layer's own choice;
+    and whether (b, t) a replayed choice differed from it, in the experts (see Routing) or in which assignments were
+    dropped (see `drop_margin`)."""
 
     replay: Replay
     margin: Array
@@ -50,9 +53,12 @@ class Choice(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """One layer's report, summed over this rank: assignments per expert (before any drop), assignments dropped beyond
-    capacity, assignments lost to a full buffer (if any, the step must not be used), the router's losses, and each
-    token's choice."""
+    """One layer's statistics, summed over this rank's tokens, padding left out.
+
+    load: (e,) float32, assignments per expert before any is dropped; dropped: assignments beyond an expert's capacity;
+    overflow: assignments that did not fit into a buffer (with any, the step must not be used); losses: the router's;
+    choice: each token's.
+    """
 
     load: Array
     dropped: Array
@@ -84,8 +90,8 @@ class MoE(nnx.Module):
         self.shared_gate = normal(rngs, (size, 1), ("embed", None), std=std) if gated else None
 
     def __call__(self, x_btd: Array, docs: Documents, plan: Plan, given: Any = None) -> tuple[Array, Any]:
-        """y (b, t, d) and statistics: a MoEStats, or what a probe asks for. docs: those of the whole context rank;
-        given: a Replay of routing to use instead of the layer's own, or a probe."""
+        """y (b, t, d) and statistics: a MoEStats, or those that a probe requests. docs: those of the whole context
+        rank; given: a Replay, or a probe."""
         y_btd, kept = self._routed(plan.deal(x_btd), docs, plan, given)
         y_btd = plan.collect(y_btd)
         if self.shared is not None:
@@ -96,21 +102,20 @@ class MoE(nnx.Module):
                 kept["shared"] = row_squares(hidden_btf, docs, plan, "mlp")
         return y_btd, kept
 
-    def start(self, room: Any, dtype: Any) -> None:
-        """None: tokens do not see each other here, so there is nothing to cache."""
+    def start(self, allocator: Any, dtype: Any) -> None:
+        """None: the layer treats each token by itself, so there is nothing to cache."""
 
-    def cache_axes(self, room: Any) -> None:
+    def cache_axes(self, allocator: Any) -> None:
         """None, as in `start`."""
 
     def _routed(self, x_btd: Array, docs: Documents, plan: Plan, given: Any) -> tuple[Array, Any]:
-        """The routed experts' part of y, for tokens that this rank alone routes."""
+        """The routed experts' part of y, for the tokens that this rank alone routes, and the statistics."""
         probe, replay = probe_of(given)
         with jax.named_scope("router"):
             logits_bte, routing = self.router(x_btd, plan, None if replay is None else replay.experts)
             stats, capacity = self._account(logits_bte, routing, own_tokens(docs, plan), plan, replay)
             keep_btk = stats.choice.replay.kept
         with jax.named_scope("experts"):
-            flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
             u_btw = x_btd
             if self.latent_down is not None:
                 u_btw = add_bias(linear(x_btd, self.latent_down, plan, "latent_down"), self.latent_down_bias)
@@ -130,7 +135,7 @@ class MoE(nnx.Module):
             stats = stats._replace(overflow=stats.overflow + ticket.overflow)
 
             def outcome(plan: Plan) -> tuple[Array, tuple[Array, Array, Array]]:
-                """The part of y; the experts' outputs, their hidden units, and what is combined of the outputs."""
+                """The part of y; the experts' outputs (r, w), their hidden units (r, f), and the combined outputs."""
                 returned, hidden_rf = self.experts.with_hidden(rows, group_sizes, plan, number_r)
                 with jax.named_scope("combine"):
                     y_nw = dispatcher.combine(returned, flat(routing.weights), ticket, plan)
@@ -153,18 +158,17 @@ class MoE(nnx.Module):
         return y_btd, kept
 
     def _numbers(self, x_btd: Array, routing: Routing, keep_btk: Array, plan: Plan, capacity: int) -> Array:
-        """The number in the global batch of each row's token, as `dispatch` sends the rows; -1 for a row of none."""
-        flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-        # As float32, which every dispatch moves: exact, since a batch has fewer tokens (`check_precision`). Rows of no
-        # token are zero.
+        """(r,) int32: the index in the global batch of each dispatched row's token; -1 for a row without one."""
+        # As float32, which every dispatch moves: exact, since `check_precision` bounds the tokens of a batch. Shifted
+        # by one, since rows without a token are zero.
         number_n1 = (token_numbers(x_btd, plan).reshape(-1, 1) + 1).astype(jnp.float32)
         sent = number_n1, flat(routing.experts), flat(keep_btk)
         dispatcher = DISPATCHES[plan.config.dispatch]
-        found, _, _ = dispatcher.dispatch(*sent, plan, n_experts=self.n_experts, capacity=capacity)
-        return found[:, 0].astype(jnp.int32) - 1
+        number_r1 = dispatcher.dispatch(*sent, plan, n_experts=self.n_experts, capacity=capacity).rows
+        return number_r1[:, 0].astype(jnp.int32) - 1
 
     def _shared(self, x_btd: Array, expert: MLP, plan: Plan) -> tuple[Array, Array]:
-        """The shared expert's part of y, and its hidden units."""
+        """The shared expert's part of y (b, t, d), and its hidden units (b, t, f) of this rank."""
         hidden_btf = expert.hidden(x_btd, plan)
         y_btd = expert.project(hidden_btf, plan)
         if self.shared_gate is None:
@@ -176,20 +180,24 @@ class MoE(nnx.Module):
     def _account(
         self, logits_bte: Array, routing: Routing, valid_bt: Array, plan: Plan, replay: Replay | None
     ) -> tuple[MoEStats, int]:
-        """The statistics, including which assignments have room, and an expert's capacity for this device's tokens: its
-        capacity per source rank, times the source ranks that this device stands for."""
+        """The statistics, including which assignments are kept, and an expert's capacity for this device's tokens: its
+        capacity per source rank, times the source ranks that this device stands for (`Plan.sources`)."""
         k = routing.experts.shape[-1]
         sources = math.prod(plan.sources)
-        by_source = lambda a: _split(a, *plan.sources)  # noqa: E731
         tokens = valid_bt.size // sources
         capacity = expert_capacity(tokens, k, self.n_experts, plan.config.capacity_factor)
         policy = plan.config.drop_policy
+
+        def by_source(x_btk: Array) -> Array:
+            return _split(x_btk, *plan.sources)
+
         experts, weights = by_source(routing.experts), by_source(routing.weights)
         keep = jax.vmap(partial(within_capacity, n_experts=self.n_experts, capacity=capacity, policy=policy))(
             experts, weights, by_source(valid_bt[..., None])[..., 0]
         )
         keep_btk = _join(keep, routing.experts.shape, *plan.sources)
-        # Padding does not count: two runs of it may see each other on a rank that holds part of the row, not elsewhere.
+        # Padding does not count: on a rank that holds part of a row, two runs of padding may attend to each other,
+        # which they do not on one device.
         flipped_bt = routing.flipped & valid_bt
         choice = Choice(Replay(routing.experts, keep_btk), routing.margin, flipped_bt)
         if replay is not None:
@@ -220,7 +228,7 @@ class MoE(nnx.Module):
 
 
 def _split(x_btk: Array, data: int, context: int, tensor: int) -> Array:
-    """(sources, n, k): the tokens of each of data x context x tensor source ranks."""
+    """(s, n, k): the tokens of each of s = data x context x tensor source ranks."""
     b, t, k = x_btk.shape
     x_btk = x_btk[:, zigzag(t, context)]
     columns = context * tensor

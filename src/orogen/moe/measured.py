@@ -1,4 +1,4 @@
-"""What routed experts tell of their importance and of their hidden units', for pruning.
+"""Statistics of routed experts from which pruning computes the importance of experts and of their hidden units.
 
 Letters: b batch, t time of the tokens that this rank routes, n tokens (b · t), k experts per token, e experts, r rows
 sorted by expert, w expert width, f hidden.
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from orogen.kernels.grouped_matmul.operands import RowGroups
+from orogen.layers.multiply import flat
 from orogen.layers.probe import whole
 from orogen.moe.dispatch import DISPATCHES
 from orogen.moe.router import Routing, expert_counts
@@ -20,22 +21,27 @@ def expert_statistics(
     routing: Routing, keep_btk: Array, results: tuple[Array, Array], group_sizes: Any, plan: Plan, *, n_experts: int,
     capacity: int,
 ) -> dict[str, Array]:  # fmt: skip
-    """Sums over the batch's assignments to each expert, float32: `expert_count`, `expert_weight` (of the router) and
-    `expert_output`, the L2 norm of the weighted output, all (e); and `expert_width` (e, f), the square of the mean of
+    """Float32 statistics of each expert, whole and equal on every device.
+
+    Sums over the batch's assignments to an expert, (e): `expert_count`; `expert_weight`, of the router's weights; and
+    `expert_output`, of the L2 norm of the weighted output. `expert_width` (e, f): the square of the mean of
     |hidden unit| over the expert's assignments.
 
-    results: of the experts, (r, w) and their hidden units (r, f), for rows as the plan's dispatch returned them.
-    keep_btk: the assignments that were sent. Raises ValueError for rows that name their experts.
+    results: the experts' outputs (r, w) and hidden units (r, f), for the rows that the plan's dispatch returned.
+    keep_btk: the assignments that were sent. Raises ValueError for rows that are not sorted by expert.
     """
     if isinstance(group_sizes, RowGroups):
         raise ValueError("rows that name their experts cannot be measured; expected more tokens, sorted by expert")
-    flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
     experts_nk, weights_nk, keep_nk = flat(routing.experts), flat(routing.weights), flat(keep_btk)
-    # Each row's router weight, which its expert's rank does not know: the token's weights and choices travel like the
-    # token itself, in float32, which is exact for so many experts. Rows of no token are zero.
-    told = [weights_nk, experts_nk, jnp.ones((len(experts_nk), 1))]
-    sent = jnp.concatenate([a.astype(jnp.float32) for a in told], axis=-1), experts_nk, keep_nk
-    found_rc, _, _ = DISPATCHES[plan.config.dispatch].dispatch(*sent, plan, n_experts=n_experts, capacity=capacity)
+    # An expert's rank does not know the router's weights of its rows. So each token's weights and choices, and a 1 that
+    # marks rows with a token, are dispatched like the token itself: in float32, which holds an expert's number exactly.
+    marked_nc = jnp.concatenate(
+        [a.astype(jnp.float32) for a in (weights_nk, experts_nk, jnp.ones((len(experts_nk), 1)))], axis=-1
+    )
+    dispatcher = DISPATCHES[plan.config.dispatch]
+    found_rc = dispatcher.dispatch(
+        marked_nc, experts_nk, keep_nk, plan, n_experts=n_experts, capacity=capacity
+    ).rows  # fmt: skip
     k = experts_nk.shape[1]
     local = n_experts // plan.size("expert")
     expert_r = _expert_of_rows(group_sizes, len(found_rc))
@@ -58,7 +64,7 @@ def expert_statistics(
 
 
 def _expert_of_rows(group_sizes: Array | int, rows: int) -> Array:
-    """The local expert (r) of each row; past the last one for rows of none."""
+    """The local expert (r) of each row; past the last one for rows without an expert."""
     row_r = jnp.arange(rows)
     if isinstance(group_sizes, int):
         return row_r // group_sizes
@@ -73,4 +79,5 @@ def _of_tokens(experts_nk: Array, weights_nk: Array, keep_nk: Array, n_experts: 
 
 
 def _over_tokens(x: Array, plan: Plan) -> Array:
+    """The sum over all ranks that route different tokens, equal on every device."""
     return whole(plan.sum(plan.sum(x, "token_time"), "token_rows"), plan)

@@ -19,19 +19,21 @@ from orogen.parallel.plan import Plan
 
 # Keeps a token whose scores all underflow from dividing by zero; the value is Hugging Face's and Megatron's.
 EPSILON = 1e-20
-# Up to so many comparisons, decoding on a GPU finds the largest scores by comparing all pairs: two small kernels, which
-# take less time than a sort. On a CPU they take five times as long.
+# Up to this many comparisons, decoding on a GPU finds the largest scores by comparing all pairs: two small kernels,
+# which take less time than a sort. On a CPU they take five times as long.
 FEW = 2**18
 
 
 class Routing(NamedTuple):
-    """Experts (…, k) int32, their weights (…, k) float32, and all scores (…, e) without bias: sigmoids, or the softmax
-    over all experts; the margin (…) by which the last of the top k, or the last group, beat the best one left out
-    (infinite if none was); and whether (…) a replayed choice differs from that top k.
+    """The choice of each token.
+
+    experts: (…, k) int32; weights: (…, k) float32; scores: (…, e) float32, without bias: sigmoids, or the softmax over
+    all experts. margin: (…) by how much the last of the router's own top k, or the last group, beat the best that was
+    left out; infinite if none was. flipped: (…) whether a replayed choice differs from that top k.
 
     The margin is a difference of biased sigmoids; for softmax_topk, of biased logits; for softmax, of biased
-    probabilities, relative to the last one chosen. The latter is nearly a difference of logits, however many experts
-    there are.
+    probabilities, divided by that of the last expert chosen, which makes it nearly a difference of logits however many
+    experts there are.
     """
 
     experts: Array
@@ -54,14 +56,14 @@ def route(
     experts_nk: Array | None = None,
     by_pairs: bool = False,
 ) -> Routing:
-    """Top-k experts by score + bias; weights are the scores themselves.
+    """Top-k experts by score + bias; weights are the scores themselves. Float32 throughout.
 
     score: sigmoid of the logits, softmax over all experts, or softmax_topk, which chooses by the logits and weights by
-    a softmax over the chosen ones. The correction bias, if any, affects only the choice. With n_group > 1,
-    only the topk_group groups with the largest sum of their best two biased scores are eligible. Weights are divided by
-    their sum if `normalise` (those of softmax_topk add up to one anyway), then multiplied by `scaling`. Ties go to the
-    lower index. `experts_nk` replays a choice, where it is not
-    negative. by_pairs: how a few scores are compared. Float32 throughout.
+    a softmax over the chosen ones. The correction bias, if any, affects only the choice. With n_group > 1, only the
+    topk_group groups with the largest sum of their best two biased scores are eligible. Weights are divided by their
+    sum if `normalise` (those of softmax_topk add up to one anyway), then multiplied by `scaling`. Ties go to the lower
+    index. experts_nk: a choice to replay, where it is not negative. by_pairs: whether few scores are ranked by
+    comparing all pairs, with the same result.
     Sources: arXiv:2408.15664 (bias), arXiv:2412.19437, eq. 12-16; arXiv:2401.04088, section 2.1 (softmax_topk).
     """
     logits_ne = logits_ne.astype(jnp.float32)
@@ -85,7 +87,7 @@ def route(
 
 
 def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int, *, by_pairs: bool) -> tuple[Array, Array]:
-    """The top k (n, k) inside each token's best groups, and the margin (n): the smaller of the experts' and groups'."""
+    """The top k (n, k) within each token's best groups, and the margin (n): the smaller of the experts' and groups'."""
     margin_n = jnp.full(choice_ne.shape[:-1], jnp.inf)
     if n_group > 1:
         grouped = choice_ne.reshape(*choice_ne.shape[:-1], n_group, -1)
@@ -99,7 +101,7 @@ def _choose(choice_ne: Array, k: int, n_group: int, topk_group: int, *, by_pairs
 
 
 def _top(values_ni: Array, k: int, *, by_pairs: bool) -> tuple[Array, Array]:
-    """Indices (n, k) of the k largest, the first of equal ones first, and by how much (n) the last of them beat the
+    """Indices (n, k) of the k largest, ties going to the lower index, and by how much (n) the last of them beat the
     next."""
     count = min(k + 1, values_ni.shape[-1])
     if by_pairs and values_ni.size * values_ni.shape[-1] <= FEW:
@@ -112,9 +114,9 @@ def _top(values_ni: Array, k: int, *, by_pairs: bool) -> tuple[Array, Array]:
 
 
 def _by_pairs(values_ni: Array, count: int) -> Array:
-    """The indices of `lax.top_k`, from the rank of each value, which comparing all pairs tells."""
+    """The indices of `lax.top_k`, from the rank of each value among all, found by comparing all pairs."""
     bits_ni = lax.bitcast_convert_type(values_ni, jnp.int32)
-    order_ni = jnp.where(bits_ni < 0, bits_ni ^ 0x7FFFFFFF, bits_ni)  # the same order, with what is no number in it
+    order_ni = jnp.where(bits_ni < 0, bits_ni ^ 0x7FFFFFFF, bits_ni)  # as the floats compare, NaN included
     index = jnp.arange(values_ni.shape[-1], dtype=jnp.int32)
     mine, other = order_ni[..., :, None], order_ni[..., None, :]
     before = (other > mine) | ((other == mine) & (index < index[:, None]))
@@ -124,17 +126,19 @@ def _by_pairs(values_ni: Array, count: int) -> Array:
 
 
 class Balance(NamedTuple):
-    """What the balance loss over the global batch is computed from, summed over this rank's tokens, per expert (e): the
-    assignments by plain top-k of the scores, and the scores normalised over all experts, times the share of experts
-    that are present. Counts have no gradient."""
+    """Sums over this rank's tokens, per expert (e), from which the balance loss of the global batch is computed.
+
+    counts: assignments by plain top-k of the scores, without a gradient; mass: scores normalised over all experts,
+    times the share of experts that are present.
+    """
 
     counts: Array
     mass: Array
 
 
 class RouterLosses(NamedTuple):
-    """Sums over the batch, each to be divided by a count: `balance` by sequences, `z` by tokens. If the balance is
-    global, `balance` is the input of `global_balance`."""
+    """Sums over this rank, each still to be divided by a count: `balance` by sequences, `z` by tokens. With
+    router_balance = 'global', `balance` is the input of `global_balance`."""
 
     balance: Array | Balance
     z: Array
@@ -150,14 +154,14 @@ def router_losses(
     balance: str = "row",
     present_e: Array | None = None,
 ) -> RouterLosses:
-    """The sequence balance loss and the z-loss, summed over this rank's rows, over whole sequences.
+    """The sequence balance loss and the z-loss: the balance of whole sequences, summed over this rank's rows.
 
     balance = Σ over rows of e · Σ_i f_i P_i, where f_i is the share of the row's assignments that expert i gets by
     plain top-k of the scores (no bias), and P_i the mean of its score normalised over all experts (for both softmax
-    forms the softmax over all of them). A sequence is a row of the batch, as in Megatron. With balance = "global" it
-    is the whole batch, and the result is what `global_balance` needs. z = Σ over tokens of logsumexp(logits)².
-    Padding does not count. present_e: see `Router.present`; e is then the number of these, and both losses are 0 if
-    there are none. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
+    forms the softmax over all of them). A sequence is a row of the batch, as in Megatron. With balance = "global", the
+    whole batch takes its place, and the result is the input of `global_balance`. z = Σ over tokens of
+    logsumexp(logits)². Padding does not count. present_e: see `Router.present`; e is then the number of experts
+    present, and both losses are 0 if there are none. Sources: arXiv:2412.19437, eq. 17-20; arXiv:2202.08906, eq. 5.
     """
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits_bte, -1)) * valid_bt)
     valid_bt1 = valid_bt[..., None].astype(jnp.float32)
@@ -166,7 +170,7 @@ def router_losses(
     _, chosen_btk = lax.top_k(lax.stop_gradient(scores_bte), k)
     counts_be = expert_counts(chosen_btk, valid_bt[..., None] & (chosen_btk >= 0), n_experts, axes=(1, 2))
     mass_be = (share_bte * valid_bt1).sum(1)
-    if present_e is not None:  # n_experts times the mean is how many there are
+    if present_e is not None:  # n_experts times the mean is the number of experts present
         mass_be, z = mass_be * present_e.mean(), z * present_e.any()
     if balance == "global":
         return RouterLosses(Balance(counts_be.sum(0), mass_be.sum(0)), z)
@@ -177,13 +181,17 @@ def router_losses(
 
 def global_balance(counts: Array, mass: Array, tokens: Array, *, k: int) -> Array:
     """e · Σ_i f_i P_i of each layer, summed over layers, with f and P as in `router_losses` but over all `tokens` of
-    the global batch. counts (…, e): those of the global batch; mass (…, e): that of a part of it, such as a microbatch,
-    whose share of the loss this is."""
+    the global batch.
+
+    counts: (…, e) of the global batch. mass: (…, e) of a part of it, such as a microbatch; the result is that part's
+    share of the loss, and the shares add up.
+    """
     return counts.shape[-1] * jnp.sum(counts * mass) / (k * tokens**2)
 
 
 def expert_counts(experts: Array, counted: Array, n_experts: int, *, axes: tuple[int, ...]) -> Array:
-    """How often each expert is among `experts` (int) where `counted`, summed over `axes`; float32, exact below 2^24."""
+    """How often each expert occurs in `experts` (int) where `counted`, summed over `axes`; float32, exact below
+    2^24."""
     hits = (experts[..., None] == jnp.arange(n_experts)) & counted[..., None]
     return hits.sum(axes, dtype=jnp.float32)
 
@@ -201,14 +209,14 @@ class Router(nnx.Module):
         self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
 
     def present(self, plan: Plan) -> Array | None:
-        """Which experts there are (e), by `Plan.nested`: none in a layer that is removed, whose gate has a first row of
-        zeros. None: all are."""
+        """Which experts (e) a submodel has (`Plan.nested`): those whose column of the gate is not zero, and none if the
+        gate's first row is zero, which marks a removed layer. None: all of them."""
         if not plan.nested:
             return None
         return ~empty_columns(self.gate, plan) & ~empty_first_row(self.gate, plan)
 
     def __call__(self, x_btd: Array, plan: Plan, experts_btk: Array | None) -> tuple[Array, Routing]:
-        """Logits (b, t, e) and their routing; a choice given as `experts_btk` is replayed."""
+        """Logits (b, t, e) float32 and their routing. experts_btk: a choice to replay; see `route`."""
         logits_bte = linear_float32(x_btd, self.gate, plan)
         if self.gate_bias is not None:
             logits_bte = logits_bte + self.gate_bias[...]

@@ -155,6 +155,7 @@ def sum_gradients(grads: Any, plan: Plan) -> Any:
     return map_variables(summed, grads)
 
 
+@jax.named_scope("gradient_norm")
 def square_sums(grads: Any, plan: Plan) -> Array:
     """The sum of squares of each of `grads`, outside the step, where they are as they are stored: float32, one value
     per leaf; not finite where the leaf is not.

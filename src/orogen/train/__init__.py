@@ -20,15 +20,15 @@ with one device.
 
 **Muon** is scaled to AdamW's update size (0.2·√max(in, out), arXiv:2502.16982), so one learning rate serves both.
 
-**A run survives** (`tests/train/kills.py`, `experiments/survival`): what a kill, a stop or a full disk leaves is enough
-to go on with the same bits. Checkpoints are written in the background every `checkpoint_every` steps,
+**A run survives** (`tests/train/kills.py`, `experiments/survival`): after a kill, a stop or a full disk, it continues
+with the same bits. Checkpoints are written in the background every `checkpoint_every` steps,
 `checkpoint_minutes` and, with `keep_best`, after the best evaluation (`saving.py`); the last `keep_checkpoints` stay,
-and beside them the best one and the one that a roll-back would need. One that cannot be written is a line and training
-goes on, as it does while `metrics.jsonl` cannot be written; only the last one of a run must succeed. Bad steps
-(`health.py`) are those that were not finite, which change nothing, and spikes of the loss; after `roll_back_after` of
-them the run goes back and continues with later data (`back.py`). A run without progress for `hang_minutes` writes its
-stack traces and ends with status 1 (`watch.py`). `stragglers.py` names slow processes; `goodput.py` times what is not a
-step, and `report.html` shows where the time went.
+and beside them the best one and the one that a roll-back would need. If one cannot be written, a line says so and
+training continues, as it does while `metrics.jsonl` cannot be written; only the last checkpoint of a run must succeed.
+Bad steps (`health.py`) are those that were not finite, which change nothing, and spikes of the loss; after
+`roll_back_after` of them, the run rolls back and continues with later data (`back.py`). A run without progress for
+`hang_minutes` writes its stack traces and ends with status 1 (`watch.py`). `stragglers.py` names slow processes;
+`goodput.py` times what is not a step, and `report.html` shows where the time went.
 
 **An equal run starts sooner** with `TrainConfig.keep_program`: the traced and lowered step is kept in a file
 (`parallel/kept.py`) beside jax's compile cache, which alone saves only XLA's part.

@@ -1,14 +1,15 @@
-"""Going back past bad steps: to the last regular checkpoint, and on with the data behind them.
+"""Rolling back after bad steps: to the last regular checkpoint, then on with the data after the bad batches.
 
 After `roll_back_after` bad steps in a row (see `train.health`), a run restores the last checkpoint of a step that is a
-multiple of `checkpoint_every`, or its beginning, and goes on with the batches after the last bad one; those in between
-are never trained on (PaLM, arXiv:2204.02311, section 5.1; also OPT, arXiv:2205.01068). With `repeat_bad_steps` it first
-computes the same steps on the same batches again: other bits than before mean that the hardware is at fault, and the
-run stops; equal bits mean that the data or the model is (the distinction of Megatron-LM's rerun state machine).
+multiple of `checkpoint_every`, or its beginning, and continues with the batches after the last bad one; those in
+between are never trained on (PaLM, arXiv:2204.02311, section 5.1; also OPT, arXiv:2205.01068). With `repeat_bad_steps`,
+it first repeats the same steps on the same batches: different bits mean that the hardware is at fault, and the run
+stops; equal bits mean that the data or the model is (the distinction of Megatron-LM's rerun state machine).
 
-Where a run goes back to depends only on step numbers, never on when it was stopped or saved in between. `lost.jsonl`
-records the roll-back before anything is computed after it. A run that is killed before that record is written computes
-the same bad steps again; killed after it, it goes on behind them. Both end with the bits of a run that was not killed.
+The step to return to depends only on step numbers, never on when the run was stopped or saved in between. `lost.jsonl`
+records the roll-back before anything is computed after it. A run that is killed before that record is written repeats
+the same bad steps; a run that is killed after it continues with the later data. Both end with the bits of a run that
+was not killed.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ SHOWN = 8  # devices that a message names
 
 
 class BadStepsError(Exception):
-    """The run has to go back. position: of the data, after the batch of the last bad step; reason: why it is bad."""
+    """The run has to roll back. position: of the data, after the batch of the last bad step; reason: why it is bad."""
 
     def __init__(self, step: int, position: dict[str, Any], reason: str):
         super().__init__(f"step {step}: {reason}")
@@ -46,7 +47,7 @@ class FaultyHardwareError(RuntimeError):
 
 
 class Back:
-    """Decides where a run goes back to, and compares steps that are computed again."""
+    """Decides to which step a run rolls back, and compares repeated steps with the first time."""
 
     def __init__(self, train: TrainConfig, run_dir: Path, checkpoints: Checkpoints, log: Callable[[str], None]):
         self._train, self._run_dir, self._checkpoints, self._log = train, run_dir, checkpoints, log
@@ -60,7 +61,7 @@ class Back:
         return distributed.from_first(lambda: jumps(read_lost(self._run_dir)).get(step))
 
     def compare(self, record: Mapping[str, Any]) -> None:
-        """Raises FaultyHardwareError if the step was computed before and gave other bits."""
+        """Raises FaultyHardwareError if the step was computed before and gave different bits."""
         before = self._expected.get(record["step"])
         if before is None:
             return
@@ -71,7 +72,7 @@ class Back:
                 raise FaultyHardwareError(f"{again}; expected the same bits: one of {_devices()} is faulty")
 
     def go(self, bad: BadStepsError) -> int:
-        """Removes the checkpoints after the step to go back to, records the loss, and returns that step.
+        """Removes the checkpoints after the step to return to, records the lost steps, and returns that step.
 
         Raises NonFiniteError after `max_roll_backs` to the same step, and if there is no regular checkpoint left.
         """
@@ -117,7 +118,7 @@ class Back:
             )
 
     def _computed_after(self, step: int) -> list[dict[str, Any]]:
-        """What the steps after `step` have to give again."""
+        """The values, by key, that the steps after `step` have to reproduce."""
         later = (record for record in read_metrics(self._run_dir) if record["step"] > step)
         return [{key: record[key] for key in ("step", *COMPARED)} for record in later]
 

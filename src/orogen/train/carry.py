@@ -18,7 +18,8 @@ from orogen.parallel.plan import Plan
 
 
 def abstract(train: TrainConfig, built: Built) -> Any:
-    """What a run of `built` carries for the global batch: a tree like the backbone's layers; None if nothing."""
+    """The states that a run of `built` carries for the global batch: a tree like the backbone's layers, of abstract
+    variables with logical axes; None if it carries none."""
     if not train.carry_states:
         return None
 
@@ -34,7 +35,8 @@ def abstract(train: TrainConfig, built: Built) -> Any:
 
 
 def parts(carried: Any, count: int, sources: int) -> Any:
-    """Arrays (m, …): what each of `count` microbatches carries, with the rows that `step.microbatches` gives it."""
+    """Arrays (m, …): the states that each of `count` microbatches continues, for the rows that `step.microbatches`
+    gives it."""
 
     def split(variable: nnx.Variable) -> Array:
         array, dim = variable[...], _batch_dim(variable)
@@ -46,7 +48,7 @@ def parts(carried: Any, count: int, sources: int) -> Any:
 
 
 def joined(carried: Any, left: Any, sources: int, plan: Plan) -> Any:
-    """The inverse of `parts`: what the microbatches `left`, as variables like those of `carried`."""
+    """The inverse of `parts`: the states `left` by the microbatches, as variables like those of `carried`."""
 
     def join(variable: nnx.Variable, array: Array) -> nnx.Variable:
         dim = _batch_dim(variable)
@@ -60,8 +62,8 @@ def joined(carried: Any, left: Any, sources: int, plan: Plan) -> Any:
 
 
 def after(left: Any, finite: Array) -> Any:
-    """The states for the next batch: those that this one `left`, or empty ones after a skipped step, whose states may
-    not be finite. States from before that step belong to text that the next batch does not continue."""
+    """The states for the next batch: those that this batch `left`, or empty ones after a skipped step, whose states may
+    not be finite. The states from before a skipped step would not do: the next batch does not continue their text."""
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), left, emptied(left))
 
 
@@ -79,5 +81,5 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def _batch_dim(variable: nnx.Variable) -> int:
-    """The batch dimension: the first that has a name, after those of repeated layers."""
+    """The batch dimension: the first named one, after those of repeated layers."""
     return variable.get_value().ndim - len(variable.get_metadata()["axes"])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Adapt = Callable[[RunConfig, Folder], Folder]
 
-# Parts that only some tasks read.
+# Parts of a config that only some tasks read, and why another task refuses them.
 ONLY_SOME = {
     "chat": "reads no conversations",
     "preference": "reads no pairs of answers",
@@ -80,8 +80,8 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 def _load_with_checkpoint(
     options: argparse.Namespace, held: contextlib.ExitStack, adapt: "Adapt | None"
 ) -> tuple[RunConfig, str, "Folder | None"]:
-    """The config of the gin files, its text, and the folder that the run starts from, open until `held` exits. If the
-    files have no model, it is that of --checkpoint. adapt: see `run_task`."""
+    """The config of the gin files, its operative text, and the folder that the run starts from, open until `held`
+    exits. If the files bind no model, it is that of --checkpoint. adapt: see `run_task`."""
     config, text = load_config(options)
     if options.checkpoint is None:
         if config.lora is not None and not (options.resume and any(options.run.glob("checkpoints/*"))):
@@ -124,7 +124,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def require_read(config: RunConfig, read: Sequence[str]) -> None:
-    """Raises ConfigError if the config has a part that only other tasks read. read: those that this one reads."""
+    """Raises ConfigError if the config has a part that only other tasks read. read: the parts that this task reads."""
     for part, why in ONLY_SOME.items():
         if getattr(config, part) is not None and part not in read:
             raise ConfigError(f"{PARTS[part].__name__} has bindings; expected none: this task {why}")
@@ -134,9 +134,12 @@ def run_task(
     options: argparse.Namespace, make_task: Callable[[RunConfig], "Task"], *parts: str, optional: Sequence[str] = (),
     adapt: "Adapt | None" = None,
 ) -> int:  # fmt: skip
-    """Trains on a task in a run folder. parts: those that its config needs beside a model, data, a length and an
-    optimizer; optional: those that it may have besides. adapt: makes of the config and the folder of --checkpoint one
-    that gives the parameters to start from."""
+    """Trains on a task in a run folder; returns the exit status.
+
+    parts: the parts that its config needs in addition to a model, data, a length and an optimizer; optional: those that
+    it may have as well. adapt: maps the config and the folder of --checkpoint to the folder whose parameters training
+    starts from.
+    """
     # Until the report is written, the folder stays locked and signals are handled.
     with contextlib.ExitStack() as held:
         config, text, origin = _load_with_checkpoint(options, held, adapt)
@@ -177,7 +180,7 @@ def run_task(
 
 
 def _finish_together(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
-    """Lets the first process report, and the others wait for it: they hold the runtime that it needs."""
+    """The first process reports; the others wait, since they keep the runtime alive that it needs."""
     done = distributed.fresh_name("report")
     if not distributed.first():
         distributed.wait_until_settled(done)
@@ -189,7 +192,7 @@ def _finish_together(options: argparse.Namespace, config: RunConfig, text: str, 
 
 
 def _finish_run(options: argparse.Namespace, config: RunConfig, text: str, trained: Any) -> int:
-    """Reports on a finished run, or says that it stopped early."""
+    """Reports on a finished run, or prints that it stopped early."""
     from orogen.evaluate.summary import summarise
 
     step, report = int(trained.state.step), options.run / "report.html"

@@ -1,4 +1,4 @@
-"""The formats in which a run's steps compute: the plan of a step, and what roundings read from a batch.
+"""The number formats of a run's steps: the plan of a step, and the inputs that rounding needs from a batch.
 
 Letters: b batch, t time.
 """
@@ -22,8 +22,8 @@ from orogen.parallel.rounding_state import NUMBER, PROBES
 
 
 def in_formats(plan: Plan, precision: PrecisionConfig, model: ModelConfig, *, switched: bool = False) -> Plan:
-    """The plan whose layers round operands as the run's precision says; the plan itself if none does. switched: from
-    `switch_step` on. Raises ValueError if the plan has no recipes of its layers to change."""
+    """The plan whose layers round operands as `precision` specifies; the plan itself if no layer rounds. switched:
+    whether the step follows `switch_to`. Raises ValueError if the plan has no recipes per layer."""
     rounded = layer_products(precision, model, switched=switched)
     if not any(rounded):
         return plan
@@ -41,7 +41,8 @@ def is_switched(precision: PrecisionConfig, step: int) -> bool:
 
 
 def counting(params: nnx.State) -> tuple[nnx.State, Array | None]:
-    """The parameters of the model, and the zeros whose gradient counts what rounding loses, if they are among them."""
+    """The model's parameters; and the zeros whose gradient counts what rounding loses, None if they are not among the
+    parameters."""
     if PROBES not in params:
         return params, None
     parts = plain(params)
@@ -49,7 +50,8 @@ def counting(params: nnx.State) -> tuple[nnx.State, Array | None]:
 
 
 def with_numbers(batch: Batch, plan: Plan) -> Batch:
-    """The global batch, whose tokens are in the order of the context ranks, with their numbers if the plan rounds."""
+    """The global batch, whose tokens are in the order of the context ranks; if the plan rounds, with each token's index
+    in row-major order as the extra NUMBER."""
     if not plan.rounds:
         return batch
     rows, length = batch.tokens_bt.shape

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: its steps, and everything between them."""
+"""How the time of a run is spent: on its steps, and on everything between them."""
 
 import contextlib
 import time
@@ -9,9 +9,9 @@ COMPILING, EVALUATING, SAVING, STARTING = "compile_seconds", "evaluate_seconds",
 
 
 class Clock:
-    """Splits the time from one step's end to the next into the step's own and what was done aside.
+    """Splits the time between the ends of two steps into the step itself and other work (`aside`).
 
-    It starts when it is made. All times are of the host, in seconds.
+    It starts when it is constructed. All times are host times in seconds.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class Clock:
             self._spent[kind] = self._spent.get(kind, 0.0) + seconds
 
     def step(self, done: float) -> float:
-        """The seconds of the step that was done at `done`, as `time.perf_counter` counts."""
+        """The duration of the step that ended at `done`, by `time.perf_counter`."""
         seconds = done - self._since - self._aside
         self._since, self._aside = done, 0.0
         return seconds
 
     def spent(self, record: Mapping[str, Any] | None = None) -> dict[str, float]:
-        """The seconds spent aside since the last call, by kind; added to those that the record has, if one is given."""
+        """The seconds spent aside since the last call, by kind. record: a step's record, whose seconds are added."""
         found, self._spent = self._spent, {}
         return {kind: seconds + (record or {}).get(kind, 0.0) for kind, seconds in found.items()}

@@ -1,4 +1,4 @@
-"""Which steps are bad: those that were skipped, and those whose loss is far above the losses before it."""
+"""Detects bad steps: those that were skipped, and those whose loss is far above the losses before."""
 
 import collections
 import statistics
@@ -14,18 +14,18 @@ SPIKE = "spike_bound"
 
 
 class NonFiniteError(RuntimeError):
-    """Too many bad steps: losses, gradients or buffers that made the run skip them, or spikes."""
+    """Too many bad steps: skipped because a loss or gradient was not finite or a buffer overflowed, or spikes."""
 
 
 class Health:
-    """Judges each step by the records of the steps before it, and by nothing else: a resumed run, which reads them
-    from metrics.jsonl, judges as an uninterrupted one.
+    """Judges each step by the records of the steps before it alone, so that a resumed run, which reads them from
+    metrics.jsonl, judges like an uninterrupted one.
 
     A loss is a spike if it exceeds median + spike_deviations · 1.4826 · MAD of the losses of the last `spike_window`
     good steps, where MAD is their median absolute deviation from the median; both ignore outliers
     (doi:10.1016/j.jesp.2013.03.013). Until there are that many, no loss is a spike.
 
-    records: of several processes, the first one's count for all.
+    records: of the steps so far; with several processes, those of the first one count for all.
     """
 
     def __init__(self, train: TrainConfig, records: Iterable[Mapping[str, Any]] = ()):
@@ -39,12 +39,12 @@ class Health:
 
     @property
     def bound(self) -> float | None:
-        """The loss above which the next step is a spike; None: there is none."""
+        """The loss above which the next step is a spike; None while there is no bound."""
         if not self._deviations or len(self._losses) < (self._losses.maxlen or 0):
             return None
         middle = statistics.median(self._losses)
         deviation = statistics.median(abs(loss - middle) for loss in self._losses)
-        # If most losses are equal, the bound would be their value, and the last bit a spike.
+        # If most losses are equal, the bound would be their value, and a difference in the last bit would be a spike.
         return middle + self._deviations * DEVIATION * deviation if deviation else None
 
     def judged(self, record: dict[str, Any]) -> dict[str, Any]:

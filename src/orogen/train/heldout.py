@@ -52,8 +52,8 @@ SCORES = "heldout_loss", "heldout_bits_per_byte"
 
 
 class Heldout:
-    """Scores the held-out split: a fixed, evenly spread sample of its sequences, or all of it. With several sources,
-    each is scored by itself (`heldout_loss/NAME`) and the sample has about equally many sequences of each.
+    """Scores the held-out split: a fixed, evenly spaced sample of its sequences, or all of it. With several sources,
+    each is also scored by itself (`heldout_loss/NAME`), and the sample has about equally many sequences of each.
 
     Experts drop no token here, whatever capacity the run trains with.
     """
@@ -127,8 +127,8 @@ class Heldout:
         measured = self._measured[is_switched(self.precision, int(state.step))]
         nats = count = 0.0
         for batch in batches:
-            # Fetched one by one: with many programs over simulated devices in flight, XLA:CPU runs out of threads and
-            # its collectives wait forever (observed with jax 0.10.1).
+            # Fetched one by one: with many programs over simulated devices in flight, XLA:CPU runs out of threads, and
+            # its collectives deadlock (observed with jax 0.10.1).
             found = jax.device_get(measured(params, state.buffers, batch_to_devices(batch, self.plan)))[LOSS]
             nats, count = nats + float(found.sum), count + float(found.count)
             self.progress()
@@ -166,8 +166,8 @@ def measure(
 
 
 def at_work(params: Any, plan: Plan) -> Any:
-    """Parameters, as they are stored between steps, laid out as a pass reads them: the same arrays where nothing is
-    sharded further between steps, since a copy may not fit."""
+    """Parameters, given as they are stored between steps, in the shardings inside a step. Returns the same arrays if
+    both shardings are equal, since a copy may not fit into memory."""
     return params if plan.storage == plan.rules else _gathered(params, plan)
 
 

@@ -15,8 +15,8 @@ from orogen.train.task import Metric
 
 
 class KeptStep:
-    """The jitted `step` (state, batch) -> state, metrics, with one file for each shape of batches. It donates the
-    state, and returns it where it was. name: a text that determines the step."""
+    """The jitted `step` (state, batch) -> state, metrics, with one file per shape of batches. It donates the state, and
+    returns it with the same shardings. name: a text that determines the step, code aside."""
 
     def __init__(self, step: Callable[..., tuple[TrainState, StepMetrics]], plan: Plan, name: str):
         self.step, self.plan, self.name = step, plan, name
@@ -49,7 +49,7 @@ class KeptStep:
 
 @functools.cache
 def _register() -> None:
-    """Gives the parts of a step's metrics names in files."""
+    """Registers the NamedTuples of a step's metrics, so that a file can hold a program that returns them."""
     from jax import export
 
     for part in (StepMetrics, Metric):

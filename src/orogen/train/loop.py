@@ -48,8 +48,8 @@ from orogen.train.watch import Watch
 
 
 class _Pending(NamedTuple):
-    """A step that is dispatched and not yet reported. position: of the data, after its batch; host_seconds: until it
-    was dispatched; measured: see `StepPrograms`."""
+    """A step that has been dispatched but not reported yet. position: of the data, after its batch; host_seconds: what
+    the host took to prepare and dispatch it; measured: see `StepPrograms.measured`."""
 
     number: int
     batch: Batch
@@ -60,7 +60,7 @@ class _Pending(NamedTuple):
 
 
 class Loop:
-    """The parts of one run that work together from step to step."""
+    """One run from step to step: source, programs, health, checkpoints, evaluation and records."""
 
     def __init__(
         self,
@@ -106,8 +106,8 @@ class Loop:
         self.peak = peak_flops(jax.devices()[0].device_kind)
 
     def start(self, origin: Folder | None) -> TrainState:
-        """The last state saved, with the data's position restored; or a new state, from `origin` if there is one. After
-        a roll-back to this state, the position is the one behind the bad batches."""
+        """The last state saved, with the data's position restored; or a new state, from `origin` if given. After a
+        roll-back to this state, the position is the one after the bad batches."""
         self.origin = origin
         if self.first_step:
             state, self.position = self._restored()
@@ -115,7 +115,7 @@ class Loop:
             state, self.position = with_chooser(self._new(origin), self.submodels, self.plan), self._beginning
         if (position := self.back.position(self.first_step)) is not None:
             self.position = at_step(position, self.first_step)
-            if state.carried is not None:  # states of other text than that of the next batch
+            if state.carried is not None:  # the states belong to text that the next batch does not continue
                 there = jax.tree.map(lambda x: x.sharding, state.carried)
                 state = state._replace(carried=jax.jit(carry.emptied, out_shardings=there)(state.carried))
         if self.position != self.source.state():
@@ -159,8 +159,8 @@ class Loop:
                 self.log(f"the seconds of the last checkpoint are not in the metrics ({error.strerror})")
 
     def finish(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> None:
-        """Starts writing the state after the last step of this call. Not after a stop among bad steps from which the
-        run may yet go back: a resumed run computes them again. Raises NotSavedError."""
+        """Starts writing the state after the last step of this call; but not after a stop during bad steps from which
+        the run may still roll back, which a resumed run repeats. Raises NotSavedError."""
         if int(state.step) == self.config.train.steps or not self._may_go_back:
             self.watch.expect_longer()
             best = self.saver.is_best(writer.last or {})
@@ -171,7 +171,7 @@ class Loop:
         return self.config.train.roll_back_after > 0 and self.health.bad_in_row > 0
 
     def evaluate_last(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> None:
-        """Evaluates the step that was saved last, if a stop prevented its evaluation."""
+        """Evaluates the last saved step, if a stop prevented its evaluation."""
         train, last, number = self.config.train, writer.last, self.first_step
         if last is None or last["step"] != number:
             return
@@ -182,9 +182,9 @@ class Loop:
             writer.amend(self._scores(number, state) | self.clock.spent(last))
 
     def steps(self, state: TrainState, writer: MetricsWriter | SilentWriter) -> TrainState:
-        """Runs to the end or to a stop, going back past bad steps on the way."""
+        """Runs to the end or to a stop, and rolls back after bad steps on the way."""
         while True:
-            # The first process has removed the records of later steps, and judges by the others for all.
+            # Only the first process reads records; what it judges by them holds for all.
             records = read_metrics(self.checkpoints.run_dir) if self.first_step and distributed.first() else []
             records = [record for record in records if record["step"] <= self.first_step]
             self.health = Health(self.config.train, records)
@@ -229,15 +229,15 @@ class Loop:
                 pending = _Pending(
                     number, batch, self.position, host_seconds, fetcher.submit(_fetch, metrics), measured
                 )  # fmt: skip
-                stopped, due = together.after(number), lambda every, n=number: n % every == 0
-                last = number == train.steps or stopped
-                save = self.saver.due(number)
-                if last or save or due(train.evaluate_every):
-                    scored = not stopped and (number == train.steps or due(train.evaluate_every))
+                stopped, save = together.after(number), self.saver.due(number)
+                final = number == train.steps
+                evaluate = final or number % train.evaluate_every == 0
+                if evaluate or stopped or save:
+                    scored = evaluate and not stopped
                     record = self._report(pending, writer, progress, scored=state if scored else None)
                     pending = None
                     # A stop may also come during the evaluation, which the resumed run repeats.
-                    if last or together.after(number):
+                    if final or stopped or together.after(number):
                         break
                     best = self.saver.is_best(record)
                     if (save or best) and not (self._may_go_back or self._skipped):
@@ -248,9 +248,9 @@ class Loop:
     def _dispatch(
         self, number: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, StepMetrics, dict[str, Any] | None]:
-        """The step's results, which the devices may still be computing, and what it measured of its roundings. The
-        first call of a shape also compiles the step, as does the first after a change of recipe; so with what
-        measures."""
+        """The step's results, which the devices may still be computing, and what was measured of its roundings, None if
+        nothing was. The first call for a shape, or after a change of recipe, also compiles the step; likewise the
+        program that measures."""
         placed, programs = batch_to_devices(batch, self.plan), self.programs
         if self._compiles(number, batch) or programs.measures(number):
             self.watch.expect_longer()
@@ -301,7 +301,7 @@ class Loop:
         return {"step": number, **step_record(batch, metrics, seconds, config=self.config, peak=self.peak)}
 
     def _react(self, pending: _Pending, fetched: StepMetrics, record: dict[str, Any]) -> None:
-        """Says which steps are bad, and raises what follows from it."""
+        """Logs a bad step, and raises BadStepsError or NonFiniteError if it is one too many."""
         train, in_row = self.config.train, self.health.bad_in_row
         self._skipped = int(fetched.skipped_in_row)
         if not in_row:

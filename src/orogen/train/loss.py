@@ -135,7 +135,7 @@ def loss_share(
     load = first + idle + [sum(parts) for parts in zip(*deeper, strict=True)]
     choices = tuple(map_moe(lambda s: s.choice, tree) for tree in passed.stats)
     metrics = jax.lax.stop_gradient(passed.metrics)
-    return passed.loss, Sums(metrics, plan.total(load), *lost(passed.stats, plan), choices, passed.carried)
+    return passed.loss, Sums(metrics, plan.total(load), *drops(passed.stats, plan), choices, passed.carried)
 
 
 def _no_load(items: tuple[str | Repeat, ...], experts: int, stacked: tuple[int, ...] = ()) -> list[Array]:
@@ -232,13 +232,20 @@ def run_head(
     return Passed(h_btd, loss, metrics, (*passed.stats, *(stats for _, stats in deeper)), passed.carried)
 
 
-def lost(stats: tuple[Any, ...], plan: Plan) -> tuple[Array, Array]:
-    """Assignments beyond an expert's capacity, and those that did not fit into a buffer, over a stage's devices."""
-    dropped, overflow = (
-        plan.total(sum((getattr(s, field).sum() for s in moe_stats(stats)), start=jnp.zeros(())))
-        for field in ("dropped", "overflow")
-    )
-    return dropped, overflow
+class Drops(NamedTuple):
+    """Assignments beyond an expert's capacity, and those that did not fit into a buffer, float32."""
+
+    dropped: Array
+    overflow: Array
+
+
+def drops(stats: tuple[Any, ...], plan: Plan) -> Drops:
+    """The assignments without an expert in these statistics, summed over a stage's devices."""
+
+    def total(field: str) -> Array:
+        return plan.total(sum((getattr(s, field).sum() for s in moe_stats(stats)), start=jnp.zeros(())))
+
+    return Drops(total("dropped"), total("overflow"))
 
 
 def _router_loss(

@@ -1,11 +1,11 @@
-"""What rounding costs a step: numbers lost by operand and layer, and the gradient beside that of the compute dtype.
+"""What rounding costs a step: the numbers that it loses, by operand and layer, and how far it turns the gradient.
 
-Measured by a program of its own on sampled steps, so that the others do not pay for it.
+A separate program measures this on sampled steps, so that the other steps cost nothing more.
 Letters: l layers.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +33,19 @@ from orogen.train.task import Objective
 def make_measure(
     built: Built, objective: Objective, config: RunConfig, plan: Plan, plain: Plan, *, frozen: Any = None
 ) -> Callable[..., dict[str, Array]]:
-    """The jitted function (state, batch[, frozen]) -> counters (l, kinds, operands, counters) and, per layer, the
-    cosine between its gradient and that on `plain`, whose products round nothing, and the shares of their elements that
-    are zero.
+    """The jitted function (state, batch[, frozen]) -> counters, float32 (l, kinds, operands, counters), and per layer
+    (l,): the cosine between its gradient and that under the plan `plain`, whose products round nothing, and the shares
+    of elements that are zero in both.
 
-    Both gradients are of the same experts' choices. Vectors do not count: their products are not rounded.
+    Both gradients are computed with the same choices of experts. Vectors do not count: their products are not rounded.
     """
     model, dtype, carried = config.model, config.train.compute_dtype, carry.abstract(config.train, built)
     layers = Whole(model.layers.main, model.layers.mtp)
     count = len(layers.main + layers.mtp)
     probe = nnx.Param(jax.ShapeDtypeStruct(probe_shape(count), jnp.float32), axes=(None,) * 4, float32=True)
-    counting = built._replace(params=nnx.State({**plain_tree(built.params), PROBES: probe}))
+    probed = built._replace(params=nnx.State({**plain_tree(built.params), PROBES: probe}))
     settings: Any = {"carried": carried, "frozen": frozen, "seed": config.train.seed}
-    rounded = gradients(counting, objective, model, plan, dtype, record=True, **settings)
+    rounded = gradients(probed, objective, model, plan, dtype, record=True, **settings)
     exact = gradients(built, objective, model, plain, dtype, replaying=True, **settings)
 
     def measure(state: TrainState, batch: Batch, frozen: Any = None) -> dict[str, Array]:
@@ -60,14 +60,21 @@ def make_measure(
         own = nnx.State({name: part for name, part in plain_tree(grads).items() if name != PROBES})
         pair = [built.whole(side) for side in (own, expected)]
         compared = [_compared(*(layers.layer(side, number) for side in pair)) for number in range(count)]
-        cosine_l, zeros_l, plain_l = (jnp.stack(column) for column in zip(*compared, strict=True))
-        return {"counts": counts[...], "cosine": cosine_l, "zeros": zeros_l, "plain_zeros": plain_l}
+        by_layer = jax.tree.map(lambda *values: jnp.stack(values), *compared)
+        return {"counts": counts[...], **by_layer._asdict()}
 
     return jax.jit(measure, out_shardings=plan.sharding(), compiler_options=plan.compiler_options)
 
 
-def _compared(grads: nnx.State, expected: nnx.State) -> tuple[Array, Array, Array]:
-    """The cosine between two gradients of a layer's matrices, and the share of zeros in each."""
+class _Compared(NamedTuple):
+    """Two gradients of a layer's matrices: the cosine between them, and the share of zeros in each."""
+
+    cosine: Array
+    zeros: Array
+    plain_zeros: Array
+
+
+def _compared(grads: nnx.State, expected: nnx.State) -> _Compared:
     pairs = [
         (a.astype(jnp.float32), b.astype(jnp.float32))
         for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True)
@@ -77,11 +84,12 @@ def _compared(grads: nnx.State, expected: nnx.State) -> tuple[Array, Array, Arra
     size = max(sum(a.size for a, _ in pairs), 1)
     norms = jnp.sqrt(total(lambda a, _: a * a)) * jnp.sqrt(total(lambda _, b: b * b))
     cosine = jnp.where(norms > 0, total(lambda a, b: a * b) / jnp.where(norms > 0, norms, 1), 0)
-    return cosine, total(lambda a, _: a == 0) / size, total(lambda _, b: b == 0) / size
+    return _Compared(cosine, total(lambda a, _: a == 0) / size, total(lambda _, b: b == 0) / size)
 
 
 def described(measured: dict[str, Any]) -> dict[str, Any]:
-    """A step's record of what `make_measure` found, on the host; `report.metrics` lists its keys."""
+    """The entries of a step's record, from what `make_measure` measured, on the host; `report.metrics` lists the
+    keys."""
     counts = {name: np.asarray(measured["counts"][..., i], np.float64) for i, name in enumerate(COUNTS)}
     shares: dict[str, dict[str, dict[str, float]]]
     shares = {name: {} for name in ("zeros", "flushed", "saturated", "nonfinite")}

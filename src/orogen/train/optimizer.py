@@ -1,14 +1,13 @@
-"""The optimizer and its schedule, from optax. A parameter's own axes decide whether it is decayed and whether Muon
-updates it."""
+"""The optimizer and its schedule, from optax. A parameter's own axes decide whether weight decay applies and whether
+Muon updates it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array
 from optax import contrib
 
 from orogen.config.run import OptimizerConfig
@@ -122,30 +121,20 @@ def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-@jax.named_scope("gradient_norm")
-def square_sums(tree: Any) -> Array:
-    """The sum of squares of each leaf, float32; not finite where the leaf is not.
-
-    Rows are multiplied with themselves by dot products: otherwise XLA:CPU writes the squares to memory before it adds
-    them (jax 0.10.1).
-    """
-    sums = [jnp.einsum("...i,...i->...", g, g, precision="highest") for g in jax.tree.leaves(tree)]
-    return jnp.stack([one.sum() for one in sums])
-
-
 def is_matrix(axes: tuple[str | None, ...]) -> bool:
     """Whether the last two axes are the input and output of a matrix product inside the network."""
     return _dimensions(axes) > 1 and not {"vocab", "positions", "taps"} & set(axes)
 
 
 def _dimensions(axes: tuple[str | None, ...]) -> int:
-    """How many dimensions the parameter has in the mathematics. The expert axis only stacks, as repeated layers do, so
-    experts' biases are vectors; Mamba-1's A_log is one decay rate per element of the state, a vector like Mamba-2's."""
+    """The number of dimensions of the mathematical object. The expert axis only stacks, as repeated layers do, so
+    experts' biases are vectors; Mamba-1's A_log has one decay rate per element of the state, and is a vector like
+    Mamba-2's."""
     return sum(axis not in ("expert", "state") for axis in axes)
 
 
-def _by_axes(params: nnx.State, choose) -> nnx.State:
-    """`params` with `choose(its own axes)` in place of each array."""
+def _by_axes(params: nnx.State, choose: Callable[[tuple[str | None, ...]], Any]) -> nnx.State:
+    """`params` with `choose` of each parameter's own axes in place of its array."""
     return jax.tree.map(
         lambda v: v.replace(choose(v.get_metadata()["axes"])), params, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )

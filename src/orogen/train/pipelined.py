@@ -16,7 +16,7 @@ from jax import Array, lax
 from orogen.config.model import ModelConfig
 from orogen.data.packing import Batch
 from orogen.model.block import Stack
-from orogen.model.by_letter import add_rows, by_letter, joined, stacked
+from orogen.model.by_letter import ByLetter, add_rows, by_letter, joined, stacked
 from orogen.model.lm import LanguageModel
 from orogen.model.stages import MOE, Segment, Stages, add, take
 from orogen.moe.layer import Choice, Replay
@@ -24,7 +24,7 @@ from orogen.parallel import placement
 from orogen.parallel.pipeline import Program, run
 from orogen.precision.policy import DTYPES, working_copy
 from orogen.train.formats import counting
-from orogen.train.loss import Assigned, Counts, Passed, Sums, embed, lost, map_moe, run_backbone, run_head
+from orogen.train.loss import Assigned, Counts, Drops, Passed, Sums, drops, embed, map_moe, run_backbone, run_head
 from orogen.train.task import Computation
 
 # Slices of lists by stack: the backbone's entry, and those of the MTP block, one per depth.
@@ -32,11 +32,12 @@ _FIRST_AND_REST = slice(1), slice(1, None)
 
 
 class Pipeline:
-    """A model split into stages, on one device of a plan, inside `Plan.run`: runs its segments over a batch (m, b, t).
+    """Runs the segments of a model that is split into stages over a batch (m, b, t), on one device of a plan, inside
+    `Plan.run`.
 
-    buffers: as this device's stage keeps them. replay: choices to use in place of the routers' own, laid out likewise.
+    buffers: those of this device's stage. replay: choices to use in place of the routers' own, laid out by stage too.
     record: whether every token's choice is reported. assigned: the assignments of all microbatches (1, v, r, e), as the
-    method `assigned` returns them, for balance over the global batch.
+    method `assigned` returns them, for balance over the global batch; None: they are not needed.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Pipeline:
         self.tally, self.known = False, assigned
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
-        """Loss, and gradients and Sums of this device's stage; gradients are scattered if the plan keeps them so."""
+        """The loss, and the gradients and Sums of this device's stage; gradients are scattered if `fsdp` is
+        `gradients`."""
         stored = jax.eval_shape(self._kept, params)
         zeros = self.plan.vary(jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), stored))
         found = self._run(params, zeros)
@@ -103,8 +105,8 @@ class Pipeline:
         def give(total: Any, grads: Any, chunk: Array) -> Any:
             return add(total, self._kept(grads), segment, chunk)
 
-        # Only the parts that the segment computes with are differentiated: `forward` adds the others, which complete
-        # the graph, without a gradient.
+        # Only the parts that the segment computes with are differentiated. The graph needs the others too: `forward`
+        # adds them without a gradient.
         def pieces(params: Any, chunk: Array) -> nnx.State:
             return nnx.State({name: part for name, part in take(params, segment, chunk).items() if used(name)})
 
@@ -139,20 +141,23 @@ class Pipeline:
         return [main] + [deeper] * (self.depths if segment.last else 0)
 
     def _report(self, passed: Passed, segment: Segment) -> dict[str, Any]:
-        """What this segment's pass adds to the sums: loads (r, e) of its layers, and choices (r, b, t, …) of each use
-        of a layer."""
-        report = {"metrics": passed.metrics, "lost": lost(passed.stats, self.plan)}
-        of = lambda field, stats, items: by_letter(map_moe(lambda s: getattr(s, field), stats), items)  # noqa: E731
-        loads = [of("load", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
+        """What this segment's pass adds to the sums: among them loads (r, e) of its layers, and choices (r, b, t, …) of
+        each use of a layer."""
+        report = {"metrics": passed.metrics, "lost": drops(passed.stats, self.plan)}
+
+        def of_layers(field: str) -> list[ByLetter]:
+            """This field of the layers' statistics, per stack that ran."""
+            pairs = zip(passed.stats, self._items(segment), strict=True)
+            return [by_letter(map_moe(lambda s: getattr(s, field), stats), items) for stats, items in pairs]
+
+        loads = of_layers("load")
         if MOE in segment.pattern + segment.mtp * (self.depths > 0):
             deeper = [jax.tree.map(lambda *parts: sum(parts), *loads[1:])] if loads[1:] else []
             report["load"] = self.plan.total(joined([loads[0], *deeper])[MOE])
             if self.record:
-                choices = [of("choice", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
-                report["choices"] = joined(choices)[MOE]
+                report["choices"] = joined(of_layers("choice"))[MOE]
             if self.tally:
-                losses = [of("losses", *pair) for pair in zip(passed.stats, self._items(segment), strict=True)]
-                report["assigned"] = self.plan.total(joined(losses)[MOE].balance.counts)
+                report["assigned"] = self.plan.total(joined(of_layers("losses"))[MOE].balance.counts)
         return jax.lax.stop_gradient(report)
 
     def _note(self, total: dict[str, Any], report: dict[str, Any], chunk: Array, microbatch: Array) -> dict[str, Any]:
@@ -169,7 +174,7 @@ class Pipeline:
         """Reports of zeros. Loads are (1, v, r, e), choices (1, v, r, m, b, t, …)."""
         zero = jnp.zeros(())
         reports: dict[str, Any] = {
-            "metrics": jax.tree.map(jnp.zeros_like, self.counts.metrics), "lost": (zero, zero),
+            "metrics": jax.tree.map(jnp.zeros_like, self.counts.metrics), "lost": Drops(zero, zero),
         }  # fmt: skip
         counted, used = (
             max(s.pattern.count(MOE) + times * s.mtp.count(MOE) for s in self.stages.segments)
@@ -229,16 +234,19 @@ def _graph(segment: Segment, config: ModelConfig) -> nnx.GraphDef:
 
 
 def _count(items: Any) -> int:
+    """The number of MoE layers in a stack of these items."""
     return sum(item.count * _count(item.items) if not isinstance(item, str) else item == MOE for item in items)
 
 
 def _set(chunk: Array, microbatch: Array, total: Array, used_r: Array) -> Array:
+    """`total` (1, v, r, m, …) with the entries of one chunk and microbatch set to `used_r`."""
     zero = jnp.zeros_like(chunk)
     start = (zero, chunk, zero, microbatch) + (zero,) * (used_r.ndim - 1)
     return lax.dynamic_update_slice(total, used_r[None, None, :, None], start)
 
 
 def _read(chunk: Array, microbatch: Array, start: int, count: int, replay: Array) -> Array:
+    """(count, …): the entries of one chunk and microbatch of `replay` (1, v, r, m, …), from row `start` on."""
     zero = jnp.zeros_like(chunk)
     begin = (zero, chunk, zero + start, microbatch) + (zero,) * (replay.ndim - 4)
     size = (1, 1, count, 1, *replay.shape[4:])

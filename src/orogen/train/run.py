@@ -42,8 +42,8 @@ TOKENIZER = "tokenizer"
 
 
 class Trained(NamedTuple):
-    """What a run leaves in memory for its report. finished: whether it took its last step; steps: those of this call;
-    stop: its signal handling."""
+    """What a run leaves in memory for its report. finished: whether it took its last step; steps: the number taken in
+    this call; stop: its signal handling."""
 
     state: TrainState
     corpus: Corpus

@@ -16,7 +16,7 @@ from orogen.parallel import distributed
 from orogen.train.goodput import SAVING, Clock
 from orogen.train.state import TrainState, items
 
-# With several processes, the steps between the questions whether the minutes have passed: each costs a broadcast.
+# With several processes, the steps between checks whether the minutes have passed: each check costs a broadcast.
 STEPS_BETWEEN_CLOCKS = 10
 
 
@@ -38,7 +38,7 @@ class Saver:
         self._scores: dict[int, float] = {}
 
     def start(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """The run is about to go on after these records."""
+        """Call this before the run starts or continues after these records."""
         self._saved_at = time.monotonic()
         if (name := self._score) is not None:
             found = {record["step"]: record[name] for record in records if name in record}
@@ -51,8 +51,8 @@ class Saver:
         return step % self._train.checkpoint_every == 0 or self._minutes_passed(step)
 
     def is_best(self, record: Mapping[str, Any]) -> bool:
-        """Whether no checkpoint has a score as low as that of the record: on all processes what the first one finds,
-        which alone needs the records of `start`."""
+        """Whether the record's score is lower than that of every checkpoint. The first process decides for all, so only
+        it needs the records of `start`."""
         return distributed.from_first(lambda: self._is_best(record))
 
     def _is_best(self, record: Mapping[str, Any]) -> bool:
@@ -64,8 +64,8 @@ class Saver:
         return all(score < other for other in others)
 
     def save(self, state: TrainState, position: dict[str, Any], layout: Layout, *, best: bool = False) -> None:
-        """Starts writing the state and the data's position. Raises NotSavedError; that the write before this one failed
-        is only said."""
+        """Starts writing the state and the data's position. Raises NotSavedError; a failure of the write before this
+        one is only logged."""
         with self._clock.aside(SAVING):
             try:
                 self._checkpoints.wait()

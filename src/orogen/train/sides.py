@@ -24,9 +24,10 @@ from orogen.parallel.plan import Plan, single_device_plan
 from orogen.train.formats import in_formats
 from orogen.train.step import in_rank_order, replay_of
 
-CLOSED, GATE, SMALL = "tanh_gate", np.float32(0.5), np.float32(0.05)
-# Images of a row of a check's batch, at most.
-ROOM = 3
+TANH_GATE = "tanh_gate"  # the name of parameters that start at zero
+GATE = np.float32(0.5)  # what a check sets them to
+FACTOR = np.float32(0.05)  # the magnitude to which a check sets adapters' factors B, which start at zero too
+MAX_IMAGES = 3  # per row of a check's batch
 # (config, n) -> n batches of the config's shape, for a check.
 Batches = Callable[[RunConfig, int], list[Batch]]
 
@@ -61,14 +62,16 @@ def sides(config: RunConfig) -> Sides:
 
 
 def with_open_gates(params: nnx.State) -> nnx.State:
-    """The parameters with gates that begin at zero set to GATE, and adapters' factors B to small numbers: zeros let no
-    gradient through."""
+    """The parameters with tanh gates set to GATE, and adapters' factors B to small numbers: zeros would let no gradient
+    through."""
 
     def opened(path: tuple[Any, ...], x: Any) -> Any:
         names = [getattr(key, "key", None) for key in path]
-        if CLOSED in names:
+        if TANH_GATE in names:
             return x + GATE
-        return x + SMALL * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape) if FACTORS[1] in names else x
+        if FACTORS[1] in names:
+            return x + FACTOR * np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
+        return x
 
     return jax.tree_util.tree_map_with_path(opened, params)
 
@@ -95,9 +98,9 @@ def replayed(choices: Any, folded: Side) -> Any:
 
 
 def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
-    """Random tokens in documents of uneven lengths, several per sequence; some sequences end in padding. At most half
-    of one is padding: with a token or two, some gradients are sums that cancel, and only rounding is left to
-    compare."""
+    """Random tokens in documents of uneven lengths, several per sequence; some sequences end in padding, which is at
+    most half of a sequence: with only a token or two, some gradients are sums that cancel, so that only rounding would
+    be compared."""
     rng = np.random.default_rng(train.seed)
     shape = (train.batch_size, train.sequence_length)
     segments_bt = np.zeros(shape, np.int32)
@@ -128,18 +131,18 @@ def packed_batch(config: RunConfig, train: TrainConfig) -> Batch:
 
 
 def _with_random_images(batch: Batch, model: ModelConfig, rng: np.random.Generator) -> Batch:
-    """Up to ROOM images in each row, anywhere but on padding: some documents have none, some several."""
+    """One to MAX_IMAGES images in each row, at random tokens: some documents have none, some several."""
     shape, tokens, rows = (model.image_features, model.image_feature_size), model.encoded_tokens, []
     for segments_t in batch.segments_bt:
         indices = np.flatnonzero(segments_t)
-        count = rng.integers(1, min(ROOM, len(indices)) + 1)
+        count = rng.integers(1, min(MAX_IMAGES, len(indices)) + 1)
         positions = np.sort(rng.choice(indices, count, replace=False)).tolist()
         images = [Placed(p, rng.normal(size=shape).astype(np.float32)) for p in positions]
         if tokens is not None:
             captions = rng.integers(0, model.vocab_size, (count, tokens), dtype=np.int32)
             images = [one._replace(caption_kc=caption) for one, caption in zip(images, captions, strict=True)]
         rows.append(images)
-    return with_images(batch, rows, room=ROOM, shape=shape, caption_tokens=tokens)
+    return with_images(batch, rows, room=MAX_IMAGES, shape=shape, caption_tokens=tokens)
 
 
 def packed_batches(config: RunConfig, count: int) -> list[Batch]:

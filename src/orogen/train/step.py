@@ -33,7 +33,7 @@ from orogen.train.loss import Sums, batch_counts
 from orogen.train.optimizer import learning_rate
 from orogen.train.pipelined import Pipeline
 from orogen.train.state import TrainState, abstract_state, state_shardings
-from orogen.train.submodels import kept, of_step, with_chooser
+from orogen.train.submodels import chooser_after, of_step, with_chooser
 from orogen.train.task import Computation, Metric, Objective, Submodels
 from orogen.train.trained import kept_unless, only_trained, trained_biases, trained_mask
 from orogen.train.whole import WholePass
@@ -42,9 +42,13 @@ BATCH_AXES = ("batch", "context")
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports. metrics: the objective's, by name; load_le: one row per MoE layer, in the order of the
-    pattern, then those of the MTP block; worst_leaf: index of the first gradient leaf that is not finite, or -1;
-    overflow: assignments that did not fit into a buffer: with any, the step is skipped."""
+    """What a step reports: scalars, float32 or int32, equal on all devices.
+
+    metrics: the objective's, by name. load_le: assignments per expert, one row per MoE layer in pattern order, then
+    those of the MTP block. dropped: assignments beyond an expert's capacity; overflow: those that did not fit into a
+    buffer, with any of which the step is skipped. worst_leaf: index of the first gradient leaf that is not finite, or
+    -1.
+    """
 
     loss: Array
     metrics: dict[str, Metric]
@@ -72,24 +76,27 @@ def gradients(
     frozen: Any = None,
     seed: int = 0,
 ) -> Callable[..., Any]:
-    """A function (params, buffers, batch, replay, carried, step, frozen) -> loss, gradients, Counts, Sums of a global
-    batch.
+    """A function (params, buffers, batch, replay, carried, *, step, frozen) -> loss, gradients, Counts, Sums of a
+    global batch.
 
-    Gradients are sharded as parameters are stored. They are float32 if they are sums over microbatches or devices,
-    else in the dtype of the parameters, which may be masters or the working copies of `dtype`.
-    The batch is split into `plan.config.microbatches` parts, whose gradients add up to those of the whole.
-    record: Sums.choices holds every token's experts and drops. replaying: routers take the choices passed as `replay`,
-    which is None otherwise. carried: what batches carry, as `carry.abstract` gives it; if None, so is the argument.
-    frozen: the variables of the task's frozen model, which may be abstract; if None, so is the argument.
-    seed, step: of the run, and the number of steps before this one; stochastic rounding depends on them.
+    The batch is split into `plan.config.microbatches` parts, whose gradients add up to those of the whole. Gradients
+    are sharded as parameters are stored. They are float32 if they are sums over microbatches or devices, else in the
+    dtype of the parameters, which may be masters or working copies in `dtype`.
+
+    record: whether Sums.choices holds every token's experts and drops. replaying: whether routers take the choices that
+    are passed as `replay`. carried: the states that batches carry, as `carry.abstract` gives them; frozen: the
+    variables of the task's frozen model. Both may be abstract; where one is None, the function's argument of that name
+    is None too. seed, step: the run's seed, and the number of steps before this one; stochastic rounding depends on
+    both.
     """
     parts, sources = plan.config.microbatches, plan.sources[0]
     depths = objective.depths(config)
 
-    def device_step(params, buffers, batch, rest):
-        replay, before, known, key = rest
-        # Counted for all microbatches at once. Collectives of a counting loop, on which the model does not depend, were
-        # seen to deadlock with the model's first ones on XLA:CPU (jax 0.10.1): devices ran the two in different orders.
+    def device_step(params, buffers, batch, inputs: _Inputs):
+        replay, before, known, key = inputs
+        # Counted for all microbatches at once. In a loop of their own, on which the model does not depend, the counting
+        # collectives deadlocked with the model's first ones on XLA:CPU (observed with jax 0.10.1): devices ran the two
+        # in different orders.
         counts = batch_counts(batch, objective, depths, plan)
         computation = Computation(objective.knowing(known), config, plan.in_step(key, batch.tokens_bt), dtype)
         batch = jax.tree.map(lambda x: microbatches(x, parts, sources), batch)
@@ -97,7 +104,7 @@ def gradients(
         if before is not None:
             settings["carried"] = carry.parts(before, parts, sources)
         passes = partial(skeleton(built), computation, batch, counts, buffers, **settings)
-        assigned = passes().assigned(params) if _counts_first(config, depths, parts) else None
+        assigned = passes().assigned(params) if _needs_counts_first(config, depths, parts) else None
         loss, grads, sums = passes(record=record, assigned=assigned).gradients(params)
         if before is not None:
             sums = sums._replace(carried=carry.joined(before, sums.carried, sources, plan))
@@ -109,16 +116,26 @@ def gradients(
     return _shard(device_step, built, config, plan, frozen=frozen, **settings)
 
 
+class _Inputs(NamedTuple):
+    """What a step takes on each device beside the model and the batch; see `gradients`. key: of the step's random
+    words."""
+
+    replay: Any
+    carried: Any
+    frozen: Any
+    key: Any
+
+
 def skeleton(built: Built) -> Callable[..., WholePass | Pipeline]:
-    """The constructor of what runs a model of this layout. Both kinds take the same arguments."""
+    """The constructor of the class that runs a model of this layout. Both classes take the same arguments."""
     if isinstance(built.layout, Stages):
         return partial(Pipeline, built.layout)
     return partial(WholePass, built.graph)
 
 
-def _counts_first(config: ModelConfig, depths: int, parts: int) -> bool:
-    """Whether a pass over all microbatches must count assignments before the first gradient: each microbatch's balance
-    loss is weighted by how often the global batch chooses an expert."""
+def _needs_counts_first(config: ModelConfig, depths: int, parts: int) -> bool:
+    """Whether a pass over all microbatches must count assignments before the first gradient, because each microbatch's
+    balance loss is weighted by the global batch's assignments per expert."""
     balanced = config.router_balance == "global" and config.router_aux_loss_coef > 0
     return balanced and MOE in config.layers.main + config.layers.mtp * (depths > 0) and parts > 1
 
@@ -138,15 +155,15 @@ def _shard(
     )  # fmt: skip
     replay = replay_of(choices) if replaying else None
     outputs = (replicated, placement.stored_specs(built.params, plan), replicated, sums)
-    inputs = (params, buffers, batch_spec, (replay, carried, plan.specs(frozen), replicated))
+    inputs = (params, buffers, batch_spec, _Inputs(replay, carried, plan.specs(frozen), replicated))
     on_devices = plan.run(device_step, inputs=inputs, outputs=outputs)
 
     def run(
         params: Any, buffers: Any, batch: Batch, replay: Any = None, before: Any = None, *, step: Any = 0,
         frozen: Any = None,
     ) -> Any:  # fmt: skip
-        rest = replay, before, frozen, step_key(seed, step)
-        return on_devices(params, buffers, with_numbers(batch, plan), rest)
+        key = step_key(seed, step)
+        return on_devices(params, buffers, with_numbers(batch, plan), _Inputs(replay, before, frozen, key))
 
     return run
 
@@ -157,15 +174,17 @@ def replay_of(choices: Any) -> Any:
 
 
 def microbatches(x_bt: Array, parts: int, sources: int) -> Array:
-    """(m, b / m, t, …): each of `sources` source ranks contributes an equal run of its rows to every microbatch."""
+    """(m, b / m, t, …): each of the `sources` source ranks contributes an equal run of its rows to every microbatch."""
     rows, *others = x_bt.shape
     split = x_bt.reshape(sources, parts, rows // (sources * parts), *others)
     return split.swapaxes(0, 1).reshape(parts, rows // parts, *others)
 
 
 def update_bias(bias: Array, load: Array, rate: float, present: Array | None = None) -> Array:
-    """b + rate · sign(mean load - load): an expert below its share is then chosen more often (arXiv:2408.15664).
-    present: 1 for experts that are there, over which the mean is, and 0 for others, whose biases stay; None: all are.
+    """b + rate · sign(mean load - load), so that an expert below its share is chosen more often (arXiv:2408.15664).
+
+    bias, load: (…, e) float32. present: 1 for the experts that a submodel has, over which the mean is taken, 0 for the
+    others, whose biases stay; None: all are present.
     """
     if present is None:
         return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
@@ -189,10 +208,12 @@ def apply_gradients(
     left: Any = None,
     present: list[Array] | None = None,
 ) -> TrainState:
-    """The state after one update or, unless `finite`, the same state with the step counted as skipped. trained: of each
-    parameter, whether it is updated, from `trained_mask`; moving: the same of each buffer, from `trained_biases`; None:
-    all are. left: the states that the batch leaves to carry. present: of each load, which experts are there (see
-    `update_bias`)."""
+    """The state after one update or, unless `finite`, the same state with the step counted as skipped.
+
+    load: as in `Sums`. trained: whether each parameter is updated, from `trained_mask`; moving: whether each buffer is,
+    from `trained_biases`; None: all are. left: the states that the batch leaves to the next one. present: for each
+    load, which experts are present (see `update_bias`); None: all are.
+    """
     grads = lax.with_sharding_constraint(grads, placement.shardings(grads, plan))
 
     def update(params: nnx.State, buffers: nnx.State, opt_state: optax.OptState) -> tuple[Any, ...]:
@@ -208,13 +229,13 @@ def apply_gradients(
     if plan.config.offload_optimizer:
         # The fetched state is a copy already; a condition would make another.
         old = state.params, state.buffers, placement.fetched(state.optimizer, plan)
-        kept = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), update(*old), old)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(*old), old)
     else:
         # A condition, because an elementwise choice between old and new values copies the old moments first.
-        kept = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, state.optimizer)
+        after = lax.cond(finite, update, lambda *old: old, state.params, state.buffers, state.optimizer)
     missed = 1 - finite.astype(jnp.int32)
     counters = state.step + 1, state.skipped + missed, (state.skipped_in_row + 1) * missed
-    return TrainState(*counters, *kept, carried=carry.after(left, finite))
+    return TrainState(*counters, *after, carried=carry.after(left, finite))
 
 
 def make_step(
@@ -276,9 +297,8 @@ def step_function(
         params = placement.working(working_copy(params, config.train.compute_dtype), plan)
         at = {"step": state.step, "frozen": frozen}
         loss, grads, counts, sums = gradient(params, state.buffers, batch, replay, state.carried, **at)
-        # XLA then leaves out the work for those that are not trained.
         grads, present, chooser = settle(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        grads = only_trained(grads, trained)
+        grads = only_trained(grads, trained)  # XLA then omits the work for the others
         squares = placement.square_sums(grads, plan)
         finite_leaves = jnp.isfinite(squares)
         # Assignments that overflow a buffer are missing from loss and gradient: the step counts as not finite.
@@ -288,7 +308,7 @@ def step_function(
             state, grads, sums.load, optimizer, plan, grad_norm=grad_norm, bias_rate=bias_rate, finite=finite,
             trained=trained, moving=moving, left=sums.carried, present=present,
         )  # fmt: skip
-        new = new._replace(chooser=kept(chooser, state.chooser, finite))
+        new = new._replace(chooser=chooser_after(chooser, state.chooser, finite))
         metrics = StepMetrics(
             loss=loss,
             metrics={name: Metric(total, counts.metrics[name]) for name, total in sums.metrics.items()},

@@ -38,13 +38,13 @@ class _CutShortError(BaseException):
 class Stop:
     """A flag that signals set, so that a run can finish its step, save and exit. Use as a context manager.
 
-    Unless `working` is set, there is nothing to save, and a signal raises StoppedEarlyError, though only after the
-    program that is being compiled. A second SIGINT calls `at_once` and ends the process. A signal that was ignored
-    stays ignored, as SIGHUP is under nohup. If a signal comes inside a finalizer or a callback of the garbage
-    collector, where Python drops exceptions, it is sent again a moment later.
+    While `working` is False, there is nothing to save, and a signal raises StoppedEarlyError, though only after the
+    compilation in progress. A second SIGINT calls `at_once` and ends the process. A signal that was ignored stays
+    ignored, as SIGHUP is under nohup. If a signal arrives inside a finalizer or a callback of the garbage collector,
+    where Python drops exceptions, it is sent again a moment later.
 
-    alone: whether this process may end by itself. One of several may not while the others expect it: then a signal only
-    sets the flag, for `StopTogether`.
+    alone: whether this process may end by itself. One of several may not, while the others wait for it: then a signal
+    only sets the flag, for `StopTogether`.
     """
 
     def __init__(self) -> None:
@@ -118,9 +118,10 @@ class Stop:
 class StopTogether:
     """The step after which a run stops on a signal: the same one on all of its processes.
 
-    One that was asked to stop before it dispatches step n settles on step n + 1 through the runtime's key-value store,
-    if no process has settled on another yet. Every process looks there once it has the metrics of step n, for which
-    all processes have dispatched step n: so it finds what was settled before. No collective is added to the step.
+    A process that received a signal before it dispatches step n proposes step n + 1 through the runtime's key-value
+    store, unless a step has been settled already. Every process looks there once it has the metrics of step n. By then
+    all processes have dispatched step n, so it sees every proposal made before that. The step itself gets no additional
+    collective.
     """
 
     def __init__(self, stop: Stop):

@@ -1,8 +1,8 @@
-"""Which processes of a run are slower than the others.
+"""Detects processes of a run that are slower than the others.
 
-All processes take a step together, so that each one's steps last as long as the slowest one's. What differs is measured
-beside the steps: the time in which a host prepares a batch and dispatches a step, and the time in which its devices
-compute something alone. Letters: p process.
+All processes take a step together, so each step lasts as long as the slowest process needs. What differs is measured
+separately: the time that a host takes to prepare a batch and dispatch a step, and the time that its devices take for a
+fixed product. Letters: p process.
 """
 
 import statistics
@@ -63,7 +63,7 @@ class Pace:
 
 
 def device_seconds() -> float:
-    """How long the slowest of this process's devices takes for a product; of several tries, the shortest."""
+    """The seconds that the slowest of this process's devices takes for a product; the shortest of several tries."""
     return max(min(_timed(device) for _ in range(TRIES)) for device in jax.local_devices())
 
 

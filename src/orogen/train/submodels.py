@@ -11,15 +11,16 @@ from orogen.parallel.plan import Plan
 from orogen.train.state import TrainState
 from orogen.train.task import Submodels
 
-# Takes gradients for a step's parameters. Returns gradients for the whole model's, which experts were there (None: all)
-# and what chooses after the step.
+# (gradients of a step's parameters) -> gradients of the whole model's parameters, which experts the step had (None:
+# all), and the chooser after the step.
 Settle = Callable[[Any], tuple[Any, list[Array] | None, Any]]
 
 
 def of_step(submodels: Submodels | None, state: TrainState) -> tuple[Any, Settle]:
-    """The parameters that a step computes with, float32 and stored like the state's, and what settles their gradients.
+    """The parameters that a step computes with, float32 and stored like the state's, and the function that maps their
+    gradients back.
 
-    Masks are taken outside of the plan's `run`: they multiply arrays wherever these are, whatever the plan.
+    Masks are applied outside the plan's `run`: they multiply arrays as these are stored, whatever the plan.
     """
     if submodels is None:
         return state.params, lambda grads: (grads, None, None)
@@ -34,7 +35,7 @@ def of_step(submodels: Submodels | None, state: TrainState) -> tuple[Any, Settle
 
 
 def with_chooser(state: TrainState, submodels: Submodels | None, plan: Plan) -> TrainState:
-    """The state before the first step, with what chooses submodels. An abstract state gets abstract arrays. Raises
+    """The state before the first step, with the initial chooser of submodels; abstract if the state is. Raises
     ConfigError for parameters that `submodels` refuses."""
     if submodels is None:
         return state
@@ -44,6 +45,6 @@ def with_chooser(state: TrainState, submodels: Submodels | None, plan: Plan) -> 
     return state._replace(chooser=jax.jit(submodels.initial, out_shardings=plan.sharding())())
 
 
-def kept(new: Any, old: Any, finite: Array) -> Any:
-    """What chooses after the step: as before unless the step was `finite`."""
+def chooser_after(new: Any, old: Any, finite: Array) -> Any:
+    """The chooser after the step: the old one unless the step was `finite`."""
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -61,7 +61,7 @@ class Objective:
     still shrinks them), and its routers keep their biases.
     watched: the backbone's layers, by number, after which `sums` also takes the residual streams (b, t, d), as
     `streams`, a list. Only for models without stages, cross-attention and replayed routing.
-    In a task with a `FrozenModel`, `sums` also takes this device's part of its `variables`, as `frozen`.
+    frozen: in a task with a `FrozenModel`, `sums` also takes this device's part of its `variables`, under this name.
     """
 
     counts: Callable[[Batch, int, Plan], ByName]
@@ -97,7 +97,7 @@ class Computation(NamedTuple):
 class Source(Protocol):
     """An endless stream of global batches whose position can be saved and restored to the bit.
 
-    progress: what a source that computes for long calls on the way, so that it is not taken for one that hangs.
+    progress: a source whose `take` computes for long calls this on the way, so that the run does not count as hung.
     """
 
     progress: Callable[[], None]
@@ -126,26 +126,26 @@ class FrozenModel(Protocol):
     def variables(self) -> Any: ...
 
     def extras(self, batch: Batch) -> dict[str, Array]:
-        """What the objective reads of each token, by name (b, t, …), as the run's plan places a batch. batch: the
-        global batch, on the host."""
+        """What the objective reads for each token, by name, (b, t, …), in the shardings of a batch. batch: the global
+        batch, on the host."""
         ...
 
 
 class Submodels(Protocol):
-    """Smaller models that a task trains within its model, one in each step. What chooses them is trained beside the
-    parameters, and is in checkpoints."""
+    """Smaller models that a task trains within its model, one in each step. The chooser, a tree of arrays that decides
+    which one, is trained beside the parameters and saved in checkpoints."""
 
     def initial(self) -> Any:
-        """What chooses, before the first step: a tree of arrays."""
+        """The chooser before the first step."""
         ...
 
     def check(self, params: Any) -> None:
-        """Raises ConfigError for parameters before the first step that no submodels can be told in."""
+        """Raises ConfigError for initial parameters in which submodels cannot be distinguished."""
         ...
 
     def chosen(self, chooser: Any, step: Array) -> tuple[Any, Callable[[Any], Any]]:
-        """The submodel of this step, as `masked` takes it, and a function of the gradient for it: it returns what
-        chooses after the step."""
+        """The submodel of this step, as `masked` takes it; and a function that maps the gradient with respect to it to
+        the chooser after the step."""
         ...
 
     def masked(self, params: Any, chosen: Any) -> Any:
@@ -153,15 +153,15 @@ class Submodels(Protocol):
         ...
 
     def present_experts(self, chosen: Any) -> list[Array] | None:
-        """Which experts a submodel has (…, e), 1 or 0: for each of the loads in `loss.Sums`, whose shape they broadcast
-        to. None: all of them."""
+        """Which experts a submodel has, 1 or 0 (…, e): one array per load in `loss.Sums`, which it broadcasts to. None:
+        it has all experts."""
         ...
 
 
 class Evaluation(Protocol):
     """Scores a state. `sampled` and `whole` are the names of the scores that `sample` and `full` return.
 
-    progress: called after every batch, so that a long evaluation is not taken for one that hangs.
+    progress: called after every batch, so that a run does not count as hung during a long evaluation.
     """
 
     progress: Callable[[], None]
@@ -185,13 +185,14 @@ class Evaluation(Protocol):
 class Task:
     """An objective, the data that it is computed on, and how its outcome is scored.
 
-    open: opens the data; a resumed run passes the tokenizer that it saved. source: the batches to train on.
-    evaluation: of a model laid out for the run's plan; None if the data has nothing to score. measures: what a position
-    of the source says for the record of the step that took the batch before it. keep: writes to the run folder what the
-    model will need beside its weights and tokenizer. frozen: opens the model that the objective reads beside the
-    trained one, on the devices of the run's plan, once and before `evaluation`. more_rows: whether a new model may have
-    more rows than its tokenizer has tokens, because the tokenizer is that of a released model that has.
-    submodels: what each step trains in place of the whole model.
+    open: opens the data; a resumed run passes the tokenizer that it saved.
+    source: the batches to train on.
+    evaluation: scores a model that is laid out for the run's plan; None if the data has nothing to score.
+    measures: (position of the source) -> numbers for the record of the step that took the batch before it.
+    keep: writes to the run folder what the model will need in addition to its weights and tokenizer.
+    frozen: opens the frozen model that the objective reads, on the devices of the run's plan, once, before
+    `evaluation`. more_rows: whether a new model may have more vocabulary rows than its tokenizer has tokens, as
+    released models have. submodels: what each step trains in place of the whole model; None: the whole model.
     """
 
     objective: Objective

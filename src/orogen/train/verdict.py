@@ -131,14 +131,23 @@ def shared(config: PlanConfig, reference: PlanConfig, model: ModelConfig) -> lis
     return [f"{field}={getattr(config, field)}" for field in same]
 
 
-def leaf_errors(reference: Any, other: Any) -> tuple[np.ndarray, list[int]]:
-    """The relative error of each leaf, and the indices of leaves that are zero in the reference."""
+class LeafErrors(NamedTuple):
+    """The relative error of each leaf (difference norm over leaf norm), and the indices of the leaves that are zero in
+    the reference, up to rounding; their errors are relative to the norm of all leaves."""
+
+    relative: np.ndarray
+    zero: list[int]
+
+
+def leaf_errors(reference: Any, other: Any) -> LeafErrors:
+    """The errors of a tree's leaves against a reference."""
     pairs = list(zip(jax.tree.leaves(reference), jax.tree.leaves(other), strict=True))
     norms = np.array([np.linalg.norm(np.asarray(a, np.float64)) for a, _ in pairs])
     whole = np.linalg.norm(norms)
     zero = norms <= NEGLIGIBLE * whole
     differences = np.array([np.linalg.norm(np.asarray(a, np.float64) - b) for a, b in pairs])
-    return differences / np.maximum(np.where(zero, whole, norms), np.finfo(float).tiny), np.flatnonzero(zero).tolist()
+    relative = differences / np.maximum(np.where(zero, whole, norms), np.finfo(float).tiny)
+    return LeafErrors(relative, np.flatnonzero(zero).tolist())
 
 
 def flips(choices: Any) -> tuple[int, float]:

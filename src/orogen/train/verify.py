@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from orogen.config.run import OptimizerConfig, RunConfig
 from orogen.data.packing import Batch
 from orogen.parallel import placement
 from orogen.precision.policy import working_copy
 from orogen.train.next_token import NEXT_TOKENS
-from orogen.train.optimizer import make_optimizer, square_sums
+from orogen.train.optimizer import make_optimizer
 from orogen.train.record import leaf_name
 from orogen.train.sides import Batches, Side, default_train, packed_batch, packed_batches, replayed, sides
 from orogen.train.state import TrainState
@@ -105,10 +106,12 @@ def verify_gradients(
         ),
         max_gradient_error=float(errors[worst]),
         worst_leaf=leaf_name(one.built.params, worst),
-        max_parameter_error=largest(leaf_errors(a[0], b[0])[0].max() for a, b in zip(*updated, strict=True)),
+        max_parameter_error=largest(
+            leaf_errors(a.params, b.params).relative.max() for a, b in zip(*updated, strict=True)
+        ),
         load_error=largest_difference(
             *(
-                (step.load_le, step.sums.dropped, [biases for _, biases in after])
+                (step.load_le, step.sums.dropped, [one.biases for one in after])
                 for step, after in zip((alone, folded), updated, strict=True)
             )
         ),
@@ -163,9 +166,21 @@ def _placed(start: tuple[nnx.State, nnx.State], side: Side) -> tuple[nnx.State, 
     return jax.device_put(laid, placement.shardings((built.params, built.buffers), plan))
 
 
-def _updated(side: Side, name: str, placed: Any, grads: nnx.State, load: Any) -> tuple[nnx.State, nnx.State]:
-    """Parameters and router biases of the whole model after one update by the optimizer `name`, on the host. placed: as
-    `_placed` returns it; grads: of the whole model; load: as the side's step returns it."""
+def _global_norm(grads: nnx.State) -> Array:
+    squares = [jnp.einsum("...i,...i->...", g, g, precision="highest").sum() for g in jax.tree.leaves(grads)]
+    return jnp.sqrt(jnp.stack(squares).sum())
+
+
+class _Updated(NamedTuple):
+    """Parameters and router biases of the whole model after an update."""
+
+    params: nnx.State
+    biases: nnx.State
+
+
+def _updated(side: Side, name: str, placed: Any, grads: nnx.State, load: Any) -> _Updated:
+    """The model after one update by the optimizer `name`, on the host. placed: as `_placed` returns it; grads: of the
+    whole model; load: as the side's step returns it."""
     built, train = side.built, side.config.train
     config = dataclasses.replace(side.config.optimizer, name=name)
     rule = make_optimizer(config, train.steps, built.params, trained=trained_mask(built, config))
@@ -179,12 +194,12 @@ def _updated(side: Side, name: str, placed: Any, grads: nnx.State, load: Any) ->
             load,
             rule,
             side.plan,
-            grad_norm=jnp.sqrt(square_sums(grads).sum()),
+            grad_norm=_global_norm(grads),
             bias_rate=train.router_bias_update_rate,
             finite=jnp.asarray(True),
             moving=trained_biases(built, config),
         )
-        return built.whole(new.params), built.whole(new.buffers)
+        return _Updated(built.whole(new.params), built.whole(new.buffers))
 
     with jax.default_matmul_precision("highest"):
         return jax.device_get(jax.jit(update)(*placed, grads, load))

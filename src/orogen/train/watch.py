@@ -20,12 +20,12 @@ EXIT_STATUS = 1
 
 
 class Watch:
-    """Ends the process with status 1 if `progress` is not called for too long. Use as a context manager.
+    """Ends the process with status 1 if `progress` has not been called for too long. Use as a context manager.
 
-    Too long is `minutes`, or ten times the median of the last steps if that is longer; six times `minutes` after
-    `expect_longer`. Python's stack traces of all threads are then in `hang.PROCESS.txt` in the run folder. Time during
-    which the process was stopped or the machine slept does not count. Every process watches itself: when one ends, its
-    launcher ends the others.
+    The limit is `minutes`, or ten times the median of the last steps if that is longer; six times `minutes` after
+    `expect_longer`. Stack traces of all Python threads are then written to `hang.PROCESS.txt` in the run folder. Time
+    during which the process was stopped or the machine slept does not count. Every process watches itself: when one
+    ends, its launcher ends the others.
 
     minutes: 0 watches nothing. process: the index of this process. log: gets one line before the end. end: for tests.
     """
@@ -67,14 +67,14 @@ class Watch:
         return max(60 * self._minutes * self._longer, usual)
 
     def progress(self, step_seconds: float | None = None) -> None:
-        """Something was done: a step, which took so many seconds, or a part of an evaluation."""
+        """Call this after a step, with the seconds that it took, or after a part of an evaluation."""
         if step_seconds is not None:
             self._steps.append(step_seconds)
         self._longer = 1
         self._count += 1
 
     def expect_longer(self) -> None:
-        """What is done next may have to be compiled first, or be written to a slow disk."""
+        """Call this before work that may compile first, or that writes to a slow disk."""
         self._longer = LONGER
         self._count += 1
 

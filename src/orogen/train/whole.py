@@ -23,7 +23,8 @@ from orogen.train.task import Computation
 
 
 class WholePass:
-    """A whole model on one device of a plan, inside `Plan.run`, over a batch (m, b, t); the counterpart of `Pipeline`.
+    """Runs a whole model over a batch (m, b, t), on one device of a plan, inside `Plan.run`; the counterpart of
+    `Pipeline`.
 
     replay: choices (m, …) to use in place of the routers' own. record: whether every token's choice is reported.
     assigned: the assignments of all microbatches, as the method `assigned` returns them. carried: the states that each
@@ -41,8 +42,8 @@ class WholePass:
         self.parts = len(batch.tokens_bt)
 
     def gradients(self, params: Any) -> tuple[Array, Any, Sums]:
-        """Loss, gradients and Sums of this device, added up over microbatches; gradients are scattered if the plan
-        keeps them so."""
+        """Loss, gradients and Sums of this device, summed over microbatches; gradients are scattered if `fsdp` is
+        `gradients`."""
         scattered = self.plan.config.fsdp == "gradients"
 
         def gradient(*arguments):
@@ -55,8 +56,8 @@ class WholePass:
         if self.parts == 1:
             (loss, sums), grads = gradient(varied, *jax.tree.map(lambda x: x[0], self.inputs))
             return loss, grads, sums._replace(**jax.tree.map(lambda x: x[None], _of_each(sums)))
-        # On XLA:CPU no collective may run beside a loop that contains some (parallel/runtime.py), and barriers are gone
-        # when its programs are ordered. So several CPU devices run microbatches in turn.
+        # On XLA:CPU, no collective may run concurrently with a loop that contains some (parallel/runtime.py), and it
+        # removes barriers before it schedules a program. So several CPU devices run microbatches in turn.
         in_turn = platform() == "cpu" and self.plan.config.devices > 1
         interleave = 1 if in_turn else self.plan.config.overlapping
         (loss, sums, grads), of_each = _accumulated(gradient, varied, self.inputs, interleave=interleave)
@@ -69,7 +70,6 @@ class WholePass:
     def assigned(self, params: Any) -> Assigned:
         """The assignments per expert of each use of an MoE layer, by forward passes alone."""
         deeper = self.objective.deeper
-
         params, _ = counting(params)
 
         def assigned_by(part, replay, carried):
@@ -104,8 +104,8 @@ def _of_each(sums: Sums) -> dict[str, Any]:
 
 
 def _accumulated(gradient: Callable, varied: Any, inputs: Any, *, interleave: int) -> tuple[Any, dict[str, Any]]:
-    """Loss, Sums and gradients, in float32, summed over microbatches, and what is kept of each. interleave: how many
-    each iteration has."""
+    """Loss, Sums and gradients, float32, summed over microbatches; and what is kept of each microbatch. interleave:
+    microbatches per iteration of the loop."""
     gradient = jax.jit(gradient)  # so that finding the shapes of its results takes no second trace
 
     def split(*arguments):
