@@ -29,11 +29,10 @@ class SweepConfig:
     """Runs of one recipe that differ in bindings and seeds.
 
     matrix: {axis: {value: [binding, ...]}}; an arm takes one value of each axis. The files must be complete without
-    these bindings: they may be the control, which then binds nothing. budget: what all arms have equal, by the number
-    of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which then are as each
-    arm binds them. Warm-up, decay and phases keep their
-    shares of the steps. learning_rates: each arm first trains once with
-    each of them for search_share of its steps, and then runs with the one whose metric is best.
+    these bindings: they may be the control, which then binds nothing. budget: what is equal for all arms, by the number
+    of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which each arm then
+    binds itself. Warm-up, decay and phases keep their shares of the steps. learning_rates: each arm first trains once
+    with each of them for search_share of its steps, and then runs with the one whose metric is best.
 
     metric, further: numbers of metrics.jsonl, of which a run's last one counts, or load_violation: the mean of
     max / mean - 1 of the experts' loads, over MoE layers and the last tenth of the steps. checkpoints: an arm with such
