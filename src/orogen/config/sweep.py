@@ -3,13 +3,18 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 from orogen.config.checks import check_types, require, require_choice, require_not_negative, require_positive
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=-]*")
 MAX_ARMS = 10**4
+
+
+def arm_name(values: Iterable[str]) -> str:
+    """The name of the arm with these values on the axes."""
+    return "+".join(values)
 
 
 class Arm(NamedTuple):
@@ -21,7 +26,7 @@ class Arm(NamedTuple):
     @property
     def name(self) -> str:
         """The values, joined by `+`: part of the names of its runs."""
-        return "+".join(self.values)
+        return arm_name(self.values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

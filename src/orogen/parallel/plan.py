@@ -170,8 +170,7 @@ class Plan:
         return dataclasses.replace(self, rules=rules, storage=storage, stream=stream)
 
     def decoding(self) -> "Plan":
-        """The plan for decoding, where rows have too few tokens to be split: `tensor` splits the rows instead, and must
-        divide their number."""
+        """The plan for rows of too few tokens to be split: `tensor` splits the rows instead, and must divide them."""
         return self.with_stream("rows")
 
     def sharding(self, *axes: str | None) -> NamedSharding:
