@@ -36,8 +36,8 @@ MERGE = "to-hf, which adds the adapters to the weights"
 
 
 def with_adapters(folder: Folder, lora: LoraConfig, *, seed: int) -> Folder:
-    """The folder of the same model with fresh adapters, which change nothing yet. Raises ConfigError if it has no
-    weight for them."""
+    """The folder of the same model with fresh adapters, which do not change its outputs yet. Raises ConfigError if the
+    model has no weight for them."""
     return _WithAdapters(folder, adapted(folder.config, lora), seed)
 
 

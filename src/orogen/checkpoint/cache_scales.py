@@ -41,15 +41,16 @@ def attention_modules(table: Table, config: ModelConfig) -> dict[int, str]:
 
 
 def _depth(path: list[str | int]) -> int:
-    """How many repetitions a layer at this path is in: all levels of children but the last repeat."""
+    """The number of repetitions around a layer at this path: every level of children but the last is one."""
     return max(path.count("children") - 1, 0)
 
 
 def scales_of(
     table: Table, config: ModelConfig, have: Mapping[str, Any], read: Callable[[str], np.ndarray]
 ) -> tuple[Scales | str | None, ...]:
-    """The scales of each layer of the pattern; None for layers without, and a line about what is there for those whose
-    scales are not two finite numbers above 0: only who needs them minds. have: the names of all tensors."""
+    """The scales of each layer of the pattern: a pair of numbers; None for a layer without scales; or a line that says
+    what is wrong, if they are not two finite numbers above 0. It is not an error unless the scales are used. have: the
+    names of all tensors."""
     modules = attention_modules(table, config)
 
     def of_layer(number: int) -> Scales | str | None:

@@ -18,7 +18,7 @@ THREADS = 8
 
 
 def write(folder: Path) -> None:
-    """Writes the checksums of all files now in `folder`, atomically, in place of those that it may have."""
+    """Writes the checksums of all files now in `folder`, atomically; replaces an older list."""
     files = (path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items())

@@ -1,6 +1,7 @@
-"""A checkpoint's JSON items: the model's layout, what the checkpoint is of, and the source's position in the data.
+"""A checkpoint's JSON items: `layout`, the model's layout; `about`, the model and tokenizer that the checkpoint belongs
+to; and `data`, the position of the source of batches.
 
-Release 0.8.0 wrote the layout into the item `data`, and no `about`.
+Release 0.8.0 wrote the layout into the item `data`, and had no `about`.
 """
 
 import dataclasses

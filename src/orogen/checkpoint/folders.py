@@ -81,13 +81,14 @@ class Folder(Protocol):
         ...
 
     def keep(self, run_dir: Path) -> None:
-        """Copies to the folder of a run that starts from this one what its export to Hugging Face will need."""
+        """Copies the files that an export to Hugging Face will need to the folder of a run that starts from this
+        one."""
         ...
 
 
 class ExtendedFolder:
-    """A folder as that of its model with further parameters, of the model `config`; a subclass has `read`, which draws
-    them. The other methods are those of the folder."""
+    """A folder, opened as the model `config`, which has further parameters that are not in it. A subclass defines
+    `read`, which draws them; all other methods are the folder's."""
 
     def __init__(self, folder: Folder, config: ModelConfig, seed: int):
         self.inner, self.config, self.seed = folder, config, seed
@@ -110,9 +111,9 @@ class ExtendedFolder:
 
 
 class RunFolder:
-    """The latest checkpoint of a run folder, or that of `step`. Only its config is read until more is needed.
+    """The latest checkpoint of a run folder, or that of `step`. The constructor reads the config only.
 
-    A run with adapters is a folder of the model that they make of its weights.
+    A run with adapters opens as the model with the adapters added to its weights.
     """
 
     masters = True
@@ -290,7 +291,7 @@ class HuggingFaceFolder:
 
 
 def read_kept(folder: Path) -> dict[str, Any]:
-    """What an Orogen or run folder keeps of a Hugging Face folder. Raises ConfigError."""
+    """The content of huggingface.json in an Orogen or run folder, {} without the file. Raises ConfigError."""
     return read_json(folder / KEPT, KEPT_FORM) if (folder / KEPT).is_file() else {}
 
 

@@ -16,10 +16,11 @@ from orogen.precision.stored import E4M3, FP8, spread_scale
 
 
 class Held:
-    """Which parameters of a checkpoint can be held in 8 bits, and their arrays.
+    """The parameters of a checkpoint that can be held in 8 bits, and their arrays.
 
-    Those are weights of products (`layers/linear.py` decodes them) of which every part is in FP8: others, such as a
-    parameter of repeated layers of which one is excluded, are decoded. Raises ConfigError if there are none.
+    These are the weights of products (`layers/linear.py` decodes them) of which every part is stored in FP8. Others,
+    such as a parameter of repeated layers of which one is not quantised, are decoded. Raises ConfigError if there are
+    none.
     """
 
     def __init__(self, tensors: HuggingFaceTensors):
@@ -37,8 +38,8 @@ class Held:
         return all(part is not None and part.scheme.kind in FP8 for part in parts)
 
     def share(self, dtype: str) -> float:
-        """The bytes of all parameters, of which some are in 8 bits, over those of all in `dtype`; without scales of
-        single matrices and rows, which are few."""
+        """The bytes of all parameters with some in 8 bits, relative to those with all in `dtype`. Scales are not
+        counted: they are few."""
         shapes = names.leaf_shapes(self._tensors.table)
         sizes = {True: 0, False: 0}
         for path, shape in shapes.items():
@@ -70,7 +71,8 @@ class Held:
         return Scaled(put(values), put(scale))
 
     def _groups(self, name: str, rows: int) -> int:
-        """Into how many groups the scales of a tensor divide its inputs; more than there are if blocks do not."""
+        """The number of groups into which the scales of a tensor divide its inputs; more than `rows` if blocks do not
+        divide them."""
         part = self._tensors.parts[name]
         if part.scheme.kind != "fp8_block":
             return 1

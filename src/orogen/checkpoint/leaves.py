@@ -66,7 +66,7 @@ def check_shapes(
         raise ConfigError(f"{folder} does not hold the model of its config: {'; '.join(faults)}")
 
 
-# A parameter in another form than an array, given its path and sharding; None: it is an array.
+# (path, sharding, plan) -> the parameter in a form other than an array, or None if it is to be an array.
 Hold = Callable[[names.Path, Any, Plan], Any]
 
 

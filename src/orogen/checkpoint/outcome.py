@@ -1,7 +1,7 @@
-"""How the write of a checkpoint ended, which all processes of a run see alike, and soon.
+"""The outcome of a checkpoint's write, on which all processes of a run agree within seconds.
 
-By itself, orbax lets a process wait for one whose part failed: 5 minutes for folders that are not made, 20 for arrays
-that are not written.
+Without this, orbax lets a process wait for one whose part failed: 5 minutes for folders that are not created, 20 for
+arrays that are not written.
 """
 
 import contextlib
@@ -77,8 +77,8 @@ def _cancel() -> None:
 
 
 def _abandon() -> None:
-    """Lets the threads of all processes go on that wait for orbax to make the folders of the write that has failed, and
-    waits for those of this one: what they write is removed after that."""
+    """Releases the threads of all processes that wait for orbax to create the folders of the failed write, and waits
+    for those of this process: what they write is removed afterwards."""
     contract, number = future.AwaitableSignalsContract, synchronization.OperationIdGenerator.get_current_operation_id()
     future.set_signals(contract.get_awaitable_signals_from_contract(number), operation_id=number)
     for thread in threading.enumerate():
@@ -87,7 +87,7 @@ def _abandon() -> None:
 
 
 def failed(done: str) -> None:
-    """This process could not begin its part."""
+    """Reports that this process could not begin its part."""
     if distributed.count() > 1:
         distributed.propose(done, FAILED)
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints: written by orbax in the background, complete once they have their checksums; a few are kept.
+"""A run's checkpoints: orbax writes them in the background, and a few are kept.
 
 A checkpoint is the folder `checkpoints/STEP` with the items model, trainer, layout, about and data. The model is a
 separate item, so that a reader can restore it without the optimizer. Arrays are saved in the layout that they have on
@@ -34,7 +34,7 @@ Items = Mapping[str, Any]
 MODEL_ITEM = "model"
 MARKER = "commit_success.txt"
 PARTIAL, REMOVED = ".partial", ".removed"
-# What a killed process may leave behind; other folders are the user's, such as a damaged checkpoint moved away.
+# Names of folders that a killed process may leave; others belong to the user, such as a damaged checkpoint moved away.
 LEFT = re.compile(rf"\d+({re.escape(PARTIAL)}|{re.escape(REMOVED)}|\.orbax-checkpoint-tmp.*)+")
 
 

@@ -1,5 +1,5 @@
-"""The tensors of a Hugging Face checkpoint as the parameters of a model, decoded a tensor at a time if it is
-quantised."""
+"""The tensors of a Hugging Face checkpoint as the parameters of a model; quantised tensors are decoded one at a
+time."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ class HuggingFaceTensors:
                 raise ConfigError(f"{self.folder}: {name} is not equal to {original}; expected a copy of it")
 
     def _parts(self) -> dict[str, Parts]:
-        """The quantised tensors; every description must fit what there is."""
+        """The quantised tensors. Raises ConfigError if a description of the quantisation does not match them."""
         have = {name: self._spec(name) for name in self.stored}
         unquantised = names.mtp_name(self.family, self.config)
         every = [match(quantization, self.table, have, unquantised) for quantization in self.quantization]

@@ -41,7 +41,7 @@ from orogen.data.tokenizer import Tokenizer
 THREADS = 2  # as many tensors are in memory at a time
 
 Read = Callable[[names.Path, tuple[int, ...]], np.ndarray]
-# Takes the largest tensor's name and its bytes; raises ConfigError if memory cannot hold it.
+# (name of the largest tensor, its bytes); raises ConfigError if memory cannot hold it.
 Fits = Callable[[str, int], None]
 
 
@@ -53,7 +53,7 @@ def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: Non
     """
     with HuggingFaceFolder(source) as folder:
         tensors = folder.tensors
-        fits(*max(((name, spec.nbytes) for name, spec in tensors.reader.specs.items()), key=lambda item: item[1]))
+        _require_largest_fits(tensors.reader.specs, fits)
         with new_folder(target) as scratch:
             kept = _copy_stored(tensors, scratch) if tensors.quantization else _write_parameters(tensors, scratch)
             copy_files(TOKENIZER_FILES, source, scratch / "tokenizer")
@@ -63,8 +63,13 @@ def from_hf(source: Path, target: Path, *, fits: Fits = lambda tensor, held: Non
             checksums.write(scratch)
 
 
+def _require_largest_fits(specs: Mapping[str, Spec], fits: Fits) -> None:
+    largest = max(specs, key=lambda name: specs[name].nbytes)
+    fits(largest, specs[largest].nbytes)
+
+
 def _write_parameters(tensors: HuggingFaceTensors, target: Path) -> dict[str, Any]:
-    """Writes the parameters under our names; returns what else the Hugging Face folder said."""
+    """Writes the parameters under our names; returns what else an export to Hugging Face will need."""
     specs = tensors.parameters()
     expected = _tensor_dtypes(tensors.table, {path: spec.dtype for path, spec in specs.items()})
     others = {n: tensors.dtype(n).name for n in tensors.stored if tensors.dtype(n) != expected[n]}
@@ -88,8 +93,8 @@ def _copy_stored(tensors: HuggingFaceTensors, target: Path) -> dict[str, Any]:
 
 
 class Layout(NamedTuple):
-    """A Hugging Face checkpoint that parameters can be written into: its config.json, the table of its tensors, their
-    shapes and dtypes, and a function that reads parameters."""
+    """A Hugging Face checkpoint to be written: its model_type, its config.json, the table of its tensors, their shapes
+    and dtypes, and the function that reads the parameters."""
 
     family: str
     values: dict[str, Any]
@@ -155,7 +160,7 @@ def to_hf(
     and then leaves no `target`.
     """
     layout = layout_of(config, specs, read, source, dtype=dtype, context=context)
-    fits(*max(((name, spec.nbytes) for name, spec in layout.specs.items()), key=lambda item: item[1]))
+    _require_largest_fits(layout.specs, fits)
     with new_folder(target) as scratch:
         with TensorWriter(scratch, layout.specs) as writer:
             for name in layout.table:  # without threads: a tensor is in memory twice here
@@ -168,7 +173,7 @@ def to_hf(
 
 
 def _kept(source: Path) -> dict[str, Any]:
-    """What is kept of a Hugging Face folder, or the config of `source` if it is one."""
+    """The content of huggingface.json; if `source` is a Hugging Face folder itself, its config."""
     if (source / CONFIG).is_file() or not (source / "config.json").is_file():
         return read_kept(source)
     return {"config": read_json(source / "config.json")}
@@ -195,9 +200,9 @@ def export(source: Path, target: Path, *, dtype: str | None = None, fits: Fits =
 
 
 def _export_stored(folder: HuggingFaceFolder, target: Path, fits: Fits) -> None:
-    """Writes a quantised Orogen folder as the Hugging Face folder that it was, or would be."""
+    """Writes the tensors of a quantised Orogen folder into a Hugging Face folder, unchanged."""
     tensors, source = folder.tensors, folder.folder
-    fits(*max(((name, spec.nbytes) for name, spec in tensors.reader.specs.items()), key=lambda item: item[1]))
+    _require_largest_fits(tensors.reader.specs, fits)
     with new_folder(target) as scratch:
         _copy_stored(tensors, scratch)
         copy_files(TOKENIZER_FILES, source / "tokenizer", scratch)
@@ -206,8 +211,8 @@ def _export_stored(folder: HuggingFaceFolder, target: Path, fits: Fits) -> None:
 
 
 def folder_tensors(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> tuple[Mapping[names.Path, Spec], Read]:
-    """The parameters of a folder, as `to_hf` takes them. A run's are in memory whole, those of others are read on
-    demand."""
+    """The parameters of a folder, as `to_hf` takes them. Those of a run are read into memory at once, those of other
+    folders on demand."""
     if isinstance(folder, RunFolder):
         opened = read_model(folder, tokenizer=False)
         return model_tensors(opened.params, opened.buffers)

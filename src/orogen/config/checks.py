@@ -9,8 +9,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# The default of a field that only some configs need. Its type is Any, so that it fits every field: code that reads the
-# field has checked that it is set.
+# The default of a field that only some configs need. Its type is Any, so that fields can be declared without `| None`:
+# code that reads such a field runs only after a check that it is set.
 ABSENT: Any = None
 
 

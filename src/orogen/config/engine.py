@@ -7,7 +7,7 @@ from orogen.config.checks import check_types, require, require_choice, require_p
 
 DRAFTERS = ("none", "mtp", "lookup")
 DECODED, IN_FP8 = "decoded", "fp8"
-# Of keys and values: in compute_dtype; FP8 with the checkpoint's scales; FP8 with scales of 1.
+# How keys and values are stored: in compute_dtype; in FP8 with the checkpoint's scales; in FP8 with scales of 1.
 KEPT, SCALED, UNSCALED = "compute", "fp8", "fp8_unscaled"
 STATES = ("float32", "float16", "int8")
 

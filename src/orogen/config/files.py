@@ -14,7 +14,7 @@ _UNFINISHED = re.compile(r".+\.(\d+)\.[0-9a-f]{8}\.tmp")
 
 
 def unfinished(path: Path) -> Path:
-    """A name, no other writer's, for a file that is to become `path` when it is whole."""
+    """A unique name for a file that will be renamed to `path` once it is complete."""
     return path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
@@ -39,8 +39,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what writers that were killed have left in a folder and in its folders. Links, and files of another
-    process that lives on this host, stay; this process may not be writing there, nor may one on another host."""
+    """Removes the files that killed writers left in a folder and in its immediate subfolders. Links, and files of
+    another process that is alive on this host, stay. Neither this process nor one on another host may be writing
+    there."""
     for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
         writer = _UNFINISHED.fullmatch(path.name)
         linked = path.is_symlink() or (path.parent != folder and path.parent.is_symlink())
@@ -53,7 +54,7 @@ def _other_lives(process: int) -> bool:
 
 
 def process_lives(process: int) -> bool:
-    """Whether this is the number of a process on this host."""
+    """Whether this is the id of a process that is alive on this host."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,8 +1,8 @@
-"""The kinds of layers: one row per letter of the pattern, from which all that differs between letters is reached.
+"""The kinds of layers: one row per letter of the pattern, through which everything that differs by letter is reached.
 
-What a config must know stands in the row. What the packages above compute is named there, as `package.module:name`:
-they resolve the name (`orogen.model.block.mixer_of`, `orogen.cost.kind.costs_of`), since this package imports none of
-them, and a config is read without jax.
+The row holds what configs need to know. It refers to objects of the packages above by name, `package.module:name`,
+since this package imports none of them and configs are read without jax; these packages resolve the names
+(`orogen.model.block.mixer_of`, `orogen.cost.kind.costs_of`).
 """
 
 import functools
@@ -12,22 +12,24 @@ from typing import Any, NamedTuple
 
 from orogen.config.checks import ConfigError
 
-# The product that reads a weight: its kind (config/precision.py), and its number among a layer's products of that kind.
+# A product with a weight: the weight's kind (config/precision.py), and the number among the layer's products of the
+# kind.
 Product = tuple[str, int]
 
 
 class Kind(NamedTuple):
     """A kind of layer.
 
-    name: what messages call it.
-    mixer: builds its module from a ModelConfig and random numbers.
-    costs: what it computes, holds and sends: an `orogen.cost.kind.LayerCosts`.
-    needs: the fields of ModelConfig that must be numbers; reads: the others that it reads; plan: those of PlanConfig.
-    names: its intermediates (config/remat.py) and what they are, other than `input` and `norm`, which every layer has.
-    selective: those that `selective` recomputes.
+    name: its name in messages.
+    mixer: refers to a callable (ModelConfig, nnx.Rngs) -> the module.
+    costs: refers to an `orogen.cost.kind.LayerCosts`: what the layer computes, holds and sends.
+    needs, reads: fields of ModelConfig, separated by spaces: those that must be set, and the others that the layer
+    reads. plan: fields of PlanConfig that only some layers read, this one among them.
+    names: its intermediates (config/remat.py) with a description, without `input` and `norm`, which every layer has.
+    selective: the names that `selective` recomputes.
     weights: its kinds of weight (config/precision.py); a mixture of experts may have more.
-    products: of the mixer's weights by name, those that adapters and formats know.
-    units: those along the axes of its parameters, a table of `orogen.compress.slices`; "": it cannot be pruned.
+    products: the product that reads each of the mixer's weights, by the weight's name, for adapters and formats.
+    units: refers to a table of `orogen.compress.slices`, the units along its parameters' axes; "": it cannot be pruned.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Kind(NamedTuple):
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields that not all layers read, but these."""
+        """The fields of ModelConfig and PlanConfig that only some layers read, these among them."""
         return _words(f"{self.needs} {self.reads} {self.plan}")
 
 
@@ -236,7 +238,7 @@ def listed(letters: Iterable[str]) -> str:
 
 
 def either(letters: Iterable[str]) -> str:
-    """What a model may lack: `Mamba-2 (M) or attention (*)`."""
+    """Letters as alternatives, for what a model lacks: `Mamba-2 (M) or attention (*)`."""
     return " or ".join(f"{LAYERS[letter].name} ({letter})" for letter in letters)
 
 
@@ -247,5 +249,5 @@ def reading(field: str) -> str:
 
 @functools.cache
 def resolved(reference: str) -> Any:
-    """What `package.module:name` names; its module is imported on the first call."""
+    """The object that `package.module:name` refers to; its module is imported on the first call."""
     return pkgutil.resolve_name(reference)

@@ -1,4 +1,4 @@
-"""Reads gin files into a RunConfig and refuses what nothing read; the only file that imports gin."""
+"""Reads gin files into configs and refuses bindings that nothing read; the only file that imports gin."""
 
 import dataclasses
 import importlib.util  # noqa: F401  gin 0.5.0 uses it without importing it
@@ -56,9 +56,9 @@ def load(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[Run
 
 
 def load_saved(file: Path) -> RunConfig:
-    """The RunConfig of a `config.gin` that Orogen saved in a folder. Settings that nothing reads get their defaults
-    instead of a refusal: no user wrote these files, and older versions saved such settings. So do fields that have been
-    removed, if what they chose is what happens now."""
+    """The RunConfig of a `config.gin` that Orogen saved in a folder. A setting that nothing reads gets its default
+    instead of being refused: no user wrote these files, and older versions saved such settings. A field that has been
+    removed is ignored if its value chose what is now the only behaviour."""
     removed = {
         statement.location.line_num
         for statement in (_statements(file) if file.is_file() else ())
@@ -80,7 +80,7 @@ def load_engine(
     """
     parts, _ = _parts((), bindings, {"plan": PlanConfig, "engine": EngineConfig})
     bound = {tuple(key.split(".")[-2:]) for key in _keys(gin.config_str())}
-    plan = parts["plan"] if any(key[0] == PlanConfig.__name__ for key in bound) else None
+    plan = parts["plan"] if _binds(PlanConfig, _keys(gin.config_str())) else None
     ranks = 1 if plan is None else plan.data * plan.tensor
     defaults = {"slots": None if rows is None else -(-rows // ranks) * ranks, "max_length": length}
     chosen = {k: v for k, v in defaults.items() if v is not None and (EngineConfig.__name__, k) not in bound}
@@ -89,19 +89,14 @@ def load_engine(
 
 def load_part(kind: type[Part], files: Sequence[str | Path], bindings: Sequence[str] = ()) -> Part:
     """The one config, of `kind`, that the files bind. Raises ConfigError as `load` does, or if they bind none."""
-    part = _parts(files, bindings, {"part": kind})[0]["part"]
-    if part is None:
-        raise ConfigError(f"the gin files have no bindings of {kind.__name__}; expected some, with its fields")
-    return part
+    return _required(_parts(files, bindings, {"part": kind})[0]["part"], kind)
 
 
 def load_sweep(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[SweepConfig, str]:
     """The sweep that the files describe, and the operative text of all that they bind. Raises ConfigError as `load`
     does, or if they bind no SweepConfig."""
     parts, text = _parts(files, bindings, {**PARTS, "sweep": SweepConfig})
-    if parts["sweep"] is None:
-        raise ConfigError("the gin files have no bindings of SweepConfig; expected some, with its fields")
-    return parts["sweep"], text
+    return _required(parts["sweep"], SweepConfig), text
 
 
 def load_arm(files: Sequence[str | Path], bindings: Sequence[str], arm: Arm) -> RunConfig:
@@ -152,18 +147,16 @@ def load_evaluation(bindings: Sequence[str]) -> tuple[PlanConfig | None, EngineC
     """
     kinds = {"plan": PlanConfig, "engine": EngineConfig, "evaluate": EvaluateConfig}
     parts, _ = _parts((), bindings, kinds)
-    bound = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
+    plan = parts["plan"] if _binds(PlanConfig, _keys(gin.config_str())) else None
     require_read(RunConfig(plan=PlanConfig(), evaluate=parts["evaluate"]))
-    return parts["plan"] if bound else None, parts["engine"], parts["evaluate"]
+    return plan, parts["engine"], parts["evaluate"]
 
 
 def load_prune(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[PruneConfig, RunConfig]:
     """The PruneConfig that the files bind, and the run's parts beside it: the text and the plan of its passes. Raises
     ConfigError as `load` does, or if they bind no PruneConfig."""
     parts, _ = _parts(files, bindings, {**PARTS, "prune": PruneConfig})
-    prune = parts.pop("prune")
-    if prune is None:
-        raise ConfigError("the gin files have no bindings of PruneConfig; expected some, with its fields")
+    prune = _required(parts.pop("prune"), PruneConfig)
     return prune, require_read(RunConfig(**parts))
 
 
@@ -175,17 +168,15 @@ def load_quantization(
     parts, _ = _parts(files, bindings, {"plan": PlanConfig, "data": DataConfig, "quantize": QuantizeConfig})
     if parts["quantize"] is None:
         raise ConfigError("nothing binds QuantizeConfig.format; expected --format, or a gin file with it")
-    bound = any(key.split(".")[-2:-1] == [PlanConfig.__name__] for key in _keys(gin.config_str()))
-    return parts["plan"] if bound else None, parts["data"], parts["quantize"]
+    plan = parts["plan"] if _binds(PlanConfig, _keys(gin.config_str())) else None
+    return plan, parts["data"], parts["quantize"]
 
 
 def load_curation(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[CurateConfig, str]:
     """The CurateConfig of `files` with `bindings` on top, and its operative text, which loads to an equal config.
     Raises ConfigError as `load` does."""
     parts, text = _parts(files, bindings, {"curate": CurateConfig})
-    if parts["curate"] is None:
-        raise ConfigError("the gin files have no bindings of CurateConfig; expected some, with its fields")
-    return parts["curate"], text
+    return _required(parts["curate"], CurateConfig), text
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunConfig, str]:
@@ -237,9 +228,22 @@ def _parts(
     return parts, text
 
 
+def _required(part: Part | None, kind: type[Part]) -> Part:
+    """The part. Raises ConfigError if the files bind none."""
+    if part is None:
+        raise ConfigError(f"the gin files have no bindings of {kind.__name__}; expected some, with its fields")
+    return part
+
+
 def _wanted(kind: type, bound: Iterable[str]) -> bool:
+    """Whether a part of this kind is built: if one of its fields is bound, or if none is required."""
     required = any(f.default is dataclasses.MISSING for f in dataclasses.fields(kind))
-    return not required or any(key.split(".")[-2:-1] == [kind.__name__] for key in bound)
+    return not required or _binds(kind, bound)
+
+
+def _binds(kind: type, keys: Iterable[str]) -> bool:
+    """Whether one of the keys is a field of `kind`, in any scope."""
+    return any(key.split(".")[-2:-1] == [kind.__name__] for key in keys)
 
 
 def _keys(text: str) -> set[str]:

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Annotated
 
 from orogen.config.checks import ABSENT, ConfigError, check_types, require, require_positive
-from orogen.config.kinds import kind_of
 from orogen.config.model import ModelConfig
 from orogen.config.precision import GROUPS, KINDS
+from orogen.config.rounded import weight_kinds
 
 ADAPTABLE = tuple(group for group in GROUPS if group != "mtp")
 
@@ -72,13 +72,8 @@ def adapted(model: ModelConfig, lora: LoraConfig) -> AdaptedModel:
 
 
 def kinds_in(model: ModelConfig) -> set[str]:
-    """The kinds of weight that the model has."""
-    letters = set(model.layers.main + model.layers.mtp)
-    here = {kind for letter in letters for kind in kind_of(letter).weights}
-    if "E" in letters:
-        here |= {*GROUPS["latent"]} if model.moe_latent_size else set()
-        here |= {*GROUPS["shared"]} if model.moe_shared_expert_intermediate_size else set()
-    return here
+    """The kinds of weight in the model's layers."""
+    return {kind for letter in set(model.layers.main + model.layers.mtp) for kind in weight_kinds(letter, model)}
 
 
 def base_of(model: ModelConfig) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""What changes during a run: phases, a growing batch, and the stretches of equal shapes and blend that follow."""
+"""What changes during a run: phases and a growing batch, which divide it into stretches of equal shapes and blend."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -78,8 +78,8 @@ def _shares(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rise(batch_size: int, ramp: Sequence[int] | None) -> list[tuple[int, int]]:
-    """The first step, counted as steps done before it, of each batch size. A size holds until its share of the ramp's
-    sequences is seen, as in Megatron-LM (RampupBatchsizeNumMicroBatchesCalculator)."""
+    """(steps done before it begins, size) of each batch size of the ramp. A size holds until its share of the ramp's
+    sequences has been seen, as in Megatron-LM (RampupBatchsizeNumMicroBatchesCalculator)."""
     if ramp is None:
         return []
     first, increment, sequences = ramp

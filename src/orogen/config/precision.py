@@ -7,7 +7,7 @@ from orogen.config.checks import check_types, require, require_choice, require_n
 
 PLAIN = "plain"
 RECIPE_NAMES = (PLAIN, "fp8_tensorwise", "fp8_blockwise", "mxfp8", "nvfp4")
-# The weights of a layer, by what they do. `head` is listed so that its refusal is clear.
+# The kinds of weight of a layer, in groups by what they do.
 GROUPS = {
     "dense": ("dense_up", "dense_down"),
     "shared": ("shared_up", "shared_down"),
@@ -19,7 +19,7 @@ GROUPS = {
 }
 KINDS = tuple(kind for kinds in GROUPS.values() for kind in kinds)
 ROLES = ("forward", "input_gradient", "weight_gradient")
-HEAD = "head"
+HEAD = "head"  # no kind of weight, but has a message of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -46,8 +46,8 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a product of a model that is quantised does beside its result: it tells its input's largest magnitude and,
-    for each candidate, the error of its output, weighted by the gradient.
+    """What a product of a model that is being quantised measures in addition to its result: its input's largest
+    magnitude and, for each candidate, the error of its output, weighted by the gradient.
 
     applied: the input is rounded first, and with `weights` the weight too, as this target says.
     """

@@ -1,4 +1,4 @@
-"""The table of when each field of a config is read; `reads` checks runs by it."""
+"""The conditions under which each field of a config is read; `reads` checks runs against them."""
 
 from collections.abc import Callable, Iterator
 
@@ -42,7 +42,7 @@ def _of_kinds(of: Callable[[Kind], str]) -> Iterator[Reader]:
     yield from (_by_letters(read_by, " ".join(some)) for read_by, some in fields.items())
 
 
-# By part, the fields that are always read; what their values allow is checked by the configs themselves.
+# By part, the fields that are always read; the configs themselves check the values.
 ALWAYS = {
     **tasks.ALWAYS,
     "model": "pattern vocab_size hidden_size norm layer_norm_epsilon tie_word_embeddings learned_positions score_head",

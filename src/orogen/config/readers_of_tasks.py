@@ -1,4 +1,4 @@
-"""When each field is read of the parts that only some tasks have; see `readers`."""
+"""The conditions of `readers` for the parts of a config that only some tasks have."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""When each field of a config is read, and the settings of a run that nothing reads.
+"""Which fields of a run's config are read, and the settings that nothing reads.
 
 A setting is a value that differs from its field's default. Whether a file binds the field does not matter: gin's
 operative text binds every field of a dataclass, defaults included, and a saved `config.gin` must load again. A binding

@@ -1,8 +1,8 @@
-"""What a layer keeps for its backward pass, and what that pass recomputes, by the names of the layer's intermediates.
+"""What a layer saves for its backward pass and what that pass recomputes, by the names of the layer's intermediates.
 
-The outputs of matrix products and fused kernels have names, and so do large arrays. A layer whose recomputation is
-chosen by name keeps its input and every named array that was not chosen; arrays without a name are recomputed from
-these by elementwise work. So a layer keeps named arrays only.
+The outputs of matrix products and fused kernels have names, and so do other large arrays. A layer whose recomputation
+is chosen by name saves its input and every named array that was not chosen, and nothing else: arrays without a name are
+recomputed from these by elementwise operations.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ COMMON = {
     "norm": "the layer's normalised input, for this rank's piece of the sequence",
 }
 
-# Choices for a whole layer. What `selective` recomputes, large and cheap intermediates, stands in config/kinds.py; for
-# attention that is section 5 of arXiv:2205.05198.
+# Choices for a whole layer. What `selective` recomputes, intermediates that are large and cheap, is listed in
+# config/kinds.py; for attention it is that of section 5 of arXiv:2205.05198.
 WHOLE = ("none", "full", "elementwise")
-# What `elementwise` keeps by name: outputs of fused kernels, the largest array that a kernel reads again, the router's
+# What `elementwise` saves by name: outputs of fused kernels, the largest array that a kernel reads again, the router's
 # logits, since their product is three times as wide, and FP8's scales, each of which costs a pass over a tensor.
 FUSED = ("attention", "router", "expert_activation", "fp8_scale")
 BY_NAME = ("selective", "paper")
@@ -39,11 +39,11 @@ MODULE_LETTERS = {"mla_up_proj": "+", "moe": "E"}
 
 
 class Remat(NamedTuple):
-    """What layers of one type keep.
+    """What layers of one letter save for the backward pass.
 
-    kind: `none` keeps what autodiff keeps, `full` only the input, `elementwise` the outputs of products and fused
-    kernels, `names` all names except `again`, which are recomputed. host: names that are offloaded to the host's
-    memory, whether they would otherwise be kept or recomputed.
+    kind: `none` saves what autodiff saves, `full` only the input, `elementwise` the outputs of products and fused
+    kernels, `names` all named arrays except `again`, which are recomputed. host: names of arrays that are offloaded to
+    the host's memory, whether they would otherwise be saved or recomputed.
     """
 
     kind: str

@@ -34,13 +34,12 @@ class SearchConfig:
     most_gib: of the weights of all parameters, with `weight_bits`, and of `requests` texts of `context` tokens: keys
     and values with `cache_bits`, Mamba's states with `state_bits`, and its windows with 16; and of what reading
     `prefill_chunk` tokens of a prompt takes, the hidden units of the widest MLP, with 16, as Megatron-LM's elastic
-    models count it. least_tokens_per_second,
-    fits: as `orogen simulate --inference` predicts them for EngineConfig's slots on ClusterConfig's hardware, with
-    prompts and answers of prompt_tokens and new_tokens.
+    models count it. least_tokens_per_second, fits: as `orogen simulate --inference` predicts them for EngineConfig's
+    slots on ClusterConfig's hardware, with prompts and answers of prompt_tokens and new_tokens.
     scores: lines {"layer": 3, "removed": true, "score": 0.1} and {"layer": 3, "intermediate_size": 15360, "score":
-    0.1}: how far the model goes astray if that alone is replaced. With them, the search chooses for each layer by
-    integer programming so that the scores' sum is least (arXiv:2411.19146, eq. 1); widths are the same in all layers.
-    A pruning that scored layers writes `removal.jsonl`, for `scores` or `removal`.
+    0.1}: how much the model's outputs change if that alone is replaced. With them, the search chooses for each layer by
+    integer programming so that the sum of the scores is least (arXiv:2411.19146, eq. 1); widths are the same in all
+    layers. A pruning that scored layers writes `removal.jsonl`, for `scores` or `removal`.
     """
 
     layers: Annotated[

@@ -14,8 +14,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class _Lasting:
     """A text stream that switches to /dev/null, file descriptor included, once its reader is gone.
 
-    lost_if: errors after which only the text at hand is lost. A full disk must not end a run because its progress is
-    written there; an answer on stdout is another matter.
+    lost_if: errors that lose only the text being written. A full disk must not end a run whose progress is written
+    there, but it must end a command whose answer on stdout would be lost.
     """
 
     def __init__(self, stream: TextIO, *, lost_if: tuple[int, ...] = ()):

@@ -3,13 +3,18 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 from orogen.config.checks import check_types, require, require_choice, require_not_negative, require_positive
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=-]*")
 MAX_ARMS = 10**4
+
+
+def arm_name(values: Iterable[str]) -> str:
+    """The name of the arm with these values on the axes."""
+    return "+".join(values)
 
 
 class Arm(NamedTuple):
@@ -21,7 +26,7 @@ class Arm(NamedTuple):
     @property
     def name(self) -> str:
         """The values, joined by `+`: part of the names of its runs."""
-        return "+".join(self.values)
+        return arm_name(self.values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +34,10 @@ class SweepConfig:
     """Runs of one recipe that differ in bindings and seeds.
 
     matrix: {axis: {value: [binding, ...]}}; an arm takes one value of each axis. The files must be complete without
-    these bindings: they may be the control, which then binds nothing. budget: what all arms have equal, by the number
-    of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which then are as each
-    arm binds them. Warm-up, decay and phases keep their
-    shares of the steps. learning_rates: each arm first trains once with
-    each of them for search_share of its steps, and then runs with the one whose metric is best.
+    these bindings: they may be the control, which then binds nothing. budget: what is equal for all arms, by the number
+    of their steps: tokens; flops, by `cost.flops`, of the forward and backward passes; or steps, which each arm then
+    binds itself. Warm-up, decay and phases keep their shares of the steps. learning_rates: each arm first trains once
+    with each of them for search_share of its steps, and then runs with the one whose metric is best.
 
     metric, further: numbers of metrics.jsonl, of which a run's last one counts, or load_violation: the mean of
     max / mean - 1 of the experts' loads, over MoE layers and the last tenth of the steps. checkpoints: an arm with such

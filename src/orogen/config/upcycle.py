@@ -20,7 +20,7 @@ class UpcycleConfig:
     """
 
     expansion: Annotated[int, "copies of each MLP"]
-    granularity: Annotated[int, "experts that one copy is cut into"] = 1
+    granularity: Annotated[int, "shards that one copy is split into"] = 1
     top_k: Annotated[int, "experts per token"]
     shared: Annotated[int, "shards in the shared expert, a multiple of granularity; 0: no shared expert"] = 0
     layers: Annotated[tuple[int, ...], "numbers of the dense layers, counted along the pattern; empty: all"] = ()

@@ -10,9 +10,9 @@ A run's bits do not depend on how its devices are divided over processes of CPUs
 Muon, whose products over more than two ranks are left to the partitioner.
 
 **Ends.** SIGTERM, SIGHUP and Ctrl-C at the watcher reach all processes; a signal at any one of them stops all after the
-same step. A process that does not end well ends the others within seconds. Without a watcher, the runtime ends them
-after 40 seconds without a sign of life. Output is in `RUN.logs/process_K.out` and `.err`.
+same step. When a process fails, the others are ended within seconds. Without a watcher, the runtime ends them after 40
+seconds without a heartbeat. Output is in `RUN.logs/process_K.out` and `.err`.
 
-**Restarts.** What fails starts again, as often as `--restarts` says, unless its input is bad: exit status 2 of the
-process that failed first (`verdict.py` under SLURM, where a time limit or a failed node does not count).
+**Restarts.** A task that fails is started again, up to `--restarts` times, unless its input is bad: exit status 2 of
+the process that failed first (`verdict.py` under SLURM, where time limits and failed nodes do not count).
 """

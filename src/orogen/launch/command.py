@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "slurm": "a batch job of SLURM, with one process per node unless --per_node says otherwise",
         "kubernetes": "a JobSet of Kubernetes, with one pod per process",
     }
-    for name, add in (("local", _add_local), ("slurm", _add_slurm), ("kubernetes", _add_kubernetes)):
+    for name, add in (("local", _add_logs), ("slurm", _add_slurm), ("kubernetes", _add_kubernetes)):
         one = where.add_parser(
             name, help=helps[name], description=f"Runs a task on {helps[name]}.",
             epilog="\n  ".join(("examples:", *(line for line in EXAMPLES if f"launch {name}" in line))),
@@ -48,10 +49,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_logs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logs", type=Path, metavar="DIR", help="where output goes; by default RUN.logs")
-
-
-def _add_local(parser: argparse.ArgumentParser) -> None:
-    _add_logs(parser)
 
 
 def _add_slurm(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +90,7 @@ def _local(options: argparse.Namespace, task: list[str]) -> int:
     if options.dry_run:
         for number, extra in enumerate(environments):
             words = [*(f"{name}={value}" for name, value in extra.items()), *command(task)]
-            print(f"process {number}: {slurm.shlex.join(words)}")
+            print(f"process {number}: {shlex.join(words)}")
         return 0
     logs = options.logs or log_folder(task)
     return Watcher(lambda resume: command(task, resume=resume), environments, logs).run(options.restarts)

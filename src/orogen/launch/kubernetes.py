@@ -1,8 +1,8 @@
 """A task as a JobSet of Kubernetes (jobset.x-k8s.io/v1alpha2, https://jobset.sigs.k8s.io).
 
 The JobSet is one indexed Job with a pod for each process; the first pod, by its name in the headless service that the
-JobSet makes, is the coordinator. If a pod fails, all are made again and continue, a limited number of times, unless the
-input is bad. A pod that Kubernetes ends saves with the others and then counts as failed, since the run is not over.
+JobSet creates, is the coordinator. If a pod fails, all are recreated and continue, a limited number of times, unless
+the input is bad. A pod that Kubernetes ends saves with the others and then counts as failed, since the run is not over.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from orogen.command import EXIT_BAD_INPUT
 from orogen.config.checks import ConfigError
-from orogen.launch.slurm import handed
+from orogen.launch.slurm import output_of
 from orogen.launch.task import RESUME, resuming
 from orogen.parallel.cluster import COORDINATOR, COUNT, KUBERNETES, VARIABLE
 from orogen.parallel.distributed import START_VARIABLE
@@ -48,7 +48,8 @@ exit "$status"
 
 
 class Pods(NamedTuple):
-    """What the pods of a task are. gpus: of each. claims: CLAIM:PATH of volumes that all pods share."""
+    """The pods of a task. processes: pods in all; gpus, cpus, memory: per pod; claims: CLAIM:PATH of volumes that all
+    pods share."""
 
     name: str
     image: str
@@ -146,5 +147,6 @@ def manifest(pods: Pods, task: Sequence[str]) -> str:
 
 
 def submit(text: str) -> str:
-    """Hands the manifest to Kubernetes. Returns what it says. Raises ConfigError if kubectl is missing or fails."""
-    return handed(SUBMIT, text)
+    """Submits the manifest to Kubernetes. Returns kubectl's output. Raises ConfigError if kubectl is missing or
+    fails."""
+    return output_of(SUBMIT, text)

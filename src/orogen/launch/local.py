@@ -1,9 +1,9 @@
 """A task on several processes of this host, watched by this one.
 
 Each process has a session of its own, so that Ctrl-C reaches the watcher alone, which passes signals on to all. Each
-process's output goes to files; that of the first, to which tasks leave what they have to say, also to the terminal.
-The first process that does not end well ends them all: the others would wait for it until the runtime gives up. They
-also end, and save first if they can, if the watcher is gone.
+process's output goes to files; that of the first, which reports for all, also goes to the terminal. When one process
+fails, the watcher ends the others: they would wait for it until the runtime gives up. They also end, and save first if
+they can, when the watcher is gone.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class Ended(NamedTuple):
-    """How a process ended: its number, its pid, and its exit status, or minus the signal that killed it. line: the last
-    that it wrote on stderr."""
+    """How a process ended. status: its exit status, or minus the signal that killed it; line: the last that it wrote to
+    stderr."""
 
     number: int
     pid: int
@@ -112,7 +112,8 @@ class Child:
 
 
 class _Kept:
-    """A file of output. No error of its disk is raised: whoever writes the output would then wait for its reader."""
+    """A file of output. Errors of the disk are not raised: the process that writes the output would otherwise block,
+    since nothing reads its pipe."""
 
     def __init__(self, path: Path):
         self._path, self._file, self._said = path, None, False
@@ -209,10 +210,10 @@ class Watcher:
         return failed
 
     def _well(self, status: int) -> bool:
-        """Whether a process that ended so did what it was told to."""
+        """Whether a process that ended with this status did what it was told to."""
         if self._asked is None:
             return status == 0
-        # One that the signal found before it could handle it was killed by it.
+        # A process that could not handle the signal yet was killed by it.
         return status in (0, -self._asked) or (self._asked == signal.SIGINT and status == INTERRUPTED)
 
     def _late(self) -> Ended:
@@ -224,7 +225,7 @@ class Watcher:
 
     def _end(self, number: int) -> None:
         for child in self._children:
-            child.shown = False  # what it says now is of the one that failed before
+            child.shown = False  # its messages from now on are consequences of the first failure
             child.signal(number)
 
     def _pass_on(self, number: int, frame: FrameType | None = None) -> None:

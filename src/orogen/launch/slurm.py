@@ -82,8 +82,9 @@ AGAIN_SECONDS = 30  # longer than a task that has saved takes to end
 
 
 class Job(NamedTuple):
-    """What a job asks SLURM for. processes: in all; per_node: of them, on each node. gpus: of each node. time, memory:
-    as sbatch reads them. setup: lines of shell that run before the task. options: further ones of sbatch."""
+    """The resources of a job. processes: in all; per_node: processes on each node; gpus: per node; cpus: per process;
+    time, memory: as sbatch reads them; setup: lines of shell that run before the task; options: more options of
+    sbatch."""
 
     processes: int
     per_node: int = 1
@@ -136,13 +137,13 @@ def render(job: Job, task: Sequence[str], logs: Path) -> str:
 
 
 def submit(script: str, logs: Path) -> str:
-    """Hands the script to SLURM. Returns the job's number. Raises ConfigError if SLURM is not there or refuses it."""
+    """Submits the script to SLURM. Returns the job's number. Raises ConfigError if SLURM is missing or refuses it."""
     logs.mkdir(parents=True, exist_ok=True)  # SLURM does not make it
-    return handed([SUBMIT, "--parsable"], script).partition(";")[0]
+    return output_of([SUBMIT, "--parsable"], script).partition(";")[0]
 
 
-def handed(program: Sequence[str], text: str) -> str:
-    """What the program says to `text`. Raises ConfigError if it is missing or fails."""
+def output_of(program: Sequence[str], text: str) -> str:
+    """The output of a program that gets `text` on stdin. Raises ConfigError if it is missing or fails."""
     try:
         done = subprocess.run(program, input=text, text=True, capture_output=True, check=False)
     except FileNotFoundError:

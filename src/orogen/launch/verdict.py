@@ -1,6 +1,6 @@
-"""How a task tells the script that started it with which exit status its first process failed.
+"""Passes the exit status of the first process that failed to the script that started the task.
 
-srun does not: if one process ends with status 2, it ends the others, and returns 143 or 137 for them.
+srun does not: if one process ends with status 2, srun ends the others, and returns 143 or 137 for them.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from orogen.config.streams import say
 
-VARIABLE = "OROGEN_VERDICT"  # of the environment: a file that the first process to fail makes
+VARIABLE = "OROGEN_VERDICT"  # of the environment: the file that the first process to fail creates
 
 
 def tell(status: Any) -> Any:

@@ -114,7 +114,7 @@ def _later(call: _Call, queries: Queries, keys: Keys, softmax: Softmax | None) -
         at_least_one = Lengths(*(jnp.maximum(length_b, 1) for length_b in lengths.values()))
         reversed_ = (q_bthk, *(jnp.flip(a, 1) for a in kv))
         results = call.run(reversed_, softmax, at_least_one, causal=False)
-        return tuple(map(masked, results, call.results))
+        return tuple(masked(a, result) for a, result in zip(results, call.results, strict=True))
 
     def masked(a: Array, result: _Result) -> Array:
         inside_bt = jnp.arange(a.shape[1]) < lengths[result.time][:, None]

@@ -109,8 +109,8 @@ class Paged(NamedTuple):
 
         def write(pool: Array, new: Array) -> Array:
             flat = pool.reshape(-1, *pool.shape[2:])
-            rows = new.reshape(-1, *new.shape[2:]).astype(pool.dtype)
-            flat = flat.at[index_bt.reshape(-1)].set(rows, mode="drop")
+            entries = flat.at[index_bt.reshape(-1)]
+            flat = entries.set(new.reshape(-1, *new.shape[2:]).astype(pool.dtype), mode="drop")
             return flat.reshape(pool.shape)
 
         return self._replace(values=tuple(map(write, self.values, values)))

@@ -187,17 +187,14 @@ class MoE(nnx.Module):
         tokens = valid_bt.size // sources
         capacity = expert_capacity(tokens, k, self.n_experts, plan.config.capacity_factor)
         policy = plan.config.drop_policy
-
-        def by_source(x_btk: Array) -> Array:
-            return _split(x_btk, *plan.sources)
-
+        data, context, tensor = plan.sources
+        by_source = partial(_split, data=data, context=context, tensor=tensor)
         experts, weights = by_source(routing.experts), by_source(routing.weights)
         keep = jax.vmap(partial(within_capacity, n_experts=self.n_experts, capacity=capacity, policy=policy))(
             experts, weights, by_source(valid_bt[..., None])[..., 0]
         )
         keep_btk = _join(keep, routing.experts.shape, *plan.sources)
-        # Padding does not count: on a rank that holds part of a row, two runs of padding may attend to each other,
-        # which they do not on one device.
+        # Padding does not count: two runs of it attend to each other on some ranks that hold part of a row only.
         flipped_bt = routing.flipped & valid_bt
         choice = Choice(Replay(routing.experts, keep_btk), routing.margin, flipped_bt)
         if replay is not None:

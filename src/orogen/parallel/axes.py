@@ -10,15 +10,16 @@ from jax.sharding import PartitionSpec
 from orogen.parallel.fold import Folding
 
 MeshAxes = tuple[str, ...]
-# The axes (b, t) of the residual stream, as devices hold it between layers; and those of arrays that hold each token on
-# one rank only, as routed experts take them.
+# The logical axes (b, t) of the residual stream, as devices hold it between layers; and of arrays that hold each token
+# on one rank only, as routed experts take them.
 STREAM, TOKENS = ("stream_rows", "stream_time"), ("token_rows", "token_time")
 # Parameter axes over which fully sharded data parallelism splits; vectors ("norm") stay whole: they are tiny.
 SHARDED = ("embed", "expert_embed")
 
 
 def make_rules(folding: Folding, *, fully_sharded: bool) -> dict[str, MeshAxes]:
-    """Every logical axis name in the code base, except STREAM and TOKENS, with its mesh axes."""
+    """Every logical axis name, except STREAM and TOKENS, with its mesh axes. fully_sharded: whether the rules are of
+    arrays that FSDP shards."""
     axes = folding.logical
     tensor = axes["tensor"]
     return {
@@ -70,8 +71,8 @@ def spec_of(rules: Mapping[str, MeshAxes], axes: tuple[str | None, ...]) -> Part
 
 
 def full_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The variable's axes, preceded by one for each dimension that stacking layers put in front. The first of these is
-    `stage` if the variable is marked as `staged`; the others have no name."""
+    """The variable's axes, preceded by one for each leading dimension that stacking layers has added. The first of
+    these is `stage` if the variable is marked as `staged`; the others are None."""
     metadata, ndim = variable.get_metadata(), variable.get_value().ndim
     stacked = (None,) * (ndim - len(metadata["axes"]))
     if metadata.get("staged"):

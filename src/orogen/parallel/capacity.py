@@ -4,14 +4,24 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 GROUPS = Path("/sys/fs/cgroup")
-# Of control groups, version 2 and 1: the files with the limit and the usage, and the fields of memory.stat that count
-# memory that can be reclaimed.
-VERSION_2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+
+
+class _Names(NamedTuple):
+    """Of a version of control groups: the files with the limit and the usage, and the fields of memory.stat that count
+    memory which can be reclaimed."""
+
+    limit: str
+    used: str
+    reclaimable: tuple[str, ...]
+
+
+VERSION_2 = _Names("memory.max", "memory.current", ("inactive_file", "active_file"))
+VERSION_1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
 
 def host_bytes() -> int:
@@ -30,6 +40,7 @@ def device_bytes() -> int | None:
 
 
 def _machine() -> int:
+    """Bytes of memory and swap that the kernel reports as available; without such a report, all memory."""
     try:
         facts = _table(Path("/proc/meminfo"))
         return 1024 * (facts["MemAvailable:"] + facts["SwapFree:"])
@@ -52,22 +63,25 @@ def _groups() -> Iterator[int]:
         inner = root / name.lstrip("/")
         # Inside a container the path may be the host's, and the root is the container's own group.
         for folder in dict.fromkeys([inner, *inner.parents, root]):
-            if folder.is_relative_to(root) and (left := _left(folder, *names)) is not None:
+            if folder.is_relative_to(root) and (left := _left(folder, names)) is not None:
                 yield left + swap
 
 
-def _left(folder: Path, limit: str, used: str, reclaimable: tuple[str, ...]) -> int | None:
+def _left(folder: Path, names: _Names) -> int | None:
+    """The bytes that a control group leaves; None without a limit, or if it cannot be read."""
     try:
-        most = (folder / limit).read_text().strip()
+        most = (folder / names.limit).read_text().strip()
         if not most.isdecimal():  # "max"
             return None
         cache = _table(folder / "memory.stat")
-        return int(most) - int((folder / used).read_text()) + sum(cache.get(name, 0) for name in reclaimable)
+        used = int((folder / names.used).read_text())
+        return int(most) - used + sum(cache.get(name, 0) for name in names.reclaimable)
     except OSError:
         return None
 
 
 def _addresses() -> Iterator[int]:
+    """What the process's limit of its address space leaves, if it has one."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         try:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from orogen.config.checks import ConfigError
 
-VARIABLE = "OROGEN_CLUSTER"  # of the environment; the option --cluster goes before it
+VARIABLE = "OROGEN_CLUSTER"  # of the environment; the option --cluster takes precedence
 SLURM, KUBERNETES = "slurm", "kubernetes"
 FORMS = f"HOST:PORT,COUNT,ID, or {SLURM} or {KUBERNETES}"
-# What `orogen launch` puts into the environment beside what Kubernetes puts there. The first is JAX's own.
+# Variables that `orogen launch` sets for Kubernetes, in addition to those of Kubernetes. The first is JAX's own.
 COORDINATOR, COUNT = "JAX_COORDINATOR_ADDRESS", "OROGEN_PROCESSES"
 LOWEST_PORT, PORTS = 61440, 4096  # of coordinators under SLURM, one for each job
 
@@ -17,8 +17,8 @@ LOWEST_PORT, PORTS = 61440, 4096  # of coordinators under SLURM, one for each jo
 class Cluster(NamedTuple):
     """One of `count` processes, which process 0's `coordinator` ("host:port") brings together.
 
-    index: this process. accelerator: the only one of its host that it takes, where several processes share the host's;
-    None: it takes all of them.
+    index: of this process. accelerator: the number of the one local accelerator that this process uses, if several
+    processes share a host; None: it uses all of them.
     """
 
     coordinator: str

@@ -81,10 +81,10 @@ def later(x_bt: Array, steps: int, plan: Plan) -> Array:
 
 
 def entering(decay: Array, state: Array, plan: Plan) -> Array:
-    """The state that enters each of this rank's parts (b p, ...), if a part turns an entering state S into
-    decay · S + state.
+    """The state that enters each of this rank's parts (b p, …), where a part maps an entering state S to decay · S +
+    state.
 
-    The sequence starts from zero. decay (b p, ...) broadcasts against state. An associative scan by doubling: up the
+    The sequence starts from zero. decay (b p, …) broadcasts against state. An associative scan by doubling: up the
     ranks over their first parts, then down again from the last rank's second part. Each rank sends 2 log2(c) + 2 states
     and 2 log2(c) - 1 decays.
     """
@@ -104,25 +104,25 @@ def entering(decay: Array, state: Array, plan: Plan) -> Array:
 
 
 def continued(decay: Array, state: Array, start: Array, plan: Plan) -> tuple[Array, Array]:
-    """`entering` for a sequence that starts from the states `start` (b, ...), and the states after the sequence
-    (b, ...), on every rank. For several ranks."""
+    """`entering` for a sequence that starts from the states `start` (b, …); and the states after the sequence (b, …),
+    on every rank. Requires several ranks."""
     start_bp = at_start(start, plan)
     enters_bp = entering(decay, state + decay * start_bp, plan) + start_bp
     left_bp = decay * enters_bp + state
-    last = plan.index("context") == 0  # whose second part is the sequence's last
+    last = plan.index("context") == 0  # rank 0 holds the last part of the sequence
     after = plan.sum(jnp.where(last, left_bp.reshape(-1, 2, *state.shape[1:])[:, 1], 0), "context")
     return enters_bp, vary_like(after, state)
 
 
 def at_start(x: Array, plan: Plan) -> Array:
-    """(b p, ...): of this rank's parts the one that begins the sequence has its row's `x` (b, ...), others zeros, as
-    `earlier` has before the sequence. For several ranks."""
+    """(b p, …): `x` (b, …) for the part that begins the sequence, zeros for all other parts; to be added to a result of
+    `earlier`, which is zero before the sequence. Requires several ranks."""
     return _rows(jnp.where(plan.index("context") == 0, x, 0), jnp.zeros_like(x))
 
 
 def _doubling(element: tuple[Array, Array], by: int, plan: Plan, *, last: bool = False) -> tuple[Array, Array]:
-    """The composition of the (decay, state) of all ranks up to this one, counted in the direction `by`. With `last`
-    the decay is not needed, and its last round is left out."""
+    """The composition of the (decay, state) of all ranks up to this one, in the direction `by`. last: whether no decay
+    is needed, so that its last exchange is omitted."""
     ranks, rank, distance = plan.size("context"), plan.index("context"), 1
     order = rank if by > 0 else ranks - 1 - rank
     decay, state = element
@@ -161,7 +161,7 @@ def own(x_bs: Array, plan: Plan) -> Array:
 
 
 def taken(x_bt: Array, index_bk: Array, plan: Plan) -> Array:
-    """(b, k, ...): of each row the tokens at these indices of the sequence, on every rank."""
+    """(b, k, …): each row's tokens at these indices of the sequence, on every rank."""
     trailing = (1,) * (x_bt.ndim - 2)
     if plan.size("context") == 1:
         return jnp.take_along_axis(x_bt, index_bk.reshape(*index_bk.shape, *trailing), axis=1)
@@ -173,12 +173,12 @@ def taken(x_bt: Array, index_bk: Array, plan: Plan) -> Array:
 
 
 def copied(plan: Plan) -> Plan:
-    """The plan of what every rank of `context` does alike, with rows that it has whole."""
+    """The plan for work that every rank of `context` repeats, on rows that it holds whole."""
     return _without_context(plan, ())
 
 
 def over_rows(plan: Plan) -> Plan:
-    """The plan in which the ranks of `context` have rows of their own, as those of `data`."""
+    """The plan in which the ranks of `context` hold different rows, as those of `data` do."""
     return _without_context(plan, plan.rules["context"])
 
 

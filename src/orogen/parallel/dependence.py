@@ -10,7 +10,8 @@ BOTH = PARAMETERS | BATCH
 
 
 def dependence(jaxpr: jex.Jaxpr, inputs: Sequence[int], consts: int = 0) -> list[int]:
-    """For each output, the or-ed flags of all inputs that it depends on. consts: the flags of the constants."""
+    """For each output, the union (bitwise or) of the flags of all inputs that it depends on. consts: the flags of the
+    jaxpr's constants."""
     found: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True)) | dict.fromkeys(jaxpr.constvars, consts)
     read = lambda atom: 0 if isinstance(atom, jex.Literal) else found[atom]  # noqa: E731
     for equation in jaxpr.eqns:
@@ -19,6 +20,7 @@ def dependence(jaxpr: jex.Jaxpr, inputs: Sequence[int], consts: int = 0) -> list
 
 
 def _outputs(equation: Any, inputs: list[int]) -> list[int]:
+    """The flags of an equation's outputs; those of an unknown primitive depend on all inputs."""
     name, params = equation.primitive.name, equation.params
     if name == "scan":
         return _scan(equation, inputs)

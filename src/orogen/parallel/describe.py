@@ -15,11 +15,11 @@ from orogen.parallel.schedule import Schedule
 def describe_plan(
     plan: Plan, params: nnx.State, segments: Sequence[str] = (), filled: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Mesh axes, logical axes, and each parameter's shape, axes and shape on one device inside the step and between
-    steps; for a pipeline, whose `segments` are these layers, also what its schedule costs and what a stage holds.
+    """Mesh axes, logical axes, and for each parameter its shape, its axes and its shape on one device, inside the step
+    and between steps; for a pipeline, also the costs of its schedule and the parameters that a stage holds.
 
-    filled: by letter, the share of the stacked parameters' rows, over all stages, that hold a layer. `params` may be
-    abstract.
+    params: may be abstract. segments: the layers of a pipeline's segments. filled: by letter, the share of the stacked
+    parameters' rows, over all stages, that hold a layer.
     """
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     sizes = dict(plan.mesh.shape)

@@ -1,8 +1,8 @@
 """Many processes on JAX's multi-controller runtime: how they start, what they agree on, and how one leaves.
 
-Every process runs the same program. The first one (number 0) alone writes what describes the run; the others learn
-from it through the runtime's key-value store what they must know to do the same. In a run of one process all of this
-is the identity. Importing this module does not import jax.
+Every process runs the same program. Only the first one (number 0) writes files that describe the run; it passes its
+decisions to the others through the runtime's key-value store. In a run of one process, all of these functions are the
+identity. Importing this module does not import jax.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from orogen.parallel.roll_call import call_roll
 
 START_SECONDS = 40.0  # of waiting for all processes, unless the environment has another number; imports come first
 START_VARIABLE = "OROGEN_START_SECONDS"
-# A process that is not heard of for this long counts as dead, and the runtime ends the others.
+# A process that sends no heartbeat for this long counts as dead, and the runtime ends the others.
 HEARTBEAT_SECONDS = 40
 # Of waiting, when a process is done, for others that are not.
 SHUTDOWN_SECONDS = 60
@@ -74,28 +74,28 @@ def first() -> bool:
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-    """`work()`, which the first process alone does; all processes return its value, plain JSON. If it raises,
-    they all do: ConfigError and OSError in kind, what else the first process raises as RuntimeError on the others."""
+    """`work()`, which only the first process calls; all processes return its value, plain JSON. If it raises, all of
+    them raise: ConfigError and OSError as such, any other exception as RuntimeError on the other processes."""
     if count() == 1:
         return work()
     key = f"orogen/first/{next(_numbers)}"
     if not first():
-        told = json.loads(_wait(key))
-        if "error" in told:
-            raise _raised(told["error"], told["message"], told["number"])
-        return told["value"]
+        answer = json.loads(_wait(key))
+        if "error" in answer:
+            raise _raised(**answer)
+        return answer["value"]
     try:
         value = work()
         answer = json.dumps({"value": value})
     except BaseException as error:  # whatever it is, the others wait for it
-        _client().key_value_set(key, json.dumps(_told(error)))
+        _client().key_value_set(key, json.dumps(_described(error)))
         raise
     _client().key_value_set(key, answer)
     return value
 
 
-def _told(error: BaseException) -> dict[str, Any]:
-    """What `_raised` takes, by name. number: the system's, of an OSError."""
+def _described(error: BaseException) -> dict[str, Any]:
+    """The arguments of `_raised`, by name. number: errno of an OSError."""
     if isinstance(error, ConfigError):
         return {"error": ConfigError.__name__, "message": str(error), "number": None}
     if isinstance(error, OSError):
@@ -106,13 +106,13 @@ def _told(error: BaseException) -> dict[str, Any]:
     return {"error": type(error).__name__, "message": str(error), "number": None}
 
 
-def _raised(name: str, message: str, number: int | None) -> Exception:
-    """The exception of the first process, in kind."""
-    if name == ConfigError.__name__:
+def _raised(error: str, message: str, number: int | None) -> Exception:
+    """The exception of the first process, as the others raise it. error: the name of its type."""
+    if error == ConfigError.__name__:
         return ConfigError(message)
-    if name == OSError.__name__:
+    if error == OSError.__name__:
         return OSError(message) if number is None else OSError(number, message)
-    return RuntimeError(f"process 0 failed with {name}: {message}")
+    return RuntimeError(f"process 0 failed with {error}: {message}")
 
 
 def from_all(value: Any) -> list[Any]:
@@ -125,7 +125,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 def propose(name: str, value: int) -> None:
-    """Settles what `name` is, unless a process has done so before. One process alone has nobody to tell."""
+    """Settles the value of `name`, unless a process has done so before. Does nothing in a run of one process."""
     if count() == 1:
         return
     import jax
@@ -138,7 +138,7 @@ def propose(name: str, value: int) -> None:
 
 
 def settled(name: str) -> int | None:
-    """What `name` is, if a process has settled it. Whatever was proposed before this call is seen."""
+    """The value of `name`, None if no process has settled it. Sees every proposal that was made before this call."""
     import jax
 
     try:
@@ -150,8 +150,8 @@ def settled(name: str) -> int | None:
 
 
 def meet(name: str, seconds: float, interrupted: Callable[[], bool]) -> bool:
-    """Waits until all processes have called this with `name`, which is used once, and returns True; False as soon as
-    `interrupted` says so. Raises TimeoutError after `seconds`."""
+    """Waits until all processes have called this with `name`, which can be used once, and returns True; returns False
+    as soon as `interrupted()` is true. Raises TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     _client().key_value_set(f"orogen/met/{name}/{index()}", "")
     for number in range(count()):
@@ -164,7 +164,7 @@ def meet(name: str, seconds: float, interrupted: Callable[[], bool]) -> bool:
 
 
 def wait_until_settled(name: str) -> int:
-    """What `name` is, once a process settles it."""
+    """The value of `name`, once a process has settled it."""
     return int(_wait(f"orogen/settled/{name}"))
 
 
@@ -194,8 +194,8 @@ def compiled_together(function: Any) -> Callable[..., Any]:
 
 
 def require_shared(path: Path, seconds: float = START_SECONDS) -> None:
-    """Raises ConfigError, on all processes, if one of them does not see `path`, which the first has made, within
-    `seconds`: a file server may take some time."""
+    """Raises ConfigError, on all processes, if `path`, which the first one has created, is not visible to one of them
+    within `seconds`: a file server may take some time."""
     deadline = time.monotonic() + seconds
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -207,8 +207,8 @@ def require_shared(path: Path, seconds: float = START_SECONDS) -> None:
 
 
 def leave(status: int) -> int:
-    """The exit status of this process. If it is an error, a process of several ends here and now: a normal exit would
-    wait for the others, who may wait for this one."""
+    """Returns `status`, the exit status of this process. If it is an error and there are several processes, this one
+    ends at once: a normal exit would wait for the others, which may wait for this one."""
     if count() == 1 or status == 0:
         return status
     for stream in (sys.stdout, sys.stderr):

@@ -95,7 +95,7 @@ def fold(
 
 
 def expert_shards(neighbours: int, *, tensor: int, expert: int, expert_tensor: int) -> int:
-    """How many replicas of each expert lie inside a group of `neighbours` ranks of data x context."""
+    """The number of replicas of each expert within a group of `neighbours` ranks of data x context."""
     return max(1, neighbours * tensor // (expert * expert_tensor))
 
 
@@ -122,7 +122,7 @@ def _with_fsdp(dense: Factorization, experts: Factorization, size: int) -> list[
     def split_at(size: int) -> list[Factorization]:
         shards = expert_shards(size, tensor=tensor, expert=sizes["expert"], expert_tensor=sizes["expert_tensor"])
         groups = [experts[0], ("fsdp_copies", ranks // size), ("fsdp", size), ("tensor", tensor)]
-        if sizes["expert_data"] % shards:  # then a group of neighbours and one set of experts overlap in part
+        if sizes["expert_data"] % shards:  # a group of neighbours then overlaps only part of a set of experts
             return [groups]
         expert_groups = [("expert_fsdp_copies", sizes["expert_data"] // shards), ("expert_fsdp", shards), *experts[2:]]
         return [groups, [experts[0], *expert_groups]]

@@ -1,14 +1,16 @@
 """Traced and lowered programs in files, so that a later process neither traces nor lowers them.
 
-jax's compile cache saves XLA's work alone. For a model with Mosaic kernels, tracing and lowering take longer than
-loading what the cache has. A file holds a program as StableHLO (jax.export); what XLA makes of it is cached as ever.
+jax's compile cache only saves XLA's work. For a model with Mosaic kernels, tracing and lowering take longer than
+loading the compiled program from that cache. A file holds a program as StableHLO (jax.export); the result of compiling
+it is cached as usual.
 
-A file is found by a digest of all that a program depends on: this package's code, the versions of what traces it,
-jax's settings, XLA's flags, the devices, the shapes and shardings of the arguments, and a text by which the caller
-names the rest. So a program must depend on nothing else: no constants from data.
+A file's name is a digest of everything that a program depends on: this package's code, the versions of the libraries
+that trace it, jax's settings, XLA's flags, the devices, the shapes and shardings of the arguments, and a text by which
+the caller identifies the rest. So a program must depend on nothing else, such as constants from data.
 
-A program that is read is run, like those of jax's own cache: who can write the cache can run code. So its folder is the
-user's alone, and files of another owner, or that others may write, are not read. The checksum is against damage.
+A program that is read is also run, as with jax's own cache: whoever can write the cache can run code. So the folder
+belongs to the user alone, and files of another owner, or that others may write, are not read. The checksum detects
+damage only.
 """
 
 import functools
@@ -28,7 +30,7 @@ from orogen.config.files import write_atomically
 from orogen.parallel.runtime import compile_cache_folder
 
 VERSIONED = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax", "numpy", "ml_dtypes", "chex")
-# jax promises no stability of these calls between versions. Here the version is part of the name.
+# Custom calls whose stability jax does not promise between versions. Here the versions are part of the file's name.
 CALLS = (
     "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward",
     "__cudnn$fmhaSoftmaxDropout", "__cudnn$fmhaSoftmaxDropoutBackward", "annotate_device_placement",
@@ -40,8 +42,8 @@ def kept_program(
     function: Callable[..., Any], arguments: Sequence[Any], *, name: str, folder: Path | None = None
 ) -> Any:
     """The exported `function` of flat arrays like `arguments`, whose results are arrays in lists, tuples, dicts or
-    registered named tuples. It is read from its file; if there is none, or a damaged one, it is traced and written.
-    A file that cannot be read or written costs one printed line.
+    registered NamedTuples. It is read from its file; without one, or if that is damaged, it is traced and written. If
+    the file cannot be read or written, one line is printed.
 
     name: a text that determines the function, code aside. folder: by default a part of jax's compile cache. Raises
     ConfigError as `require_flatbuffers` does.
@@ -79,7 +81,7 @@ def _folder() -> Path:
 
 
 def _read(file: Path) -> bytes | None:
-    """The program in a file, if it is there, as it was written, and nobody else's."""
+    """The program in a file; None unless the file exists, is undamaged, and belongs to this user alone."""
     try:
         with file.open("rb") as opened:
             facts = os.fstat(opened.fileno())

@@ -1,4 +1,4 @@
-"""Whether a plan's sizes divide a model and fold into one mesh; no jax."""
+"""Checks that a plan's sizes divide a model and fold into one mesh. No jax here."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,9 +14,10 @@ MOST_RANKS = 2**16
 
 
 class _Check(NamedTuple):
-    """A size of the model, and the number of pieces that an axis splits it into. copied: it may also be split into
-    fewer equal pieces, replicated over the remaining ranks. axis: a field of PlanConfig, or a product or share of
-    several, in words.
+    """A size of the model, and the number of pieces into which an axis splits it.
+
+    copied: whether there may be fewer pieces than ranks, each replicated. axis: a field of PlanConfig or, in words, a
+    product or share of several.
     """
 
     field: str

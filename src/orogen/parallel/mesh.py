@@ -22,8 +22,8 @@ def make_mesh(
 ) -> Mesh | AbstractMesh:
     """A mesh over the first of `devices` (None: of this process group), or an abstract one, which needs none.
 
-    Raises ConfigError if there are too few devices, if they are not GPUs, or of another compute capability, and a
-    kernel of `config` needs one, or if XLA is asked for results that repeat to the bit and a kernel's do not.
+    Raises ConfigError if there are too few devices, if a kernel of `config` needs a GPU, or one of another compute
+    capability, or if XLA is asked for results that repeat to the bit and a kernel cannot give them.
     """
     names, sizes = zip(*(folding.axes or (("data", 1),)), strict=True)
     types = (AxisType.Auto,) * len(names)  # Explicit axes failed six of nine patterns with jax 0.10 and 0.11

@@ -1,9 +1,9 @@
-"""Runs a pipeline's schedule inside the plan's `shard_map`: one loop over ticks, each stage doing what its table says.
+"""Runs a pipeline's schedule inside the plan's `shard_map`: one loop over ticks, in which each stage follows its table.
 
-Forward and backward passes are explicit. A forward pass stores what its gradient will need (its residuals) in a slot of
-the stash, and the backward pass of that microbatch reads them there: only as many microbatches are held as the schedule
-has in flight, and nothing is recomputed beyond what the model's own remat policy recomputes. Residuals that depend on
-the parameters alone (slices, gathered weights) or on the batch alone (masks) are the exception: they are recomputed.
+Forward and backward passes are explicit. A forward pass stores the residuals of its gradient in a slot of the stash,
+from which the backward pass of that microbatch reads them. So only as many microbatches are held as the schedule has in
+flight, and nothing is recomputed beyond the model's own remat policy. There is one exception: residuals that depend on
+the parameters alone (slices, gathered weights) or on the batch alone (masks) are recomputed.
 
 Letters: b batch, t time, d model, k slots, n elements.
 """
@@ -27,7 +27,7 @@ from orogen.parallel.varying import vary, vary_like
 
 
 class Program(NamedTuple):
-    """What one kind of segment computes, on one device's arrays. chunk, microbatch: int32, this device's at a tick.
+    """What one kind of segment computes, on one device's arrays. chunk, microbatch: int32 (), this device's at a tick.
 
     take: (params, chunk) -> the segment's own parameters. forward: (own parameters, x, chunk, microbatch) -> y, its
     share of the loss, and a report. give: (gradients so far, gradients of the own parameters, chunk) -> their sum.
@@ -41,7 +41,8 @@ class Program(NamedTuple):
 
 
 class Result(NamedTuple):
-    """loss, summed over stages; gradients in the form that `give` adds up; reports, those of this stage's chunks."""
+    """loss: summed over stages; grads: in the form in which `Program.give` adds them; reports: of this stage's
+    chunks."""
 
     loss: Array
     grads: Any
@@ -49,8 +50,7 @@ class Result(NamedTuple):
 
 
 class _Now(NamedTuple):
-    """A stage's entries in the tables at a tick: what it does (an index into the branches), on what, and which slots
-    incoming arrays go to."""
+    """A stage's entries in `schedule.Tables` at a tick; branch: an index into the branches of `run`."""
 
     branch: Array
     microbatch: Array
@@ -89,7 +89,7 @@ class _Traced(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """What a program's branches are made of. place: where its residuals lie in the stash."""
+    """What the forward and backward branch of a program need. place: where its residuals lie in the stash."""
 
     program: Program
     traced: _Traced
@@ -165,6 +165,7 @@ def _of_stage(tables: Tables, branch_ts: np.ndarray, plan: Plan) -> _Now:
 
 
 def _forward(branch: _Branch, params: Any, now: _Now, state: _State) -> tuple[Array, _State]:
+    """The array to send to the next segment, and the state after a forward pass."""
     program, traced, place = branch
     x = _get(state.forward_inbox, now.forward_inbox)
     values = jex.jaxpr_as_fun(traced.forward)(*jax.tree.leaves((params, x, now.chunk, now.microbatch)))
@@ -177,6 +178,7 @@ def _forward(branch: _Branch, params: Any, now: _Now, state: _State) -> tuple[Ar
 
 
 def _backward(branch: _Branch, operands: tuple[Any, Array], now: _Now, state: _State) -> tuple[Array, _State]:
+    """The gradient to send to the previous segment, and the state after a backward pass."""
     program, traced, place = branch
     params, x = operands
     residuals = get(state.stash, place, now.stash)
@@ -188,6 +190,8 @@ def _backward(branch: _Branch, operands: tuple[Any, Array], now: _Now, state: _S
 
 
 def _trace(program: Program, params: Any, x: Array, plan: Plan, *, nothing: Array, gradient: bool) -> _Traced:
+    """The program's passes as jaxprs; without `gradient`, nothing is stashed. nothing: an int32 () of the varying type
+    of chunk and microbatch."""
     seen: dict[str, Any] = {}
 
     def forward(params: Any, x: Array, chunk: Array, microbatch: Array) -> Any:
@@ -234,7 +238,8 @@ def _with_outputs(closed: jex.ClosedJaxpr, outputs: list[Any]) -> jex.ClosedJaxp
 
 
 def _as_noted(program: Program, traced: _Traced, reports: Any, nothing: Array) -> Any:
-    """`reports`, marked as varying over the mesh axes that they vary over once the reports of `program` are noted."""
+    """`reports`, marked as varying over the mesh axes over which they vary after `program.note`, as a loop's carry must
+    be."""
     avals = [v.aval for v in traced.forward.jaxpr.outvars[2 : 2 + traced.report.num_leaves]]
     report = jax.tree.unflatten(traced.report, [vary(jnp.zeros(a.shape, a.dtype), a.mat.varying) for a in avals])
     noted = jax.make_jaxpr(program.note)(reports, report, nothing, nothing).jaxpr.outvars

@@ -38,9 +38,11 @@ def jitted(
     options: dict[str, Any] | None = None,
     donated: tuple[int, ...] = (0,),
 ) -> Callable[..., Any]:
-    """`Plan.run` of the function, jitted, with its first argument donated, or those of these numbers. Shardings are
-    stated because arguments may come from the host or from other programs: jax would otherwise compile once for each
-    sharding that they arrive in. options: those of XLA.
+    """`Plan.run` of the function, jitted. Shardings are stated because arguments may come from the host or from other
+    programs: jax would otherwise compile once for each sharding in which they arrive.
+
+    inputs, outputs: PartitionSpecs, as for `Plan.run`. options: compiler options of XLA. donated: numbers of the
+    arguments whose buffers the results may reuse.
     """
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     named = lambda specs: jax.tree.map(lambda s: NamedSharding(plan.mesh, s), specs, is_leaf=is_spec)  # noqa: E731
@@ -55,16 +57,19 @@ def shardings(tree: Any, plan: Plan) -> Any:
 
 
 def spread(tree: Any, plan: Plan) -> Any:
-    """Shardings in which `tree`, the state of a whole model or of another number of stages, waits until it is laid out
-    again: as it would be stored without stages, but with each array also split over the stages along the longest axis
-    that they divide, so that no device needs room for all layers."""
+    """Shardings for `tree`, the state of a whole model or of another number of stages, until it is laid out for this
+    plan.
+
+    They are those in which it would be stored without stages, but each array is also split over the stages along its
+    longest axis that they divide, so that no device needs memory for all layers.
+    """
     rules, stages = {**plan.storage, "stage": ()}, plan.size("stage")
 
     def over_stages(variable: nnx.Variable) -> NamedSharding:
         shape = variable.get_value().shape
         ways = lambda part: math.prod(plan.mesh.shape[name] for name in part)  # noqa: E731
         parts = [() if axis is None else rules[axis] for axis in full_axes(variable)]
-        # A vocabulary that is not padded yet is not split.
+        # A vocabulary that has not been padded yet is not split.
         parts = [part if size % ways(part) == 0 else () for part, size in zip(parts, shape, strict=True)]
         local = [size // ways(part) for part, size in zip(parts, shape, strict=True)]
         longest = max(range(len(local)), key=lambda dim: (local[dim] % stages == 0, local[dim]), default=None)
@@ -101,21 +106,20 @@ def from_host(x: np.ndarray, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-# For gradients, inside the step.
-
-
 class Released:
-    """An array of a device that is taken over: whole, or by parts, and then deleted there."""
+    """An array on a device that is taken either whole, or in parts: the first part moves it to the host and deletes it
+    on the device."""
 
     def __init__(self, array: Array) -> None:
         self._array, self._sharding = array, array.sharding
         self._host: np.ndarray | None = None
 
     def whole(self) -> Array:
-        """The array itself, of which no part was taken."""
+        """The array itself; no part may have been taken."""
         return self._array
 
     def __getitem__(self, index: tuple[int, ...]) -> "Array | Released":
+        """The part at `index` of the leading axes, on the device; this object itself for an empty index."""
         if not index:
             return self
         if self._host is None:
@@ -127,11 +131,16 @@ class Released:
         return jax.device_put(self._host[index], sharding)
 
 
+# For gradients, inside the step.
+
+
 @jax.named_scope("reduce_gradients")
 def scatter_gradients(grads: Any, plan: Plan) -> Any:
-    """For each of `grads`, the gradients of varied parameters, the piece that this rank stores, summed in float32 over
-    the ranks that store the other pieces. The gradient of a parameter that is stored as it is used stays as it is:
-    `Plan.weight` has scattered it, or it is not sharded."""
+    """The piece of each gradient that this rank stores, summed in float32 over the ranks that store the other pieces.
+
+    grads: of parameters that were marked as varying. The gradient of a parameter that is stored in its sharding of the
+    step is returned unchanged: `Plan.weight` has scattered it, or it is not sharded.
+    """
 
     def scattered(variable: nnx.Variable) -> Any:
         value: Any = variable[...]
@@ -157,16 +166,19 @@ def sum_gradients(grads: Any, plan: Plan) -> Any:
 
 @jax.named_scope("gradient_norm")
 def square_sums(grads: Any, plan: Plan) -> Array:
-    """The sum of squares of each of `grads`, outside the step, where they are as they are stored: float32, one value
-    per leaf; not finite where the leaf is not.
+    """(leaves,) float32: the sum of squares of each gradient, in its stored sharding, outside `Plan.run`; not finite
+    where the leaf is not.
 
     Rows are multiplied with themselves by dot products: otherwise XLA:CPU writes the squares to memory before it adds
     them (jax 0.10.1). The sums over devices are explicit, so that `rank_order` reaches them.
     """
 
+    def split(variable: nnx.Variable) -> list[tuple[str, ...]]:
+        return [() if axis is None else plan.storage[axis] for axis in full_axes(variable)]
+
     def summed(grads: Any) -> Array:
         found: list[Array] = []
-        map_variables(lambda v: found.append(_square_sum(v[...], [_ranks(plan, axis) for axis in full_axes(v)])), grads)
+        map_variables(lambda v: found.append(_square_sum(v[...], split(v))), grads)
         return jnp.stack(found)
 
     return plan.run(summed, inputs=(stored_specs(grads, plan),), outputs=plan.spec())(grads)
@@ -178,10 +190,6 @@ def _square_sum(x: Array, split: list[tuple[str, ...]]) -> Array:
     sums = jnp.einsum("...i,...i->...", x, x, precision="highest")
     total = (lax.psum(sums, inner) if inner else sums).sum()
     return lax.psum(total, outer) if outer else total
-
-
-def _ranks(plan: Plan, axis: str | None) -> tuple[str, ...]:
-    return () if axis is None else plan.storage[axis]
 
 
 def _stored(axes: tuple[str | None, ...], plan: Plan) -> NamedSharding:

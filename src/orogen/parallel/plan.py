@@ -55,10 +55,10 @@ class Plan:
     schedule: what the stages of a pipeline do at each tick; None without stages.
     stream: how the ranks of `tensor` hold the residual stream: time, rows or whole.
     decode_kernels: the implementation of kernels that only decoding uses: reference, or triton on an NVIDIA GPU.
-    recipe: the formats of products in the current layer. recipes: those of the layers to come, first the model's, then
-    the multi-token-prediction block's; None: all have `recipe`.
-    rounding: what roundings of this step read; None where no recipe has any. expert_tokens: see PrecisionConfig.
-    maxima: see `Rounding`. nested: whether channels whose norm has weight 0, and experts whose gate is 0, are absent.
+    recipe: the formats of products in the current layer. recipes: those of the layers that follow, first the
+    backbone's, then the multi-token-prediction block's; None: all have `recipe`.
+    rounding: the inputs of this step's roundings; None if no recipe rounds. expert_tokens: see PrecisionConfig. maxima:
+    see `Rounding`. nested: whether channels whose norm has weight 0, and experts whose gate is 0, count as absent.
     """
 
     mesh: Mesh | AbstractMesh
@@ -108,7 +108,7 @@ class Plan:
         return dataclasses.replace(self, recipes=recipes)
 
     def of_layers(self, start: int, stop: int | None = None) -> "Plan":
-        """The plan for the layers from `start` to `stop` of those to come. Raises ValueError if there are fewer."""
+        """The plan for the layers from `start` to `stop` of those that follow. Raises ValueError if there are fewer."""
         if self.recipes is None:
             return self
         if (stop or start) > len(self.recipes):
@@ -117,14 +117,14 @@ class Plan:
         return dataclasses.replace(self, recipes=self.recipes[start:stop], rounding=rounding)
 
     def of_layer(self) -> "Plan":
-        """The plan inside the first of the layers to come."""
+        """The plan inside the first of the layers that follow."""
         if self.recipes is None:
             return self
         rounding = self.rounding and self.rounding.of_layers(0, 1)
         return dataclasses.replace(self, recipe=self.recipes[0], recipes=None, rounding=rounding)
 
     def with_each(self, each: tuple[Array, Array | None]) -> "Plan":
-        """The plan with another `Rounding.each` for the layers to come, if it rounds."""
+        """The plan with another `Rounding.each` for the layers that follow, if it rounds."""
         if self.rounding is None:
             return self
         layer_l, probe_l = each
@@ -150,14 +150,15 @@ class Plan:
         return dataclasses.replace(self, rounding=rounding)
 
     def from_layer(self, start: Array, count: int) -> "Plan":
-        """The plan for `count` layers from this number on, for layers whose recipes are set already."""
+        """The plan for `count` layers from number `start` on, whose recipes are set already. start: int32 ()."""
         if self.rounding is None:
             return self
         taken = lambda a: lax.dynamic_slice_in_dim(a, start, count)  # noqa: E731
         return self.with_each(jax.tree.map(taken, self.rounding.each))
 
     def at_depth(self, depth: int) -> "Plan":
-        """The plan for the depth of the multi-token-prediction block's use: its layers have other random words."""
+        """The plan for one depth, from 1, of the multi-token-prediction block, whose layers draw other random words at
+        each depth."""
         if self.rounding is None:
             return self
         rounding = self.rounding
@@ -169,8 +170,7 @@ class Plan:
         return dataclasses.replace(self, rules=rules, storage=storage, stream=stream)
 
     def decoding(self) -> "Plan":
-        """The plan for rows of one or a few tokens, which no axis can split: `tensor` must divide the number of rows
-        instead."""
+        """The plan for rows of too few tokens to be split: `tensor` splits the rows instead, and must divide them."""
         return self.with_stream("rows")
 
     def sharding(self, *axes: str | None) -> NamedSharding:
@@ -251,8 +251,8 @@ class Plan:
         return lax.pmax(vary(x, self.rules[axis]), self.rules[axis]) if self.rules[axis] else x
 
     def total(self, tree: Any) -> Any:
-        """Each leaf summed over every axis that it varies over, except the pipeline's, whose stages do not get here
-        together. Only for partial sums, never for copies."""
+        """Each leaf summed over every axis that it varies over, except the pipeline's, whose stages do not reach this
+        call at the same tick. Only for partial sums, never for copies."""
         stages = self.rules["stage"]
         inside = lambda x: tuple(sorted(varying_axes(x) - set(stages)))  # noqa: E731
         return jax.tree.map(lambda x: lax.psum(x, axes) if (axes := inside(x)) else x, tree)
@@ -281,8 +281,8 @@ class Plan:
             return x
         if self.config.shift == "permute":
             return self.pass_on(x, axis, by)
-        # Every rank sends to every rank, and zeros to all but one. That is more bytes, but not a permutation, which
-        # would wait forever when only some stages of a pipeline reach it.
+        # Every rank sends to every rank, and zeros to all but one. That takes more bytes than a permutation, which
+        # would deadlock when only some stages of a pipeline reach it.
         sent = jnp.zeros((ranks, *x.shape), x.dtype).at[(self.index(axis) + by) % ranks].set(x)
         return self.exchange(sent, axis)[(self.index(axis) - by) % ranks]
 
@@ -344,7 +344,7 @@ def make_plan(config: PlanConfig, model: ModelConfig, *, abstract: bool = False,
 
 
 def single_device_plan(config: PlanConfig, model: ModelConfig, *, sources: tuple[int, int, int] = (1, 1, 1)) -> Plan:
-    """The same choices on one device, which stands for `sources` ranks when it counts capacity."""
+    """The plan of `config` on one device, which stands for `sources` ranks when it counts capacity; see `Plan`."""
     ones = dict.fromkeys(("data", "context", "tensor", "stage", "expert", "expert_tensor"), 1)
     plan = make_plan(dataclasses.replace(config, **ones, fsdp="none", fsdp_size=None, buffer_factor=None), model)
     return dataclasses.replace(plan, sources=sources)

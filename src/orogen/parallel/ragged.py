@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from orogen.parallel.varying import vary_like
 
-# Of `in_chunks`, relative to an even share of the rows: how many rows go to each rank at once, and in each later round.
+# The rows that `in_chunks` sends to each rank in the first round and in each later one, relative to an even share.
 FIRST, LATER = 9 / 8, 1 / 8
 
 
@@ -37,7 +37,7 @@ class Runs(NamedTuple):
 def ragged_exchange(x_nd: Array, runs: Runs, *, rows: int, axes: tuple[str, ...]) -> Array:
     """(m, d): the rows that arrive here, zero where none does. `rows` is m.
 
-    The gradient is the reverse exchange, so no row may be in two runs, at the sender or at the receiver.
+    The gradient is the reverse exchange, so runs must not overlap, neither at the sender nor at the receiver.
     """
     return _exchange(*vary_like((x_nd, runs), (x_nd, runs)), rows, axes)
 

@@ -1,10 +1,10 @@
 """Sums over CPU devices of several processes, in the order of their ranks.
 
 Within one process, XLA adds the devices' terms in the order of their ranks. Across processes it leaves a sum to gloo,
-whose ring begins at another rank for each part of an array, so that sums of three terms and more differ in their last
-bits. With the rules below the terms are exchanged by gloo and added in the order of the ranks: a run then has the same
-bits however its devices are divided over processes. That costs more traffic. It is for runs on CPUs, which test what
-GPUs will do.
+whose ring begins at another rank for each part of an array, so sums of three or more terms differ in their last bits.
+With the lowering rules below, gloo exchanges the terms and each process adds them in the order of the ranks: a run then
+has the same bits however its devices are divided over processes. That costs more traffic, which is acceptable on CPUs,
+where such runs are tests.
 
 Sums that the partitioner inserts outside shard_map do not pass through here.
 """

@@ -1,7 +1,8 @@
 """The roll call that the processes of a run answer before they start JAX's runtime.
 
-The runtime's own waiting aborts a process with a stack trace, after five minutes, and names nobody. Here every process
-learns within a minute which ones are missing, or that one was started twice, or for another number of processes.
+The runtime itself waits for five minutes, then aborts a process with a stack trace that does not say which process is
+missing. Here every process learns within a minute which ones are missing, or that one was started twice, or for another
+number of processes.
 
 Process 0 listens on the coordinator's port. Each other one connects and sends its number and the number of processes
 that it expects. Once all are there, or when time is up, process 0 tells each what is wrong, if anything. The port is
@@ -19,7 +20,7 @@ from orogen.config.checks import ConfigError
 from orogen.parallel.cluster import Cluster
 
 RETRY_SECONDS = 0.2
-# A connection that sends no line for this long is none of ours.
+# A connection that sends no line for this long is not from a process of the run.
 LINE_SECONDS = 3.0
 # How long a process waits for its answer beyond its own limit.
 GRACE_SECONDS = 5.0
@@ -28,7 +29,7 @@ NAMED = 16  # missing processes in a message
 
 
 class AbsentError(ConfigError):
-    """Another process is not there. Unlike what else is wrong, that may change when the task is started again."""
+    """Another process is missing. Unlike other mistakes, that may be different when the task is started again."""
 
 
 def call_roll(cluster: Cluster, seconds: float) -> None:

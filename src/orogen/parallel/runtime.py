@@ -1,4 +1,4 @@
-"""Settings of jax that must be made before anything asks for devices. Importing this module does not import jax."""
+"""Settings of jax that take effect only before devices are created. Importing this module does not import jax."""
 
 import ctypes
 import hashlib
@@ -13,8 +13,8 @@ from orogen.config.checks import ConfigError
 # Of mallopt(3): the free space that glibc keeps at the top of the heap, and the block size from which it uses mmap.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 THREADS_PER_FAKE_DEVICE = 4
-# Sets of XLA's flags by purpose. latency_hiding: communication between GPUs overlaps computation, also that of another
-# iteration of a loop; deterministic: the same program on the same numbers gives the same bits.
+# Sets of XLA flags by purpose. latency_hiding: communication between GPUs overlaps computation, including that of
+# another iteration of a loop; deterministic: the same program gives the same bits for the same inputs.
 XLA_FLAGS = {
     "latency_hiding": (
         "--xla_gpu_enable_latency_hiding_scheduler=true",

@@ -1,11 +1,11 @@
-"""Pipeline schedules as tables: what each stage does at each tick, and in which buffer slot every tensor lives.
+"""Pipeline schedules as tables: what each stage does at each tick, and the buffer slot of every tensor.
 
 The model is split into `stages * virtual` segments; segment g belongs to stage g % stages, where it is chunk
 g // stages. At a tick a stage takes one microbatch forward or backward through one chunk, or idles. What it sends at
 the end of a tick can be used from the next tick on. No jax here: the runtime, the simulator and the pictures share
 these tables.
 
-Legend: t tick, s stage, g segment, n layers.
+Letters: t tick, s stage, g segment, n layers.
 """
 
 import collections
@@ -59,7 +59,7 @@ class Tables(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """The tables of one training step, and for each stage how many slots its three buffers need.
+    """The tables of one training step, and the number of slots that each stage needs in its three buffers.
 
     Every stage runs the same program, so each buffer has as many slots as the stage that needs the most.
     """
@@ -80,7 +80,7 @@ class Schedule:
 
     @property
     def bubble(self) -> Fraction:
-        """Idle ticks of a stage over its busy ones."""
+        """A stage's idle ticks, relative to its busy ones."""
         return Fraction(self.ticks, 2 * self.microbatches * self.virtual) - 1
 
     def forward_only(self) -> "Schedule":

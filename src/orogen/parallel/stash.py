@@ -1,7 +1,7 @@
-"""Where a pipeline's residuals wait between a forward pass and its backward pass: flat buffers with a row per slot.
+"""The storage of a pipeline's residuals between a forward pass and its backward pass: flat buffers with a row per slot.
 
-A forward pass copies residuals into a row, its backward pass copies them out. A program for each slot, which knows
-arrays of its own, copies nothing, yet it was slower on GPUs and every device held the slots of all stages
+A forward pass copies residuals into a row, and its backward pass copies them out. The alternative, one program per slot
+with arrays of its own, copies nothing, yet it was slower on GPUs, and every device held the slots of all stages
 (experiments/two_gpus).
 """
 
@@ -27,15 +27,16 @@ class Kept(NamedTuple):
 
 
 class Stash:
-    """Flat buffers (slots, n), one for each dtype and set of mesh axes that residuals vary over, as long as the program
-    that stores the most there needs. If an int32 could no longer count a buffer's elements, another one begins."""
+    """Flat buffers (slots, n), one for each dtype and set of mesh axes that residuals vary over. A buffer is as long as
+    the program that stores the most in it requires; where an int32 could no longer count its elements, another one
+    begins."""
 
     def __init__(self) -> None:
         self._kinds: list[tuple[Any, tuple[str, ...]]] = []
         self._lengths: list[int] = []
 
     def add(self, avals: Sequence[Any]) -> tuple[Kept, ...]:
-        """Makes room for the residuals of the next program, and says where each of them lies."""
+        """Reserves space for the residuals of one more program, and returns the place of each."""
         used: dict[int, int] = {}
         kept = []
         for aval in avals:

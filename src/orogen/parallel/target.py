@@ -1,7 +1,7 @@
-"""What the programs that are traced now will run on: this process's devices, or a GPU that it lacks.
+"""The hardware for which programs are being traced: this process's devices, or a GPU that it does not have.
 
-A program can be compiled for a GPU where there is none (simulate/target.py). The mesh in context then names that GPU,
-as it does for Pallas.
+A program can be compiled for a GPU without one (simulate/target.py). The mesh in context then names that GPU, as it
+does for Pallas.
 """
 
 import jax
@@ -23,7 +23,8 @@ def platform() -> str:
 
 
 def compute_capability() -> str | None:
-    """That of the GPU, as in `9.0`; None without one. Raises KeyError for a card of the mesh that is not known."""
+    """The GPU's compute capability, such as `9.0`; None without a GPU. Raises KeyError if the mesh names an unknown
+    GPU."""
     kind = _absent_gpu()
     return getattr(jax.devices()[0], "compute_capability", None) if kind is None else CAPABILITIES[kind]
 

@@ -1,4 +1,4 @@
-"""Steps that a run computed and then lost: because it was killed, or because it went back past bad steps.
+"""Steps that a run computed and then lost: because it was killed, or because it rolled back after bad steps.
 
 `lost.jsonl` has one line per loss, in the order in which they happened:
 
@@ -20,7 +20,10 @@ from orogen.report.metrics import FILE_NAME, read_metrics
 
 NAME = "lost.jsonl"
 END, REPEAT, ROLL_BACK = "end", "repeat", "roll_back"
-SECONDS = ("compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds")
+# Keys of a step's record: the time spent beside the step itself.
+COMPILING, EVALUATING, SAVING, STARTING = SECONDS = (
+    "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds",
+)  # fmt: skip
 
 
 class Lost(NamedTuple):
@@ -34,7 +37,7 @@ class Lost(NamedTuple):
 
 
 def seconds_of(record: Mapping[str, Any]) -> float:
-    """The seconds that a step took, with what was done beside it, as its record states."""
+    """The seconds that a step took according to its record, including what was done beside it."""
     return record.get("step_ms", 0.0) / 1e3 + sum(record.get(key, 0.0) for key in SECONDS)
 
 

@@ -4,9 +4,9 @@ import numpy as np
 
 from orogen.report.pictures import Picture
 from orogen.report.series import Records, column, running_mean, tokens_seen
-from orogen.report.tasks import Panels, panels_picture
+from orogen.report.tasks import Panels, add_line, panels_picture
 
-# By panel, its lines: a label, the metric, and whether it is of every step.
+# By panel, its lines: a label, the metric, and whether every step has it (then the line is its running mean).
 PANELS = {
     "preference loss": (
         ("training", "preference_loss", True),
@@ -25,14 +25,13 @@ PANELS = {
 def pair_panels(records: Records) -> Panels:
     """The lines of each panel, over the tokens seen; those of every step are running means. Empty for other runs."""
     panels: Panels = {}
+    if not np.isfinite(column(records, "preference_loss")).any():
+        return panels
     tokens_n = tokens_seen(records)
     for panel, lines in PANELS.items():
         for label, metric, every in lines:
             value_n = column(records, metric)
-            value_n = running_mean(value_n) if every else value_n
-            known_n = np.isfinite(value_n)
-            if known_n.any() and np.isfinite(column(records, "preference_loss")).any():
-                panels.setdefault(panel, {})[label] = (tokens_n[known_n], value_n[known_n])
+            add_line(panels, panel, label, tokens_n, running_mean(value_n) if every else value_n)
     return panels
 
 

@@ -65,17 +65,20 @@ def scope_of(op_name: str) -> Scope:
 
 
 class Entry(NamedTuple):
-    """What a moment of a device is counted as. collective: the operation, or None for computation."""
+    """The category of a device's time. collective: the operation, or None for computation."""
 
     scope: Scope
     collective: str | None
 
 
 class Breakdown(NamedTuple):
-    """Nanoseconds of one device. alone: of each entry while nothing but its kind ran: computation, or communication
-    with no computation beside it, split equally between entries that ran at once. waiting: what of that passed before
-    a collective's last device had begun. hidden: communication beside computation. counts: events. window: from the
-    first event to the last; idle: what of it nothing ran in."""
+    """Nanoseconds of one device, by entry.
+
+    alone: computation, and communication without computation beside it; time in which several such entries ran at once
+    is split equally. waiting: the part of it before a collective's last device had begun. hidden: communication beside
+    computation. counts: numbers of events. window: from the first event to the last; idle: its part in which nothing
+    ran.
+    """
 
     alone: dict[Entry, float]
     waiting: dict[Entry, float]
@@ -85,11 +88,20 @@ class Breakdown(NamedTuple):
     idle: float
 
 
+class _Edge(NamedTuple):
+    """The beginning (change 1) or the end (-1) of an event, or of the part of it in which a collective waits."""
+
+    time: float
+    change: int
+    entry: Entry
+    waits: bool
+
+
 def step_table(path: Path, *, steps: int | None = None) -> dict[str, Any]:
     """Where the time of a step goes, in milliseconds per step; of entries, means over devices.
 
-    path: a folder of jax.profiler.trace. steps: how many the trace has; None: as often as the instruction of the
-    largest program ran that ran least often. Raises ConfigError if there is no trace.
+    path: a folder of jax.profiler.trace. steps: how many the trace has; None: see `count_steps`. Raises ConfigError if
+    there is no trace.
     """
     devices = read_trace(path)
     if steps is None:
@@ -98,7 +110,7 @@ def step_table(path: Path, *, steps: int | None = None) -> dict[str, Any]:
 
 
 def count_steps(events: Sequence[Event]) -> int:
-    """How often the program with the most time ran: as often as its rarest instruction."""
+    """How often the program that took the most time ran, which is how often its rarest instruction did."""
     times: dict[str, float] = collections.defaultdict(float)
     for event in events:
         times[event.module] += event.end - event.start
@@ -155,8 +167,8 @@ def _unknown(devices: Iterable[Sequence[Event]], per_step: Callable[[float], flo
 
 
 def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int], float]:
-    """When the last device began each run of each collective, by program, instruction and the number of the run. Those
-    that devices did not run equally often are left out, since their runs cannot be matched."""
+    """The time at which the last device began each run of each collective, by program, instruction and number of the
+    run. A collective that the devices did not run equally often is left out, since its runs cannot be matched."""
     starts: dict[tuple[str, str], list[list[float]]] = collections.defaultdict(list)
     for events in devices:
         own: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
@@ -174,7 +186,7 @@ def last_starts(devices: Iterable[Sequence[Event]]) -> dict[tuple[str, str, int]
 
 def breakdown(events: Sequence[Event], begun: Mapping[tuple[str, str, int], float]) -> Breakdown:
     """How the time of one device is spent. events: in order of start. begun: see `last_starts`."""
-    edges: list[tuple[float, int, Entry, bool]] = []  # time, +1 or -1, entry, whether it waits
+    edges: list[_Edge] = []
     counts: collections.Counter[Entry] = collections.Counter()
     runs: collections.Counter[tuple[str, str]] = collections.Counter()
     scopes: dict[str, Scope] = {}
@@ -188,11 +200,12 @@ def breakdown(events: Sequence[Event], begun: Mapping[tuple[str, str, int], floa
             runs[key] += 1
         for start, end, waits in ((event.start, middle, True), (middle, event.end, False)):
             if end > start:
-                edges += [(start, 1, entry, waits), (end, -1, entry, waits)]
+                edges += [_Edge(start, 1, entry, waits), _Edge(end, -1, entry, waits)]
     return _swept(sorted(edges, key=lambda edge: edge[:2]), counts)
 
 
-def _swept(edges: Sequence[tuple[float, int, Entry, bool]], counts: dict[Entry, int]) -> Breakdown:
+def _swept(edges: Sequence[_Edge], counts: dict[Entry, int]) -> Breakdown:
+    """The breakdown from the edges of all events, in order."""
     alone, waiting, hidden = (collections.defaultdict[Entry, float](float) for _ in range(3))
     computing: collections.Counter[Entry] = collections.Counter()
     sending: collections.Counter[tuple[Entry, bool]] = collections.Counter()

@@ -1,4 +1,4 @@
-"""What a run of reinforcement learning shows: lines by environment, and answers to read."""
+"""The parts of a report on reinforcement learning: lines by environment, and a table of answers."""
 
 import html
 import json
@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from orogen.report.pictures import Picture
 from orogen.report.series import Records, column, running_mean, tokens_seen
-from orogen.report.tasks import Panels, panels_picture
+from orogen.report.tasks import Panels, add_line, panels_picture
 
 ROLLOUTS = "rollouts"  # the folder of a run's tables of samples
 SHOWN = 1500  # characters of a text in the table
@@ -35,9 +33,7 @@ def reward_panels(records: Records) -> Panels:
         for name, label in _lines(records, metrics):
             value_n = column(records, name)
             value_n = value_n if name.startswith("heldout_") else running_mean(value_n)
-            known_n = np.isfinite(value_n)
-            if known_n.any():
-                panels.setdefault(panel, {})[label] = (tokens_n[known_n], value_n[known_n])
+            add_line(panels, panel, label, tokens_n, value_n)
     return panels if "reward" in panels and "tokens of an answer" in panels else {}
 
 
@@ -62,7 +58,7 @@ def reward_pictures(records: Records) -> list[Picture]:
 
 
 def answers_html(run_dir: Path) -> str:
-    """The samples that the run has kept of its last batch of rollouts, as a table; empty without any."""
+    """The samples that the run wrote of its last batch of rollouts, as a table; "" if there are none."""
     files = sorted((run_dir / ROLLOUTS).glob("*.jsonl"))
     if not files:
         return ""

@@ -5,6 +5,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orogen.report.profile_page import table_html
 from orogen.report.series import Records
 
 HEADS = (
@@ -30,11 +31,8 @@ def section(records: Records) -> str:
     measured = [record for record in records if record.get("rounding_flushed")]
     if not measured:
         return ""
-    lines = [HEADS, *_rows(measured)]
-    cells = "".join(_row(row, "th" if i == 0 else "td") for i, row in enumerate(lines))
-    heading = f"Rounding at step {measured[-1]['step']}"
     return (
-        f"<section><h2>{html.escape(heading)}</h2><table>{cells}</table>"
+        f"<section><h2>Rounding at step {measured[-1]['step']}</h2>{table_html([HEADS, *_rows(measured)])}"
         f"<figcaption>{html.escape(TEXT)}</figcaption></section>"
     )
 
@@ -56,14 +54,14 @@ def _rows(measured: Records) -> list[tuple[str, ...]]:
                 f"{max(saturated):.2%}",
                 f"{_mean(list(zeros)):.2%}",
                 ", ".join(scales),
-            )  # fmt: skip
+            )
         )
     return found
 
 
 def _scale(record: Mapping[str, Any], operand: str) -> str:
-    """The mean over layers of log2 of the operand's scale; a dash where it was not measured, or is 0 everywhere: a
-    recipe may change."""
+    """The mean over layers of log2 of the operand's scale; a dash if it was not measured, since a recipe may change, or
+    if it is 0 in every layer."""
     layers = record["rounding_log2_scale"].get(operand, {}).values()
     known = [scale for scale in layers if scale is not None]
     return f"{_mean(known):.1f}" if known else "–"
@@ -71,9 +69,3 @@ def _scale(record: Mapping[str, Any], operand: str) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _row(cells: Sequence[str], tag: str) -> str:
-    starts = (f"<{tag}>", *[f'<{tag} class="number">'] * (len(cells) - 1))
-    inside = "".join(f"{start}{html.escape(text)}</{tag}>" for start, text in zip(starts, cells, strict=True))
-    return f"<tr>{inside}</tr>"

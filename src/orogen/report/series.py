@@ -1,4 +1,4 @@
-"""The series behind a run's pictures and headline, computed from the records of its metrics.
+"""The series that a run's pictures and headline show, computed from the records of its metrics.
 
 Letters: n records, e experts, c spans of steps.
 """
@@ -42,7 +42,7 @@ def bits_per_nat(records: Records) -> float | None:
 
 
 def dropped_share(records: Records) -> tuple[Floats, Floats]:
-    """The steps that recorded both, and their dropped assignments over all assignments."""
+    """The steps that recorded loads and drops, and the share of their assignments that was dropped."""
     counted = [r for r in records if r.get("expert_load") and r.get("dropped_tokens") is not None]
     routed_n = np.array([sum(map(sum, r["expert_load"])) for r in counted], np.float64)
     dropped_n = np.array([np.sum(r["dropped_tokens"]) for r in counted], np.float64)

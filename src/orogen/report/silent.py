@@ -1,4 +1,4 @@
-"""What stands for the writer of metrics on the processes of a run that do not write them."""
+"""The stand-in for the writer of metrics on the processes of a run that do not write them."""
 
 from collections.abc import Mapping
 from typing import Any, Self

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orogen.report.pictures import Picture, Theme, add_legend, bare_figure, style_axes
-from orogen.report.series import Records, column, short_number, tokens_seen
+from orogen.report.series import Floats, Records, column, short_number, tokens_seen
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,15 +56,20 @@ def task_pictures(records: Records) -> list[Picture]:
     for name in names:
         task, _, metric = name.removeprefix(PREFIX).rpartition("/")
         metric, _, length = metric.partition("@")
-        value_n = column(records, name)
-        known_n = np.isfinite(value_n)
-        if known_n.any() and not metric.endswith("_stderr") and not metric.startswith(("tokens", "bytes", "documents")):
+        if not metric.endswith("_stderr") and not metric.startswith(("tokens", "bytes", "documents")):
             label = f"{task}, {length} tokens" if length else task
-            panels.setdefault(metric, {})[label] = (tokens_n[known_n], value_n[known_n])
+            add_line(panels, metric, label, tokens_n, column(records, name))
     if not panels:
         return []
     caption = "The tasks that the run was evaluated on while it trained, one panel per metric."
     return [panels_picture("tasks", "Tasks", caption, panels)]
+
+
+def add_line(panels: Panels, panel: str, label: str, tokens_n: Floats, value_n: Floats) -> None:
+    """Adds a line to a panel, without the points that are not finite; nothing if no point is finite."""
+    known_n = np.isfinite(value_n)
+    if known_n.any():
+        panels.setdefault(panel, {})[label] = (tokens_n[known_n], value_n[known_n])
 
 
 def panels_picture(name: str, title: str, caption: str, panels: Panels) -> Picture:

@@ -94,9 +94,9 @@ def _show(options: argparse.Namespace, arms: "Arms") -> int:
 
 
 def best_rates(config: "SweepConfig", searches: "list[Run]", results: "Results") -> tuple[dict[str, float], list[str]]:
-    """Each arm's best learning rate, and the arms whose best is an end of the grid: a better one may lie outside. A
-    rate is not chosen if its run diverged, or if its metric is not finite. Raises ConfigError for an arm of which all
-    rates are such."""
+    """Each arm's best learning rate, and the arms whose best rate is at an end of the grid, so that a better one may
+    lie outside. A rate whose run diverged, or whose metric is not finite, is not chosen. Raises ConfigError for an arm
+    of which no rate can be chosen."""
     found: dict[str, dict[float, float]] = {}
     for run in searches:
         if (result := results.of(run)) is not None:
@@ -113,7 +113,7 @@ def best_rates(config: "SweepConfig", searches: "list[Run]", results: "Results")
 
 
 def _unfinished(options: argparse.Namespace, runner: "Runner") -> int:
-    """Says what keeps the sweep from an answer."""
+    """Reports why the sweep has no result yet; returns the exit status."""
     if runner.failures:
         more = f", and {len(runner.failures) - 1} more" if len(runner.failures) > 1 else ""
         name, reason = runner.failures[0]
@@ -153,13 +153,13 @@ def _report(
 
 
 def _facts(row: "Row", config: "SweepConfig") -> dict[str, Any]:
-    """What `--json` says of an arm."""
+    """The facts about an arm in the output of `--json`."""
     verdict = None if row.effect is None else row.effect.verdict(lower_is_better=config.lower_is_better)
     return {"arm": row.name, "seeds": len(row.metric_n), **_effect_facts(row), "verdict": verdict}
 
 
 def _effect_facts(row: "Row") -> dict[str, Any]:
-    """JSON has no infinity: what is not finite is null."""
+    """The arm's mean and effect. Numbers that are not finite are null, since JSON has none."""
     effect = {} if row.effect is None else row.effect._asdict()
     finite = {name: value if math.isfinite(value) else None for name, value in effect.items()}
     return {"mean": mean if math.isfinite(mean := float(row.metric_n.mean())) else None, **finite}

@@ -1,4 +1,4 @@
-"""How the arms of a sweep differ: paired differences with confidence intervals, and what could have been seen."""
+"""How the arms of a sweep differ: paired differences, confidence intervals, and the differences they can detect."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,17 +29,17 @@ class Effect(NamedTuple):
     needed: float
 
     @property
-    def told(self) -> int:
-        """-1 if the arm is below the control, 1 if it is above, 0 if the interval leaves both open."""
+    def sign(self) -> int:
+        """-1 if the arm is below the control, 1 if it is above, 0 if the interval contains 0."""
         if not math.isfinite(self.low) or self.low <= 0 <= self.high:
             return 0
         return -1 if self.difference < 0 else 1
 
     def verdict(self, *, lower_is_better: bool) -> str:
         """better, worse, or cannot be told."""
-        if self.told == 0:
+        if self.sign == 0:
             return "cannot be told"
-        return "better" if (self.told < 0) == lower_is_better else "worse"
+        return "better" if (self.sign < 0) == lower_is_better else "worse"
 
 
 def paired(arm: Mapping[int, float], control: Mapping[int, float]) -> Effect | None:
@@ -59,7 +59,7 @@ def paired(arm: Mapping[int, float], control: Mapping[int, float]) -> Effect | N
 
 
 def _quantiles(pairs: int) -> tuple[float, float]:
-    """In standard errors: half the confidence interval, and the smallest difference that is found with POWER."""
+    """In standard errors: half the width of the confidence interval, and the smallest difference found with POWER."""
     wide, found = (float(stats.t.ppf(probability, pairs - 1)) for probability in ((1 + CONFIDENCE) / 2, POWER))
     return wide, wide + found
 

@@ -77,7 +77,8 @@ class Arms(NamedTuple):
         return found
 
     def _run(self, arm: Arm, name: str, config: RunConfig, *, search: bool = False) -> Run:
-        """A search begins with the checkpoint of the first seed: there is none for its own."""
+        """The arm's run of this config. A search starts from the checkpoint of the first seed: there is none for its
+        own."""
         seed = self.sweep.seeds[0] if search else config.train.seed
         return Run(arm, name, config, search, self.sweep.checkpoint(arm, seed))
 

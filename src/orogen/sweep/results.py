@@ -16,7 +16,7 @@ from orogen.sweep.plan import Run
 from orogen.train.health import SPIKE
 
 NAME = "results.jsonl"
-# Numbers that all records of a run give together.
+# Numbers that are computed from all records of a run.
 TOGETHER: dict[str, Callable[[Records], float | None]] = {"load_violation": load_violation}
 
 
@@ -85,9 +85,9 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_run(folder: Path, run: Run, numbers: Sequence[str]) -> dict[str, Any] | None:
-    """What a run folder says of a finished run: its numbers, the first as its value; seconds of its steps; versions.
-    A run of the search is finished, too, if it diverged: its numbers are None. None while the run has not ended. Raises
-    ConfigError if it ended without one of the numbers."""
+    """The result in a finished run's folder: its numbers, the first as its value; the seconds of its steps; versions. A
+    run of the search also counts as finished if it diverged; its numbers are then None. Returns None while the run has
+    not ended. Raises ConfigError if it ended without one of the numbers."""
     records = read_metrics(folder) if (folder / FILE_NAME).is_file() else []
     # The report is the last thing that a run writes.
     whole = bool(records) and (folder / "report.html").is_file() and records[-1]["step"] >= run.config.train.steps
@@ -106,8 +106,8 @@ def read_run(folder: Path, run: Run, numbers: Sequence[str]) -> dict[str, Any] |
 
 
 def _diverged(folder: Path, records: Records, run: Run) -> bool:
-    """Whether the run stopped for its last steps, as it would again: so many in a row were skipped, or were bad after
-    the most roll-backs to the checkpoint before them."""
+    """Whether the run stopped because of its last steps, as it would again: too many in a row were skipped, or were bad
+    after `max_roll_backs` to the checkpoint before them."""
     train = run.config.train
     skipped = [0, *(record.get("skipped_steps", 0) for record in records)]
     if records and skipped[-1] - skipped[-train.max_skipped_steps - 1 :][0] >= train.max_skipped_steps:

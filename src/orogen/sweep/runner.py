@@ -1,4 +1,4 @@
-"""Runs the processes of a sweep, several at a time, and notes what they end with."""
+"""Runs the processes of a sweep, several at a time, and records their results."""
 
 import os
 import shlex
@@ -75,8 +75,8 @@ class Runner:
                 process.wait()
 
     def _done(self, run: Run) -> bool:
-        """Whether the run has a result, or gets one now from the folder of a run that ended while nobody watched, or is
-        in a queue."""
+        """Whether the run has a result, or gets one now because it ended unwatched, or has been submitted to a
+        queue."""
         if self._results.of(run) is not None:
             return True
         if (facts := read_run(self._folder / "runs" / run.name, run, self._numbers)) is not None:
@@ -139,7 +139,7 @@ def environments(count: int, gpus: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _wait_until_free(folder: Path) -> None:
-    """Waits for a process that is still saving there: one that ended with the sweep that started it."""
+    """Waits for a process that is still saving there, because it was told to end with the sweep that started it."""
     until = time.monotonic() + STALE_SECONDS
     while True:
         try:

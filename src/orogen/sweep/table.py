@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from orogen.config.files import write_atomically
-from orogen.config.sweep import SweepConfig
+from orogen.config.sweep import SweepConfig, arm_name
 from orogen.report.pictures import LIGHT, png
 from orogen.report.series import short_number
 from orogen.sweep.effects import CONFIDENCE, MOST_PAIRS, Effect, main_effects, paired
@@ -21,8 +21,8 @@ Values = Mapping[tuple[str, ...], Mapping[int, float]]
 
 
 class Row(NamedTuple):
-    """One arm: its results by seed, and its effect against the control; None for the control itself, and while they
-    share no seed."""
+    """One arm: its results by seed, and its effect against the control, None for the control itself and for an arm that
+    shares no seed with it."""
 
     values: tuple[str, ...]
     results: Mapping[int, Mapping[str, Any]]
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """The arm's name."""
-        return "+".join(self.values)
+        return arm_name(self.values)
 
     @property
     def metric_n(self) -> np.ndarray:
@@ -65,7 +65,7 @@ def values_of(results: Mapping[tuple[str, ...], Mapping[int, Mapping[str, Any]]]
 
 def markdown(sweep: SweepConfig, table: Sequence[Row]) -> str:
     """The table; below it the main effects if the matrix has several axes, and a table of each further number."""
-    control = "+".join(sweep.control)
+    control = arm_name(sweep.control)
     lines = [
         f"| arm | parameters | steps | tokens | FLOPs | learning rate | {sweep.metric}, mean ± sd (seeds) "
         f"| difference from {control} [{CONFIDENCE:.0%}] | detectable | seeds to tell | verdict | seconds |",
@@ -87,7 +87,7 @@ def markdown(sweep: SweepConfig, table: Sequence[Row]) -> str:
 
 
 def _further_lines(number: str, control: str, table: Sequence[Row]) -> list[str]:
-    """The table of a further number, of which nobody says whether less is better."""
+    """The table of a further number; its verdicts are `lower` and `higher`, since no field says which is better."""
     head = f"| arm | {number}, mean ± sd (seeds) | difference from {control} [{CONFIDENCE:.0%}] "
     lines = ["", f"{head}| detectable | seeds to tell | verdict |", "|---" * 6 + "|"]
     for row in table:
@@ -103,7 +103,7 @@ def _mean(row: Row) -> str:
 def _main_lines(sweep: SweepConfig, table: Sequence[Row]) -> list[str]:
     if len(sweep.matrix) < 2:
         return []
-    values = {row.values: {seed: r["value"] for seed, r in row.results.items()} for row in table}
+    values = values_of({row.values: row.results for row in table})
     axes = list(sweep.matrix)
     lines = [
         "",
@@ -122,14 +122,15 @@ def _better(sweep: SweepConfig) -> tuple[str, str]:
 
 
 def _cells(effect: Effect | None, words: tuple[str, str]) -> list[str]:
+    """Difference, detectable difference, needed seeds and verdict. words: for a negative and a positive difference."""
     if effect is None:
         return ["–", "–", "–", "–"]
     if not math.isfinite(effect.low):
         return [f"{effect.difference:+.4f} [one pair]", "–", "–", "cannot be told"]
     interval = f"{effect.difference:+.4f} [{effect.low:+.4f}, {effect.high:+.4f}]"
     needed = f"{effect.needed:.0f}" if math.isfinite(effect.needed) else f"over {MOST_PAIRS:,}"
-    told = effect.told
-    return [interval, f"{effect.detectable:.4f}", needed, "cannot be told" if told == 0 else words[told > 0]]
+    verdict = "cannot be told" if effect.sign == 0 else words[effect.sign > 0]
+    return [interval, f"{effect.detectable:.4f}", needed, verdict]
 
 
 def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
@@ -144,7 +145,7 @@ def draw(path: Path, sweep: SweepConfig, table: Sequence[Row]) -> None:
     for number, (left, right) in zip(sweep.numbers, panels, strict=True):
         label = f"{number} ({better} is better)" if number == sweep.metric else number
         _draw_number(left, right, compared(sweep, done, number), label)
-        right.set(xlabel=f"difference from {'+'.join(sweep.control)}, paired by seed, {CONFIDENCE:.0%} interval")
+        right.set(xlabel=f"difference from {arm_name(sweep.control)}, paired by seed, {CONFIDENCE:.0%} interval")
     write_atomically(path, png(figure))
 
 

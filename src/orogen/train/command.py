@@ -134,12 +134,9 @@ def run_task(
     options: argparse.Namespace, make_task: Callable[[RunConfig], "Task"], *parts: str, optional: Sequence[str] = (),
     adapt: "Adapt | None" = None,
 ) -> int:  # fmt: skip
-    """Trains on a task in a run folder; returns the exit status.
-
-    parts: the parts that its config needs in addition to a model, data, a length and an optimizer; optional: those that
-    it may have as well. adapt: maps the config and the folder of --checkpoint to the folder whose parameters training
-    starts from.
-    """
+    """Trains on a task in a run folder; returns the exit status. parts: the parts that its config needs in addition to
+    a model, data, a length and an optimizer; optional: those that it may have as well. adapt: maps the config and the
+    folder of --checkpoint to the folder whose parameters training starts from."""
     # Until the report is written, the folder stays locked and signals are handled.
     with contextlib.ExitStack() as held:
         config, text, origin = _load_with_checkpoint(options, held, adapt)

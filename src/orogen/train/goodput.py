@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-COMPILING, EVALUATING, SAVING, STARTING = "compile_seconds", "evaluate_seconds", "save_seconds", "start_seconds"
+from orogen.report.lost import STARTING
 
 
 class Clock:

@@ -25,11 +25,12 @@ from orogen.model.layout import Whole, relaid
 from orogen.model.lm import Built, build
 from orogen.parallel import distributed, placement
 from orogen.parallel.plan import Plan
+from orogen.report.lost import COMPILING, EVALUATING
 from orogen.report.metrics import MetricsWriter, Progress, read_metrics
 from orogen.report.silent import SilentWriter
 from orogen.train import carry
 from orogen.train.back import Back, BadStepsError
-from orogen.train.goodput import COMPILING, EVALUATING, Clock
+from orogen.train.goodput import Clock
 from orogen.train.health import SPIKE, Health, NonFiniteError
 from orogen.train.lock import RunLock
 from orogen.train.lost_numbers import described

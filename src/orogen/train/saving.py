@@ -13,7 +13,8 @@ from orogen.checkpoint.steps import Checkpoints, NotSavedError
 from orogen.config.run import TrainConfig
 from orogen.model.layout import Layout
 from orogen.parallel import distributed
-from orogen.train.goodput import SAVING, Clock
+from orogen.report.lost import SAVING
+from orogen.train.goodput import Clock
 from orogen.train.state import TrainState, items
 
 # With several processes, the steps between checks whether the minutes have passed: each check costs a broadcast.

@@ -159,11 +159,11 @@ def _shard(
     on_devices = plan.run(device_step, inputs=inputs, outputs=outputs)
 
     def run(
-        params: Any, buffers: Any, batch: Batch, replay: Any = None, before: Any = None, *, step: Any = 0,
+        params: Any, buffers: Any, batch: Batch, replay: Any = None, carried: Any = None, *, step: Any = 0,
         frozen: Any = None,
     ) -> Any:  # fmt: skip
         key = step_key(seed, step)
-        return on_devices(params, buffers, with_numbers(batch, plan), _Inputs(replay, before, frozen, key))
+        return on_devices(params, buffers, with_numbers(batch, plan), _Inputs(replay, carried, frozen, key))
 
     return run
 
