@@ -59,6 +59,13 @@ def test_ten_losses_are_those_on_record(fresh):
     np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), rtol=1e-5)
 
 
+def test_the_step_names_the_parts_that_profiles_count():
+    run = Run(run_config(plan={"data": 2, "fsdp": "gradients"}, batch_size=4))
+    text = run.step.lower(run.state, run.batch).as_text(debug_info=True)
+    for scope in ("gather_parameters", "reduce_gradients", "gradient_norm", "optimizer"):
+        assert f"{scope}/" in text, scope
+
+
 # Experts so unequally loaded that a balance loss over parts of the batch would show.
 BALANCED = {"pattern": "E*/E", "mtp_depths": 2, "router_balance": "global", "router_aux_loss_coef": 3.0}
 

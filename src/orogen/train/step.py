@@ -42,7 +42,7 @@ BATCH_AXES = ("batch", "context")
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports: scalars, float32 or int32, equal on all devices.
+    """What a step reports: scalars except `load_le`, float32 or int32, equal on all devices.
 
     metrics: the objective's, by name. load_le: assignments per expert, one row per MoE layer in pattern order, then
     those of the MTP block. dropped: assignments beyond an expert's capacity; overflow: those that did not fit into a
