@@ -155,8 +155,9 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
 
     figure, axes = plain_figure(LIGHT, height=3.2)
     for record in records:
-        values = [record[arm]["recovered"] for arm in ARMS] + [record["width"]["trained"]]
-        axes.plot(values, [*ARMS, "width, trained"], "o", color=LIGHT.strong)
+        values = {arm: record[arm]["recovered"] for arm in ARMS if arm in record}  # a seed may lack a later arm
+        values["width, trained"] = record["width"]["trained"]
+        axes.plot([*values.values()], [*values], "o", color=LIGHT.strong)
         axes.axvline(record["teacher"], color=LIGHT.accent, linewidth=1)
     axes.set_xlabel("held-out bits per byte; line: the model before it was pruned")
     file.write_bytes(png(figure))

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,8 +123,7 @@ def test_too_few_devices_and_unknown_cases_are_one_line(script, options, monkeyp
 
 
 def test_training_stops_where_the_timed_steps_would_lack_time(script, monkeypatch):
-    import routed
-
+    routed: Any = sys.modules["routed"]
     clock = [100.0]
     monkeypatch.setattr(routed.time, "monotonic", lambda: clock[0])
 
