@@ -128,7 +128,8 @@ class RemoteEngine:
         if choice["finish_reason"] not in (STOP, LENGTH):
             return [Output(number, tuple(chosen), finish=ERROR, error=f"the server: {choice['finish_reason']}")]
         text = self._text(request, choice["token_ids"])
-        versions = [self._version_of.get(version, version) for version in choice["token_versions"]]
+        known = self._version_of
+        versions = [known[one] if one in known else one for one in choice["token_versions"]]
         parts = [Output(number, (one,), version=version) for one, version in zip(chosen, versions, strict=True)]
         experts = self._experts(choice) if self._more else None
         return [*parts, Output(number, text=text, finish=choice["finish_reason"], experts=experts)]
