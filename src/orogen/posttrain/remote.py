@@ -165,11 +165,11 @@ def _choice(found: dict[str, Any]) -> dict[str, Any]:
     """The only choice of an answer, with what this needs of it. Raises ServerError for another server's."""
     try:
         (choice,) = found["choices"]
-        count = len(choice["token_ids"])
-        whole = count == len(choice["logprobs"]["token_logprobs"]) == len(choice["token_versions"])
-        if whole and "finish_reason" in choice:
-            return choice
+        counts = {len(choice["token_ids"]), len(choice["logprobs"]["token_logprobs"]), len(choice["token_versions"])}
+        whole = len(counts) == 1 and "finish_reason" in choice
     except (KeyError, TypeError, ValueError):
-        pass
-    expected = "ids, log-probabilities and versions of the tokens of one choice, as of an `orogen serve`"
-    raise ServerError(f"RLConfig.server answers {str(found)[:200]}; expected {expected}")
+        choice, whole = {}, False
+    if not whole:
+        expected = "ids, log-probabilities and versions of the tokens of one choice, as of an `orogen serve`"
+        raise ServerError(f"RLConfig.server answers {str(found)[:200]}; expected {expected}")
+    return choice
