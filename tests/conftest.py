@@ -9,17 +9,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from orogen.parallel.runtime import compile_cache_folder, make_room_for
+from orogen.parallel.runtime import XLA_FLAGS, compile_cache_folder, make_room_for
 
 # Through the environment, so that the commands which tests start share them; before jax is imported, which reads them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA:CPU warns of each program it takes from the cache
-# Tests compile thousands of small programs and run each once. Less optimisation halves the time that this takes, and
-# so, again, does lowering fusions as XLA does other operations instead of through MLIR (measured with jax 0.10.1).
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-)
+# Tests compile thousands of small programs and run each once.
+os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS["unoptimised"]))
 make_room_for(8)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compile_cache_folder()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -146,6 +146,14 @@ def test_a_plan_computes_what_one_device_does():
     assert found.passed and not found.zero_leaves, found
 
 
+def test_a_pipeline_computes_what_one_device_does():
+    """With captions, whose encoder every stage runs beside the resampler, over two tensor ranks under 1F1B."""
+    model = hybrid(pattern="xg|xg", **SIZES | {"resampler_layers": 1, "retrieved_captions": 2, "caption_tokens": 3})
+    plan = {"stage": 2, "tensor": 2, "schedule": "1f1b", "microbatches": 2}
+    found = verify(run_config(model, plan=plan, batch_size=2, sequence_length=28), optimizers=["adamw"])
+    assert found.passed and not found.zero_leaves, found
+
+
 def test_the_layer_by_hand():
     """Against numpy in float64: one head group, by the formula."""
     layer = GatedCrossAttention(MODEL, nnx.Rngs(3))

@@ -14,7 +14,10 @@ def test_sets_stand_before_what_the_environment_says(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--mine=1")
     add_xla_flags(["deterministic", "latency_hiding"])
     flags = os.environ["XLA_FLAGS"].split()
-    assert flags == [*XLA_FLAGS["deterministic"], *XLA_FLAGS["latency_hiding"], "--mine=1"]  # the last of a name counts
+    expected = [*XLA_FLAGS["deterministic"], *XLA_FLAGS["latency_hiding"], "--mine=1"]
+    assert flags == expected  # the last of a name counts
+    add_xla_flags(["deterministic"])
+    assert os.environ["XLA_FLAGS"].split() == expected
 
 
 def test_no_set_changes_nothing(monkeypatch):

@@ -224,7 +224,7 @@ def test_one_process_changes_a_database_at_a_time(tmp_path):
 
 
 def test_a_version_that_cannot_be_written_is_removed_again(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:

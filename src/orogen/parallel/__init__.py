@@ -52,5 +52,6 @@ keeps one program in flight. glibc is told to keep large blocks, which saves a q
 
 On every command, `--xla latency_hiding` overlaps communication with computation (not timed on GPUs yet), and `--xla
 deterministic` asks XLA for the same bits in every run; it needs attention in blocks (`PlanConfig.attention =
-'blocked'`), since cuDNN's is refused.
+'blocked'`), since cuDNN's is refused. `--xla unoptimised` is for programs on CPUs that run a few times, as those of
+`orogen verify`, which takes it by itself.
 """

@@ -22,7 +22,7 @@ from orogen.config.dtype import COMPUTE
 from orogen.config.run import PARTS, RunConfig
 from orogen.config.streams import lasting_streams, say
 from orogen.parallel import cluster, distributed
-from orogen.parallel.runtime import configure
+from orogen.parallel.runtime import add_xla_flags, configure
 
 if TYPE_CHECKING:
     from orogen.checkpoint.folders import Folder
@@ -213,6 +213,8 @@ def verify(options: argparse.Namespace) -> int:
     from orogen.train.verify import verify as check
 
     require_verification_fits(config, config.train or default_train(config), host=host_bytes())
+    # Nearly all of its time is compilation.
+    add_xla_flags(["unoptimised"])
     if not options.fake_devices:
         configure(config.plan.devices)
     warn(config.model)

@@ -204,6 +204,8 @@ def budget(body: dict[str, Any]) -> Budget | None:
     """How long an answer may think: `reasoning_budget`, also within `chat_template_kwargs`. Raises HttpError."""
     tokens = body.get("reasoning_budget", body.get("chat_template_kwargs", {}).get("reasoning_budget"))
     if tokens is None:
+        if "reasoning_budget_form" in body:
+            raise bad(f"reasoning_budget_form is {shown(body['reasoning_budget_form'])}; expected it beside a budget")
         return None
     if not fits(tokens, Whole(0, 2**31 - 1)):
         raise bad(f"chat_template_kwargs.reasoning_budget is {shown(tokens)}; expected a whole number, 0 or more")
