@@ -96,14 +96,11 @@ def encoded(encode, everything):
 
 def stored(folder):
     """The number of tokens of the same texts, by `orogen tokenize` in a process of its own, interpreter included."""
-    out = folder / "s"
-    binds = {"corpus": str(folder / "x.jsonl"), "tokenizer": str(folder / "t"), "heldout_fraction": 0.0}
-    words = [
-        word
-        for name, value in {**binds, "tuning_fraction": 0.0}.items()
-        for word in ("--gin_bindings", f"DataConfig.{name} = {value!r}")
-    ]
-    command = [sys.executable, "-m", "orogen.cli", "tokenize", *words, "--out", str(out)]
+    out, recipe = folder / "s", folder / "x.gin"
+    values = {"corpus": str(folder / "x.jsonl"), "tokenizer": str(folder / "t"), "heldout_fraction": 0.0}
+    lines = (f"DataConfig.{name} = {value!r}\n" for name, value in {**values, "tuning_fraction": 0.0}.items())
+    recipe.write_text("".join(lines))
+    command = [sys.executable, "-m", "orogen.cli", "tokenize", "--gin_file", str(recipe), "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     count = json.loads((out / store.MANIFEST).read_text())["counts"]["tokens"]
     shutil.rmtree(out)
