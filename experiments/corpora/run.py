@@ -22,6 +22,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from orogen.data.vocabulary import train_bpe
 HERE = Path(__file__).parent
 VOCAB_SIZE, SPECIALS = 4096, 3
 SEQUENCE_LENGTH, BATCH_SIZE = 8192, 8
-SPLITS = {"heldout_fraction": 0.05, "tuning_fraction": 0.0}
+SPLITS: dict[str, Any] = {"heldout_fraction": 0.05, "tuning_fraction": 0.0}
 PAGE_CACHE = Path("/proc/sys/vm/drop_caches")
 
 
@@ -96,14 +97,11 @@ def encoded(encode, everything):
 
 def stored(folder):
     """The number of tokens of the same texts, by `orogen tokenize` in a process of its own, interpreter included."""
-    out = folder / "s"
-    binds = {"corpus": str(folder / "x.jsonl"), "tokenizer": str(folder / "t"), "heldout_fraction": 0.0}
-    words = [
-        word
-        for name, value in {**binds, "tuning_fraction": 0.0}.items()
-        for word in ("--gin_bindings", f"DataConfig.{name} = {value!r}")
-    ]
-    command = [sys.executable, "-m", "orogen.cli", "tokenize", *words, "--out", str(out)]
+    out, recipe = folder / "s", folder / "x.gin"
+    values = {"corpus": str(folder / "x.jsonl"), "tokenizer": str(folder / "t"), "heldout_fraction": 0.0}
+    lines = (f"DataConfig.{name} = {value!r}\n" for name, value in {**values, "tuning_fraction": 0.0}.items())
+    recipe.write_text("".join(lines))
+    command = [sys.executable, "-m", "orogen.cli", "tokenize", "--gin_file", str(recipe), "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     count = json.loads((out / store.MANIFEST).read_text())["counts"]["tokens"]
     shutil.rmtree(out)
@@ -123,7 +121,7 @@ def frequent_and_rare():
     return (SPECIALS + numbers_t % (VOCAB_SIZE - SPECIALS)).astype(dtype_for(VOCAB_SIZE))
 
 
-def write_documents(prefix, seed, n_tokens):
+def write_documents(prefix, seed, n_tokens) -> dict[str, Any]:
     """Random documents of lognormal lengths, median 490, of so many tokens in all; each ends with eos. Returns the
     facts of the file."""
     rng, left, block_t = np.random.default_rng(seed), n_tokens, frequent_and_rare()
@@ -217,7 +215,7 @@ def read(folder, began):
     sys.stdin.readline()  # until its memory has been read
 
 
-def begin(command, cold, **settings):
+def begin(command, cold, **settings) -> tuple[Any, float]:
     """Starts a process, with an empty page cache if `cold`. Returns it and the time of its start."""
     if cold:
         os.sync()

@@ -11,10 +11,11 @@ from tests.helpers import bound, hybrid, run_config, write_recipe
 from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.evaluate import SUITES
-from orogen.evaluate import harness
+from orogen.evaluate import command, harness
 from orogen.evaluate.during import SLOTS, _engine, with_tasks
 from orogen.infer.sizes import sizes_of
 from orogen.report.metrics import read_metrics
+from orogen.simulate.fit import Memory
 from orogen.train.pretraining import PRETRAINING
 
 LENGTHS = ("--lengths", "40,24", "--samples", "3")
@@ -65,6 +66,18 @@ def test_a_run_is_evaluated_every_so_many_steps_and_the_command_finds_the_same(t
     assert all(abs(found[name] - value) < 1e-5 * max(1, abs(value)) for name, value in scored[3].items())
     assert json.loads((out / "results.json").read_text())["results"] == answer["results"]
     assert "copying" in (out / "results.txt").read_text() and (out / "results.png").stat().st_size > 1000
+
+
+def test_a_text_that_the_memory_is_too_small_for_is_refused(trained, tmp_path, capsys, monkeypatch):
+    run, _ = trained
+    (tmp_path / "long.txt").write_text("x" * 5000)
+    monkeypatch.setattr(command, "free_memory", lambda: Memory(2**27, None))
+    options = ["--checkpoint", str(run), "--text", str(tmp_path / "long.txt")]
+    assert main(["evaluate", *options, "--max_length", "64", "--stride", "63", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", *options, "--max_length", "4096", "--json"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "evaluation needs at least" in error and "scores of attention" in error, error
 
 
 def test_text_is_generated_and_examples_are_exported(trained, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`orogen evaluate`. Importing this does not import jax."""
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,19 @@ def evaluate(options: argparse.Namespace) -> int:
         if evaluator.writes:
             require(engine.weights == DECODED, engine, "weights", f"{DECODED!r} here: texts are scored in memory whole")
             require_inference_fits(folder.config, plan, engine, free_memory(), settings={})
-        if plan is None or plan.devices == 1:
+        blocked = getattr(plan or folder.plan, "attention", "full") != "full"
+        scored = {"blocked": blocked, "batch_tokens": config.batch_tokens}
+        fits = functools.partial(require_evaluation_fits, folder.config, free_memory(), **scored)
+        named = {"EvaluateConfig.batch_tokens": config.batch_tokens}
+        if alone := plan is None or plan.devices == 1:
             length = max(config.lengths) if evaluator.suites else 1
-            blocked = getattr(plan or folder.plan, "attention", "full") != "full"
-            scored = {"blocked": blocked, "batch_tokens": config.batch_tokens, "length": length}
-            named = {"EvaluateConfig.lengths": length, "EvaluateConfig.batch_tokens": config.batch_tokens}
-            require_evaluation_fits(folder.config, free_memory(), **scored, settings=named)
+            fits(length=length, settings={"EvaluateConfig.lengths": length, **named})
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
         length = stated_length(folder)
-    results = evaluator.run(Subject(opened, config, engine, told_progress(), stated_length=length))
+    subject = Subject(opened, config, engine, told_progress(), stated_length=length)
+    if alone:  # texts and requests may be longer
+        subject.fits = lambda length: fits(length=length, settings={"EvaluateConfig.max_length": length, **named})
+    results = evaluator.run(subject)
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []
     lines = [*table(results), *(f"wrote {file}" for file in written)]

@@ -49,6 +49,7 @@ class Subject:
         self.scorer = Scorer(opened, dtype=engine.compute_dtype, batch_tokens=config.batch_tokens)
         self._settings = engine
         self._engine: Engine | None = None
+        self.fits: Callable[..., None] = lambda length: None  # refuses a length
 
     def give(self, params: Any, buffers: Any) -> None:
         """Takes other weights of the same model."""
@@ -83,7 +84,8 @@ class Subject:
         return self.max_length if self.config.max_length else self._stated or self.max_length
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """See `Scorer.score`."""
+        """See `Scorer.score`. Raises ConfigError for rows that `fits` refuses, too."""
+        self.fits(length=max((len(row.tokens_t) for row in rows), default=1))
         return self.scorer.score(rows, (self.opened.params, self.opened.buffers), self.progress)
 
     def carry(self, rows: Sequence[Row]) -> list[Score]:
