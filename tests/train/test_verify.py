@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
 from tests.helpers import hybrid, run_config
 
 from orogen.cli import main
+from orogen.config.checks import ConfigError
 from orogen.config.plan import PlanConfig
 from orogen.config.precision import RECIPE_NAMES, PrecisionConfig
 from orogen.model.layout import Whole
 from orogen.moe.layer import Choice, Replay
+from orogen.parallel.runtime import XLA_FLAGS
 from orogen.train import step, verdict, verify_step, whole
 from orogen.train.sides import Side, reference_plan, replayed
 from orogen.train.verify import verify
@@ -178,6 +181,22 @@ def test_a_gradient_that_is_zero_never_passes(recipe):
         max_gradient_error=e, **alike, **verdict.conditions("gradients", config, config.plan)
     )
     assert not of(error).passed and of(1e-5).passed
+
+
+def test_the_command_compiles_with_little_optimisation(tmp_path, monkeypatch):
+    """Tests have the flags in their environment already, so they are taken out first."""
+    file, seen = tmp_path / "model.gin", []
+    file.write_text("ModelConfig.pattern = '-'\nModelConfig.vocab_size = 24\nModelConfig.hidden_size = 8\n"
+                    "ModelConfig.intermediate_size = 12\n")  # fmt: skip
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+
+    def check(*_, **__):
+        seen.append(os.environ["XLA_FLAGS"].split())
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("orogen.train.verify.verify", check)
+    assert main(["verify", "--gin_file", str(file), "--fake_devices", "8"]) == 2
+    assert {*XLA_FLAGS["unoptimised"], "--xla_cpu_enable_fast_math=false"} <= set(*seen)
 
 
 def test_the_command_says_what_was_compared(tmp_path, capsys):

@@ -113,6 +113,26 @@ def test_an_hnsw_index_grows_and_is_built_anew_only_where_entries_go(tmp_path, m
         add(tmp_path / "db", encoder(), np.array([[0, 0, 7.0]]), [Entry("up", "")])
 
 
+@needs_faiss
+def test_the_content_of_an_hnsw_index_includes_its_graph(tmp_path):
+    """Which neighbours a graph knows depends on what was added together, and so do the answers."""
+    many_ne = np.random.default_rng(1).normal(size=(600, 4))
+    entries = [Entry(str(n), "") for n in range(600)]
+    contents, graphs = [], []
+    for kind in ("hnsw", "flat"):
+        for parts in ((600,), (600,), (200, 400)):
+            folder, first = tmp_path / f"{kind}{len(contents)}", parts[0]
+            facts = create(folder, encoder(dimension=4), many_ne[:first], entries[:first], index=kind)
+            if parts[1:]:
+                facts = add(folder, encoder(dimension=4), many_ne[first:], entries[first:])
+            contents.append(facts.content)
+            graphs += [(folder / f"version_{facts.version:06d}" / "index.faiss").read_bytes()] if kind == "hnsw" else []
+    for one in range(3):
+        for other in range(one):
+            assert (contents[one] == contents[other]) == (graphs[one] == graphs[other])
+    assert graphs[0] != graphs[2] and len(set(contents[3:])) == 1
+
+
 def test_an_exact_search_goes_through_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(database, "BLOCK", 7)
     rng = np.random.default_rng(1)

@@ -69,7 +69,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what", choices=("gradients", "step", "evaluation"), default="gradients",
         help="gradients: loss, every gradient and one update (the default); step: several whole training steps, one of "
-        "them not finite; evaluation: held-out losses",
+        "them not finite; evaluation: held-out losses; programs are compiled with little optimisation",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=COMPUTE, default="float32",

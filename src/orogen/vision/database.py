@@ -27,7 +27,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.files import locked, write_atomically
 from orogen.config.json_file import Record, Whole, read_json, read_object
 from orogen.vision.encoder import Encoder
-from orogen.vision.index import FLAT, IVF, check_index, read_index, write_index
+from orogen.vision.index import FLAT, HNSW, IVF, check_index, read_index, write_index
 
 FACTS, EMBEDDINGS, IDS, RECORDS, OFFSETS, INDEX = (
     "database.json", "embeddings.npy", "ids.npy", "records.jsonl", "offsets.npy", "index.faiss",
@@ -61,7 +61,8 @@ class Hit(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What `database.json` says. encoder: the fingerprint of the encoder whose embeddings it holds; content: a hash of
-    everything that answers depend on: embeddings, captions, sources and the kind of index."""
+    everything that answers depend on: embeddings, captions, sources, the kind of index, and an HNSW index's graph,
+    which depends on what was added together."""
 
     version: int
     encoder: str
@@ -248,6 +249,8 @@ def _write(
         content = _write_files(here, facts.index, id_n, embedding_ne, entries)
         if facts.index != FLAT:
             write_index(here / INDEX, facts.index, embedding_ne, before=before)
+        if facts.index == HNSW:
+            content = _with_file(content, here / INDEX)
     except BaseException:
         shutil.rmtree(here, ignore_errors=True)
         raise
@@ -271,6 +274,12 @@ def _write_files(
     for part in (embedding_ne.tobytes(), records):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
+
+
+def _with_file(content: str, file: Path) -> str:
+    """A hash of this one and of the file."""
+    with file.open("rb") as stream:
+        return hashlib.sha256(content.encode() + hashlib.file_digest(stream, "sha256").digest()).hexdigest()
 
 
 def _read_facts(folder: Path) -> Facts:

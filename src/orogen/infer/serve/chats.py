@@ -34,7 +34,8 @@ from orogen.infer.serve.exchange import (
 )
 from orogen.infer.tool_calls import Call, schemas_of
 
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # OpenAI's
+# Of OpenAI's interface (openai-python 3.57, types/shared/reasoning_effort.py).
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _NAME = re.compile(r"[\w./-]{1,256}", re.ASCII)
 
 
@@ -254,8 +255,8 @@ def _options(body: dict[str, Any]) -> dict[str, Any]:
     if "reasoning_budget" in body:
         options["reasoning_budget"] = body["reasoning_budget"]
     if (effort := body.get("reasoning_effort")) is not None:
-        if effort not in _EFFORTS:  # others, of a template of one's own, are options of that template
-            raise bad(f"reasoning_effort is {shown(effort)}; expected one of {', '.join(_EFFORTS)}")
+        if effort not in _EFFORTS:  # a template's own efforts are given in chat_template_kwargs
+            raise bad(f"the effort of reasoning is {shown(effort)}; expected one of {', '.join(_EFFORTS)}")
         options.setdefault("reasoning_effort", effort)
         if effort == "none":
             options.setdefault("enable_thinking", False)

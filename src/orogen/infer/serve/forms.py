@@ -205,7 +205,9 @@ def budget(body: dict[str, Any]) -> Budget | None:
     tokens = body.get("reasoning_budget", body.get("chat_template_kwargs", {}).get("reasoning_budget"))
     if tokens is None:
         if "reasoning_budget_form" in body:
-            raise bad(f"reasoning_budget_form is {shown(body['reasoning_budget_form'])}; expected it beside a budget")
+            raise bad(
+                f"reasoning_budget_form is {shown(body['reasoning_budget_form'])}; expected reasoning_budget beside it"
+            )
         return None
     if not fits(tokens, Whole(0, 2**31 - 1)):
         raise bad(f"chat_template_kwargs.reasoning_budget is {shown(tokens)}; expected a whole number, 0 or more")
