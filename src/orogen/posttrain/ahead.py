@@ -65,7 +65,8 @@ class Ahead:
             return self._found.pop(number)
 
     def stop(self) -> None:
-        """Ends the thread after its call of the engine, and forgets what it has written."""
+        """Ends the thread after its call of the engine, or while a server is waited for, and forgets what it has
+        written."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -81,7 +82,7 @@ class Ahead:
             while self._may_begin(number):
                 with self._rollouts.lock:
                     newest = self._latest()
-                    engine = self._rollouts.given(newest.weights, version=newest.version)
+                    engine = self._rollouts.given(newest.weights, version=newest.version, progress=self._look)
                     self._given = newest.version
                     written = self._groups.write(number, engine, self._between)
                 with self._changed:
@@ -105,12 +106,16 @@ class Ahead:
             assert self._newest is not None
             return self._newest
 
-    def _between(self) -> None:
-        """What happens between two calls of the engine."""
+    def _look(self) -> None:
+        """Tells the trainer that the thread goes on. Raises _Closed if it is not to."""
         if self._closing:
             raise _Closed
         self._rollouts.rounds += 1
+
+    def _between(self) -> None:
+        """What happens between two calls of the engine."""
+        self._look()
         newest = self._latest()
         if newest.version != self._given:
-            self._rollouts.swap(newest.weights, version=newest.version)
+            self._rollouts.swap(newest.weights, version=newest.version, progress=self._look)
             self._given = newest.version
