@@ -51,10 +51,11 @@ class Ahead:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, args=(number,), name="rollouts", daemon=True)
                 self._thread.start()
+            thread = self._thread
             self._changed.notify_all()
             seen = self._rollouts.rounds
             while number not in self._found and self._error is None:
-                if not self._thread.is_alive():
+                if not thread.is_alive():
                     raise RuntimeError(f"the thread of rollouts has ended; expected it to write batch {number}")
                 self._changed.wait(WAIT)
                 if self._rollouts.rounds != seen:
