@@ -15,8 +15,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 THREADS_PER_FAKE_DEVICE = 4
 # Sets of XLA's flags by purpose. latency_hiding: communication between GPUs overlaps computation, also that of another
 # iteration of a loop; deterministic: the same program on the same numbers gives the same bits; unoptimised: XLA:CPU
-# compiles with little optimisation and lowers fusions as it does other operations instead of through MLIR, each of which
-# halves its time (measured with jax 0.10.1), for programs that run a few times.
+# compiles with little optimisation, and lowers fusions as it does other operations instead of through MLIR. Each halves
+# the time that this takes (measured with jax 0.10.1), for programs that run a few times.
 XLA_FLAGS = {
     "latency_hiding": (
         "--xla_gpu_enable_latency_hiding_scheduler=true",

@@ -148,7 +148,8 @@ class RemoteEngine:
         if choice["finish_reason"] not in (STOP, LENGTH):
             return [Output(number, tuple(chosen), finish=ERROR, error=f"the server: {choice['finish_reason']}")]
         text = self._text(request, choice["token_ids"])
-        versions = [self._version_of.get(version, version) for version in map(int, choice["token_versions"])]
+        known = self._version_of
+        versions = [known[one] if one in known else one for one in choice["token_versions"]]
         parts = [Output(number, (one,), version=version) for one, version in zip(chosen, versions, strict=True)]
         experts = self._experts(choice) if self._more else None
         return [*parts, Output(number, text=text, finish=choice["finish_reason"], experts=experts)]
@@ -212,11 +213,11 @@ def _choice(found: dict[str, Any]) -> dict[str, Any]:
     """The only choice of an answer, with what this needs of it. Raises ServerError for another server's."""
     try:
         (choice,) = found["choices"]
-        count = len(choice["token_ids"])
-        whole = count == len(choice["logprobs"]["token_logprobs"]) == len(choice["token_versions"])
-        if whole and "finish_reason" in choice and isinstance(found["instance"], str):
-            return choice
+        counts = {len(choice["token_ids"]), len(choice["logprobs"]["token_logprobs"]), len(choice["token_versions"])}
+        whole = len(counts) == 1 and "finish_reason" in choice and isinstance(found["instance"], str)
     except (KeyError, TypeError, ValueError):
-        pass
-    expected = "ids, log-probabilities and versions of the tokens of one choice, and an instance, as of `orogen serve`"
-    raise ServerError(f"RLConfig.server answers {str(found)[:200]}; expected {expected}")
+        choice, whole = {}, False
+    if not whole:
+        expected = "ids, log-probabilities and versions of one choice's tokens, and an instance, as of `orogen serve`"
+        raise ServerError(f"RLConfig.server answers {str(found)[:200]}; expected {expected}")
+    return choice

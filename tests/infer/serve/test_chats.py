@@ -272,7 +272,7 @@ def test_text_streams_as_it_comes():
         ({"reasoning_budget": 5, "reasoning_budget_form": "soft"},
          "reasoning_budget_form is 'soft'; expected one of hard, grace"),
         ({"reasoning_budget_form": "hard"}, "reasoning_budget_form is 'hard'; expected it beside a budget"),
-        ({"reasoning_effort": "loads"}, "reasoning_effort is 'loads'; expected one of none, minimal, low, medium, high"),
+        ({"reasoning_effort": "loads"}, "reasoning_effort is 'loads'; expected one of none, minimal, low, medium"),
         ({"top_logprobs": 3}, "top_logprobs is 3 without logprobs; expected logprobs true"),
         ({"logprobs": 3}, "logprobs is 3; expected true or false"),
         ({"functions": []}, "functions is []; this server does not offer it"),
