@@ -238,3 +238,22 @@ def test_another_kind_of_server_is_named(model, tmp_path):
         far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model)
         with pytest.raises(remote.ServerError, match="expected ids, log-probabilities and versions"):
             far.run(ASKED[:1], lambda: None)
+    with front(faults=[Fault(status=200, text='{"version": 1}')]) as server:
+        far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model)
+        with pytest.raises(remote.ServerError, match="expected its instance, as of an `orogen serve`"):
+            far.give(model.params, model.buffers, version=0, in_flight=False)
+
+
+def test_progress_is_told_while_weights_are_given(model, tmp_path):
+    """While the server takes them, and while another thread gives some."""
+    told = []
+    with front(faults=[Fault("hang"), *[Fault(status=200, text='{"instance": "a"}')] * 2]) as server:
+        far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model, server_timeout=1.0)
+        give = lambda: far.give(model.params, model.buffers, version=0, in_flight=False, progress=told_once)  # noqa: E731
+        told_once = lambda: told.append(0)  # noqa: E731
+        give()
+        assert 4 <= len(told) <= 20
+        far._giving.acquire()
+        threading.Timer(1.0, far._giving.release).start()
+        give()
+        assert len(told) >= 8
