@@ -299,7 +299,7 @@ def test_a_run_by_a_server_is_the_run_in_one_process(recipe, tmp_path, monkeypat
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-SERVED = ("RLConfig.server = 'http://x'", "RLConfig.server_weights = '.'")
+SERVED = ("RLConfig.server = 'http://x'", "RLConfig.server_weights = '/no'")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ SERVED = ("RLConfig.server = 'http://x'", "RLConfig.server_weights = '.'")
     [
         (["RLConfig.server = 'ftp://x'", "RLConfig.server_weights = '.'"], "RLConfig.server is 'ftp://x'; expected"),
         *(
-            ([f"RLConfig.server = {url!r}", "RLConfig.server_weights = '.'"], f"RLConfig.server is {url!r}; expected")
+            ([f"RLConfig.server = {url!r}", "RLConfig.server_weights = '/no'"], f"RLConfig.server is {url!r}; expected")
             for url in (
                 "https://x",
                 "http://a..b:80",

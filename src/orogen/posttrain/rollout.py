@@ -109,7 +109,7 @@ class Rollouts:
             self.server = RemoteEngine(self.rl, base_of(config.model), tokenizer)
             self.on_close(self.server.close)
         self._unreadable = 0
-        self.spent, self.rounds = Spent(), 0  # rounds: calls of the engine and looks at verifiers, of another thread
+        self.spent, self.rounds = Spent(), 0  # rounds: looks at engine, server and verifiers, of another thread
         self.lock = threading.RLock()  # held while the engine or the verifiers are used, if several threads do
         self._pools: dict[str, Pool] = {}
         try:
