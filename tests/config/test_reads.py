@@ -233,6 +233,9 @@ BORDERS: list[tuple[str, Any, dict, dict, str]] = [
     *((f"rl__{f}", v, {"rl__curriculum": "gaussian"}, {}, "RLConfig.curriculum is 'none'") for f, v in (
         ("profile_samples", 8), ("profile_every", 5), ("curriculum_start", 0.5), ("curriculum_end", 0.5),
         ("curriculum_width", 0.5))),
+    *((f"rl__{f}", v, {"rl__server": "http://a:1", "rl__server_weights": "."}, {},
+       "RLConfig.server is None: no request is sent")
+      for f, v in (("server_timeout", 5.0), ("server_deadline", 900.0), ("server_retries", 2))),
     ("precision__hadamard_roles", ("forward",), {"precision__recipe": "nvfp4"},
      {"precision__recipe": "nvfp4", "precision__hadamard": 0}, "PrecisionConfig.hadamard is 0"),
     *(("distill__rest", "bucket", reading, {}, "DistillConfig.top_k and .logits are None: no token is left out")

@@ -205,9 +205,15 @@ def test_a_server_that_refuses_or_is_not_there(server, model, monkeypatch):
     far = remote_engine(server, model)
     with pytest.raises(ConfigError, match="answers /v1/weights with 401: the API key"):
         far.give(model.params, model.buffers, version=0, in_flight=False)
-    nowhere = remote_engine(SimpleNamespace(port=1, folder=server.folder), model, server_retries=0)
+    bounds = {"server_timeout": 0.5, "server_deadline": 0.5}
+    nowhere = remote_engine(SimpleNamespace(port=1, folder=server.folder), model, **bounds)
     with pytest.raises(remote.ServerError, match="given up after 1 attempt in .*ConnectionRefusedError"):
         nowhere.run(requests(), lambda: None)
+    for bad in ("secret\n", "sécret-x", "s\u2011", " secret"):
+        monkeypatch.setenv(remote.API_KEY, bad)
+        with pytest.raises(ConfigError, match="OROGEN_API_KEY holds .*; expected printable ASCII") as caught:
+            remote_engine(server, model)
+        assert bad.strip() not in str(caught.value)
     monkeypatch.delenv(remote.API_KEY)
     with pytest.raises(ConfigError, match="OROGEN_API_KEY is not; expected the key"):
         remote_engine(server, model)

@@ -7,11 +7,19 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 
+# By kind: what is sent at first, and then again and again.
+DRIPS = {
+    "header": (b"x: ", b"a"),
+    "chunk": (b"transfer-encoding: chunked\r\n\r\n2;a=", b"a"),
+    "interim": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
 
 class Fault:
     """What comes of a request in place of an answer, by `kind`. status: an answer of its own, with these headers and
     this text; drop: the connection is closed at once; lost: once the request has been answered; half: within the
-    answer; hang: nothing is sent until the server ends; slow: a byte now and then."""
+    answer; hang: nothing is sent until the server ends; slow: a byte of the body now and then; header, chunk, interim:
+    for some seconds a byte of a header, one of a chunk's extension, or an interim response, now and then."""
 
     def __init__(
         self, kind: str = "status", *, status: int = 0, headers: dict[str, str] | None = None, text=""
@@ -65,6 +73,12 @@ def _handler(front: Front) -> type[http.server.BaseHTTPRequestHandler]:
                 self.send(200, {"content-length": "1000"}, b"")
                 while not front.over.wait(0.05):
                     self.wfile.write(b" ")
+            elif fault.kind in DRIPS:
+                start, drip = DRIPS[fault.kind]
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n" * (fault.kind != "interim") + start)
+                for _ in range(80):
+                    self.wfile.write(drip)
+                    front.over.wait(0.05)
             elif fault.kind == "status":
                 self.send(fault.status, fault.headers, fault.text.encode())
 

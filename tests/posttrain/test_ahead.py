@@ -1,6 +1,7 @@
 """Rollouts beside the trainer: ahead of it in a thread, by a server, and the reference that adapters leave in place."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -87,11 +88,11 @@ class Rollouts:
     def copied(self, params, buffers):
         return params, buffers
 
-    def given(self, weights, *, version):
+    def given(self, weights, *, version, progress):
         self.version = version
         self.given_at.append(version)
 
-    def swap(self, weights, *, version):
+    def swap(self, weights, *, version, progress):
         self.version = version
         self.swapped.append(version)
 
@@ -187,7 +188,7 @@ def test_an_evaluation_that_waits_for_the_thread_tells_its_progress(monkeypatch)
     until(lambda: groups.begun == [0, 1])  # which holds the lock
     heldout = heldout_tasks.HeldoutTasks(rollouts, {"a": [1]}, count=1)
     heldout.progress = lambda: told.append(rollouts.rounds)
-    rollouts.take = lambda *weights: "engine"
+    rollouts.take = lambda *weights_and_progress: "engine"
     monkeypatch.setattr(heldout, "_means", lambda engine, tasks: [0.5])
     waiting = threading.Thread(target=lambda: heldout.full(SimpleNamespace(params=0, buffers=0)))
     waiting.start()
@@ -200,6 +201,50 @@ def test_an_evaluation_that_waits_for_the_thread_tells_its_progress(monkeypatch)
     waiting.join(20)
     assert not waiting.is_alive()
     ahead.stop()
+
+
+@pytest.mark.parametrize("call", ["given", "swap"])
+def test_a_thread_that_waits_for_a_server_ends_when_it_is_to(call):
+    """And tells the trainer, which waits for it, that it has not hung."""
+
+    class Waiting(Rollouts):
+        waits = False
+
+        def given(self, weights, *, version, progress):
+            self.wait("given", progress)
+
+        def swap(self, weights, *, version, progress):
+            self.wait("swap", progress)
+
+        def wait(self, kind, progress):
+            end = time.monotonic() + 15 * (kind == call)
+            while time.monotonic() < end:  # as `Calls.post` does
+                self.waits = True
+                time.sleep(0.02)
+                progress()
+
+    rollouts, told = Waiting(), []
+    groups = Slow(rollouts)
+    groups.may.release(4)  # all of batch 0 and one call of batch 1
+    ahead = Ahead(rollouts, groups, most=1, total=4)
+
+    def train():
+        with contextlib.suppress(RuntimeError):  # the thread has ended
+            for number in range(2):
+                ahead.take(number, f"w{number}", None, lambda: told.append(0))
+
+    trainer = threading.Thread(target=train, daemon=True)
+    trainer.start()
+    if call == "swap":
+        until(lambda: ahead._newest is not None and ahead._newest.version == 1)
+        groups.may.release()
+    until(lambda: rollouts.waits)
+    told.clear()
+    until(lambda: told)
+    began = time.monotonic()
+    ahead.stop()
+    assert time.monotonic() - began < 3
+    trainer.join(20)
 
 
 def test_what_a_batch_raises_is_raised_where_it_is_waited_for():
@@ -254,10 +299,34 @@ def test_a_run_by_a_server_is_the_run_in_one_process(recipe, tmp_path, monkeypat
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+SERVED = ("RLConfig.server = 'http://x'", "RLConfig.server_weights = '/no'")
+
+
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
         (["RLConfig.server = 'ftp://x'", "RLConfig.server_weights = '.'"], "RLConfig.server is 'ftp://x'; expected"),
+        *(
+            ([f"RLConfig.server = {url!r}", "RLConfig.server_weights = '/no'"], f"RLConfig.server is {url!r}; expected")
+            for url in (
+                "https://x",
+                "http://a..b:80",
+                f"http://{'a' * 64}",
+                "http://x:99999",
+                "http://x:no",
+                "http://",
+                "http://x/a b",
+                "http://x/\n",
+                "http://ä",
+            )
+        ),
+        *(
+            ([*SERVED, f"RLConfig.server_timeout = {n}", f"RLConfig.server_deadline = {n}"], message)
+            for n, message in (
+                ("1e999", "RLConfig.server_timeout is inf; expected a number above 0"),
+                ("1e10", "RLConfig.server_deadline is 10000000000.0; expected at most 31536000"),
+            )
+        ),
         (["RLConfig.server = 'http://x'"], "RLConfig.server_weights is None; expected a folder with server"),
         (["RLConfig.server = 'http://x'", "RLConfig.server_weights = '/no'"], "RLConfig.server_weights is '/no'"),
         (["RLConfig.staleness = 1", "RLConfig.exact = True"], "RLConfig.staleness is 1; expected nothing where exact"),

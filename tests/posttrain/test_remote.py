@@ -4,6 +4,7 @@ The engine and the server are real, and so are the faults, of a server in front 
 """
 
 import contextlib
+import json
 import threading
 import time
 from types import SimpleNamespace
@@ -120,7 +121,7 @@ def test_weights_that_come_amid_answers_are_ours(model, tmp_path):
 
 def test_a_run_ends_with_one_line_and_does_not_wait_for_what_hangs(model, tmp_path):
     """One request is refused to the end while two others hang."""
-    faults = {1: Fault("hang"), 2: Fault("hang"), **dict.fromkeys(range(3, 9), BUSY)}
+    faults = {1: Fault("hang"), 2: Fault("hang"), **dict.fromkeys(range(3, 9), Fault("drop"))}
     with served(model, tmp_path, faults) as server:
         far = far_of(server, model, slots=3, server_retries=2)
         far.give(model.params, model.buffers, version=0, in_flight=False)
@@ -133,8 +134,126 @@ def test_a_run_ends_with_one_line_and_does_not_wait_for_what_hangs(model, tmp_pa
         assert told(far.run(ASKED[:1], lambda: None)) == told(Engine(model, CONFIG).run(ASKED[:1]))
 
 
+SHARED = [asked([*range(40, 80), n], 6, Sampling(seed=n), ignore_eos=True) for n in range(9)]  # pieces of 16 tokens
+
+
+@contextlib.contextmanager
+def replaced(model, server, engine):
+    """As if the server had ended and another process, with this engine, had taken its place."""
+    weights = Weights(engine, server.folder, model.config, None, CONFIG)
+    with serving(engine, words=True, most=64, key="secret", weights=weights) as (port, _):
+        server.front.behind = port
+        yield
+
+
+def check_undisturbed(model, found, version):
+    """That they are what other weights of the model write, up to the rounding of requests that are read together."""
+    near = Engine(model, CONFIG)
+    near.give(*others(model))
+    for one, other in zip(told(found), told(near.run(SHARED)), strict=True):
+        assert [i for i, _ in one] == [i for i, _ in other]
+        assert max(abs(p - q) for (_, p), (_, q) in zip(one, other, strict=True)) < 1e-5
+    assert {output.version for one in found for output in one if output.tokens} == {version}
+
+
+def rest(engine, when):
+    """Lets an engine that has its own weights rest while `when(outputs so far)` holds, and until it has all requests:
+    faster or slower machines would have it read and write more or less before it is given others."""
+    step, before, outputs = engine.step, engine.stats.requests, []
+
+    def resting():
+        if engine.version == 0 and (engine.stats.requests - before < len(SHARED) or when(outputs)):
+            time.sleep(0.01)
+            return []
+        found = step()
+        outputs.extend(found)
+        return found
+
+    engine.step = resting
+
+
+@pytest.mark.parametrize("instance", ["another", "the same"])
+def test_no_answer_depends_on_what_other_weights_cached(model, tmp_path, instance):
+    """More requests than the server has slots: when the first answers are foreign, others wait that take the prompt
+    from the cache. All of their tokens are by our weights, with log-probabilities of neither."""
+    with served(model, tmp_path) as server, contextlib.ExitStack() as stack:
+        far, engine = far_of(server, model, slots=9), server.engine
+        far.give(*others(model), version=5, in_flight=False)
+        if instance == "another":
+            engine = Engine(model, CONFIG)
+            stack.enter_context(replaced(model, server, engine))
+        else:
+            engine.give(model.params, model.buffers)
+        rest(engine, lambda outputs: any(output.finish for output in outputs))
+        check_undisturbed(model, far.run(SHARED, lambda: None), 5)
+        assert far.retries() >= len(SHARED)
+
+
+def test_weights_that_reach_a_server_started_anew_amid_its_answers(model, tmp_path):
+    """Before any answer of its own: all tokens are by our weights, after prompts that its own have read."""
+    with served(model, tmp_path) as server:
+        far, engine = far_of(server, model, slots=9), Engine(model, CONFIG)
+        far.give(*others(model), version=5, in_flight=False)
+        read = lambda outputs: engine.stats.read_tokens > 0  # noqa: E731
+        rest(engine, read)
+
+        def give_once():
+            if engine.version == 0 and read(None):
+                far.give(*others(model), version=6, in_flight=True)
+
+        with replaced(model, server, engine):
+            check_undisturbed(model, far.run(SHARED, give_once), 6)
+        assert far.retries() >= len(SHARED)
+        assert sum(path == "/v1/weights" for path, _ in server.front.asked) == 2
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_weights_that_are_sent_again_take_no_longer_than_their_call(model, tmp_path, monkeypatch, held):
+    """Neither the request that sends them, here to a server that hangs, nor one that waits for who gives them."""
+    late = Fault(status=503, headers={"retry-after": "2"})
+    choice = {"token_ids": [1], "logprobs": {"token_logprobs": [-1]}, "token_versions": [0], "finish_reason": "length"}
+    foreign = Fault(status=200, text=json.dumps({"instance": "b", "choices": [choice]}))
+    with front(faults=[Fault(status=200, text='{"instance": "a"}')]) as server:
+        far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model, slots=2)
+        far._calls._patience = Patience(timeout=3.0, deadline=3.0, retries=8)
+        far.give(model.params, model.buffers, version=0, in_flight=False)
+        taken = server.take
+
+        def take(path, body):
+            taken(path, body)
+            return Fault("hang") if path == "/v1/weights" else late if len(server.asked) <= 3 else foreign
+
+        monkeypatch.setattr(server, "take", take)
+        if held:
+            far._giving.acquire()
+            threading.Timer(8, far._giving.release).start()
+        began = time.monotonic()
+        with pytest.raises(remote.ServerError, match="given up after"):
+            far.run(ASKED[:2], lambda: None)
+        assert time.monotonic() - began < 4.5
+
+
 def test_another_kind_of_server_is_named(model, tmp_path):
     with front(faults=[Fault(status=200, text='{"choices": [{"text": "a"}]}')]) as server:
         far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model)
         with pytest.raises(remote.ServerError, match="expected ids, log-probabilities and versions"):
             far.run(ASKED[:1], lambda: None)
+    with front(faults=[Fault(status=200, text='{"version": 1}')]) as server:
+        far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model)
+        with pytest.raises(remote.ServerError, match="expected its instance, as of an `orogen serve`"):
+            far.give(model.params, model.buffers, version=0, in_flight=False)
+
+
+def test_progress_is_told_while_weights_are_given(model, tmp_path):
+    """While the server takes them, and while another thread gives some."""
+    told = []
+    with front(faults=[Fault("hang"), *[Fault(status=200, text='{"instance": "a"}')] * 2]) as server:
+        far = far_of(SimpleNamespace(port=server.port, folder=tmp_path), model, server_timeout=1.0)
+        give = lambda: far.give(model.params, model.buffers, version=0, in_flight=False, progress=told_once)  # noqa: E731
+        told_once = lambda: told.append(0)  # noqa: E731
+        give()
+        assert 4 <= len(told) <= 20
+        far._giving.acquire()
+        threading.Timer(1.0, far._giving.release).start()
+        give()
+        assert len(told) >= 8

@@ -40,16 +40,21 @@ RUN_CODE = ("code", "reasoning_gym")  # what the model writes may run as Python
 IMPORTANCE = ("none", "tis", "icepop", "sequence")
 OVERLONG = ("keep", "filter", "penalty")
 PLAIN = "plain"
+YEAR = 365 * 86400  # seconds
 
 
 def is_address(url: str | None) -> bool:
     """Whether a text is http:// or https:// and a host, with perhaps a port and a path."""
+    text = url or ""
+    if not (text.isascii() and text.isprintable()) or " " in text:  # of which urlsplit drops some
+        return False
     try:
-        found = urllib.parse.urlsplit(url or "")
+        found = urllib.parse.urlsplit(text)
         whole = found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+        (found.hostname or "").encode("idna")  # as a connection does: no empty part, none of more than 63 characters
     except ValueError:
         return False
-    return whole and found.username is None and not (found.query or found.fragment) and str(url).isascii()
+    return whole and found.username is None and not (found.query or found.fragment)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +141,8 @@ class RLConfig:
     own choice; weights of experts are the trainer's (R3 of NeMo RL). Prompts are then read for each answer anew.
     server: a server writes the rollouts. Weights go to it as checkpoint folders, prompts as token ids; its key is in
     the environment, as OROGEN_API_KEY. A request that it refuses for now, drops or answers late is sent again, with
-    growing waits that are no shorter than it asks for; the records count that as server_retries.
+    growing waits that are no shorter than it asks for; the records count that as server_retries. A server that refuses
+    connections, or answers 429 or 503, is busy or starts: server_deadline alone bounds how long that is waited for.
     staleness: with n > 0, rollouts are written by a thread beside the trainer, at most n batches ahead of it. The
     weights that train a batch are handed over between two calls of decoding, and texts go on with what older ones
     cached, so that tokens of one answer may be of different weights, and have the log-probabilities of these.
@@ -187,8 +193,13 @@ class RLConfig:
     server: Annotated[str | None, "http://HOST:PORT of an `orogen serve` that writes the rollouts; None: here"] = None
     server_weights: Annotated[str | None, "the folder of its --weights, through which it gets the weights"] = None
     server_timeout: Annotated[float, "seconds after which a request without an answer is sent again"] = 600.0
-    server_deadline: Annotated[float, "seconds within which a request is answered, however often it is sent"] = 1800.0
-    server_retries: Annotated[int, "how many times a request is sent again that is refused for now, or dropped"] = 8
+    server_deadline: Annotated[
+        float,
+        "seconds within which a request is answered, however often it is sent, and while the server starts",
+    ] = 1800.0
+    server_retries: Annotated[
+        int, "how many failures of a request are followed by another attempt; refused connections, 429 and 503 are none"
+    ] = 8
     staleness: Annotated[int, "batches of rollouts that are written ahead while the trainer updates; 0: none"] = 0
     slots: Annotated[int, "answers that the engine writes at once"] = 16
     workers: Annotated[int, "processes that verify, per environment"] = 2
@@ -207,12 +218,6 @@ class RLConfig:
         for field in ("router_replay", "staleness", "server"):
             expected = "nothing where exact is on: an engine of this process computes both sides, by the same weights"
             require(not (self.exact and getattr(self, field)), self, field, expected)
-        expected = "a folder with server, None without"
-        require((self.server is None) == (self.server_weights is None), self, "server_weights", expected)
-        require_positive(self, "server_timeout", "server_deadline")
-        expected = f"at least server_timeout = {self.server_timeout:g}"
-        require(self.server_timeout <= self.server_deadline, self, "server_deadline", expected)
-        require_not_negative(self, "server_retries")
         require_not_negative(self, "length_control", "concise_bonus", "profile_every", "table_rows")
         taught = all(one.teacher is not None for one in self.environments)
         require_positive(self, "samples")
@@ -226,6 +231,18 @@ class RLConfig:
             expected = "one of " + ", ".join(map(str, choices))
             require(getattr(self, field) in choices, self, field, expected)
         self._check_bounds()
+        self._check_server()
+
+    def _check_server(self) -> None:
+        expected = "a folder with server, None without"
+        require((self.server is None) == (self.server_weights is None), self, "server_weights", expected)
+        whole = self.server is None or is_address(self.server) and self.server.lower().startswith("http:")
+        require(whole, self, "server", "http://HOST:PORT of an `orogen serve`")
+        require_positive(self, "server_timeout", "server_deadline")
+        require_not_negative(self, "server_retries")
+        expected = f"at least server_timeout = {self.server_timeout:g}"
+        require(self.server_timeout <= self.server_deadline, self, "server_deadline", expected)
+        require(True, self, "server_deadline", f"at most {YEAR}, a year: longer waits overflow")
 
     def _check_bounds(self) -> None:
         require(self.clip_low is None or self.clip_low < 1, self, "clip_low", "below 1")

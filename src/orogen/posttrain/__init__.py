@@ -83,8 +83,9 @@ several times (`groups.py`, `rollout.py`), has the answers verified, and packs t
 - *By a server* (`RLConfig.server`, `remote.py`): `orogen serve --weights FOLDER` answers over HTTP, token ids in and
   out. The weights go through FOLDER as checkpoints, onto whatever plan the server has. With the settings of the engine
   in the process and one slot, a run is the same to the bit. Requests that the server refuses for now (408, 409, 425,
-  429, 502, 503, 504), drops or answers late are sent again (`calls.py`, `server_retries`), also to a server that was
-  started anew, which gets the weights again; a run ends with one line where that is in vain.
+  429, 502, 503, 504), drops or answers late are sent again (`calls.py`, `server_retries`); a server that is busy or
+  starts is waited for until `server_deadline`. One that was started anew gets the weights again, and nothing that it
+  began before counts. A run ends with one line where all that is in vain.
 - *Low-rank adapters and KL*: the model that KL refers to is the run's own without its adapters; where more is trained,
   it is the first checkpoint's, a second model in memory.
 - *Not built*: rollouts under a PrecisionConfig, which is refused.

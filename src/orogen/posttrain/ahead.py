@@ -51,10 +51,11 @@ class Ahead:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, args=(number,), name="rollouts", daemon=True)
                 self._thread.start()
+            thread = self._thread
             self._changed.notify_all()
             seen = self._rollouts.rounds
             while number not in self._found and self._error is None:
-                if not self._thread.is_alive():
+                if not thread.is_alive():
                     raise RuntimeError(f"the thread of rollouts has ended; expected it to write batch {number}")
                 self._changed.wait(WAIT)
                 if self._rollouts.rounds != seen:
@@ -65,7 +66,8 @@ class Ahead:
             return self._found.pop(number)
 
     def stop(self) -> None:
-        """Ends the thread after its call of the engine, and forgets what it has written."""
+        """Ends the thread after its call of the engine, or while a server is waited for, and forgets what it has
+        written."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -81,7 +83,7 @@ class Ahead:
             while self._may_begin(number):
                 with self._rollouts.lock:
                     newest = self._latest()
-                    engine = self._rollouts.given(newest.weights, version=newest.version)
+                    engine = self._rollouts.given(newest.weights, version=newest.version, progress=self._look)
                     self._given = newest.version
                     written = self._groups.write(number, engine, self._between)
                 with self._changed:
@@ -105,12 +107,16 @@ class Ahead:
             assert self._newest is not None
             return self._newest
 
-    def _between(self) -> None:
-        """What happens between two calls of the engine."""
+    def _look(self) -> None:
+        """Tells the trainer that the thread goes on. Raises _Closed if it is not to."""
         if self._closing:
             raise _Closed
         self._rollouts.rounds += 1
+
+    def _between(self) -> None:
+        """What happens between two calls of the engine."""
+        self._look()
         newest = self._latest()
         if newest.version != self._given:
-            self._rollouts.swap(newest.weights, version=newest.version)
+            self._rollouts.swap(newest.weights, version=newest.version, progress=self._look)
             self._given = newest.version

@@ -46,7 +46,7 @@ class HeldoutTasks:
             self._repeated = ()
         self._acquire()
         try:
-            engine = self._rollouts.take(state.params, state.buffers)
+            engine = self._rollouts.take(state.params, state.buffers, self.progress)
             means = self._means(engine, tasks)
         finally:
             self._rollouts.lock.release()

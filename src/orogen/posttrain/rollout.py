@@ -109,7 +109,7 @@ class Rollouts:
             self.server = RemoteEngine(self.rl, base_of(config.model), tokenizer)
             self.on_close(self.server.close)
         self._unreadable = 0
-        self.spent, self.rounds = Spent(), 0  # rounds: calls of the engine and looks at verifiers, of another thread
+        self.spent, self.rounds = Spent(), 0  # rounds: looks at engine, server and verifiers, of another thread
         self.lock = threading.RLock()  # held while the engine or the verifiers are used, if several threads do
         self._pools: dict[str, Pool] = {}
         try:
@@ -139,14 +139,14 @@ class Rollouts:
         """Calls `stop` before the verifiers end, and before what was to be called earlier."""
         self._stops.append(stop)
 
-    def take(self, params: Any, buffers: Any) -> Answering:
-        """The engine with the weights of a training state."""
-        return self.given(self._here(params, buffers), version=0)
+    def take(self, params: Any, buffers: Any, progress: Callable[[], None]) -> Answering:
+        """The engine with the weights of a training state. progress: as of `given`."""
+        return self.given(self._here(params, buffers), version=0, progress=progress)
 
-    def given(self, weights: Weights, *, version: int) -> Answering:
-        """The engine with these weights, as a new one; see `Engine.give`."""
+    def given(self, weights: Weights, *, version: int, progress: Callable[[], None]) -> Answering:
+        """The engine with these weights, as a new one; see `Engine.give`. progress: as of `RemoteEngine.give`."""
         if self.server is not None:
-            self.server.give(*weights, version=version, in_flight=False)
+            self.server.give(*weights, version=version, in_flight=False, progress=progress)
             return self.server
         if self._engine is None:
             opened = Opened(self._config.model, self._plan, self._built, *weights, self._tokenizer)
@@ -156,10 +156,10 @@ class Rollouts:
             self._engine.give(*weights, version=version)
         return self._engine
 
-    def swap(self, weights: Weights, *, version: int) -> None:
-        """Gives them to the engine in the midst of its answers; see `Engine.swap`."""
+    def swap(self, weights: Weights, *, version: int, progress: Callable[[], None]) -> None:
+        """Gives them to the engine in the midst of its answers; see `Engine.swap`. progress: as of `given`."""
         if self.server is not None:
-            self.server.give(*weights, version=version, in_flight=True)
+            self.server.give(*weights, version=version, in_flight=True, progress=progress)
         elif self._engine is not None:
             self._engine.swap(*weights, version=version)
 

@@ -100,7 +100,7 @@ class RolloutSource:
             engine, weights = None, (state.params, state.buffers)
             written = self._ahead.take(self._rollout, *weights, self.progress)
         else:
-            engine = self._rollouts.take(state.params, state.buffers)
+            engine = self._rollouts.take(state.params, state.buffers, self.progress)
             written = self._groups.write(self._rollout, engine, self.progress)
         wrote, samples, self._curriculum = time.perf_counter(), written.samples, written.curriculum
         groups = by_group(samples)

@@ -78,6 +78,8 @@ class _Form:
             "created": int(time.time()),
             "model": parts.settings.name,
         }
+        if parts.weights is not None:
+            self._same["instance"] = parts.instance
         # A model without a tokenizer has nothing else to answer with.
         self._shows_ids = body.get("return_token_ids", False) or parts.tokenizer is None
         self._n, self._of = _counts(body)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -46,7 +47,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the routes share. sees: what answers chats with images (`infer/sight.py`), None where nothing does."""
+    """What the routes share. sees: what answers chats with images (`infer/sight.py`), None where nothing does.
+    instance: random, so that clients notice another process in this one's place, which has other weights."""
 
     service: Service
     settings: Settings
@@ -57,6 +59,7 @@ class Parts:
     weights: Any = None  # `weights.Weights`, which loads other ones
     sees: Sees | None = None
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    instance: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
 
     @functools.cached_property
     def preparing(self) -> Preparing:

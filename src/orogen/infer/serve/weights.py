@@ -53,7 +53,7 @@ class Weights:
 async def load_weights(request: HttpRequest) -> Response:
     """The route. in_flight: requests that are there go on with the new weights, and with what older ones cached, which
     later requests do not see; otherwise none may be there. version: told with each token that the weights choose, as
-    `token_versions`."""
+    `token_versions`. The answer, and those of completions, tell the `instance`: the process that has the weights."""
     parts = request.app.state.parts
     body, unknown = await read_body(request, FORM)
     weights: Weights | None = parts.weights
@@ -69,4 +69,5 @@ async def load_weights(request: HttpRequest) -> Response:
             raise closed(str(error)) from None
         except ValueError as error:
             raise HttpError(409, f"{error}, or in_flight true") from None
-    return JSONResponse({"folder": body["folder"], "version": version}, headers=ignored(unknown))
+    told = {"folder": body["folder"], "version": version, "instance": parts.instance}
+    return JSONResponse(told, headers=ignored(unknown))
