@@ -25,7 +25,10 @@ RATE, RECOVERY_RATE = 5e-3, 2e-3
 # New sizes of the arms: 213,824 parameters of 290,208 by width, 210,568 by depth.
 WIDTH = {"hidden_size": 56, "intermediate_size": 160, "mamba_num_heads": 6}
 DEPTH = {"layers": {"M": 3, "-": 3}}
-PRUNED = {"width": WIDTH, "depth": DEPTH, "random": WIDTH | {"width_scores": "random"}}
+PRUNED = {
+    "width": WIDTH, "depth": DEPTH, "random": WIDTH | {"width_scores": "random"},
+    "contributions": WIDTH | {"width_scores": "contributions"},
+}  # fmt: skip
 ARMS = (*PRUNED, "scratch")
 TRAIN_BYTES, HELDOUT_EVERY = 1_200_000, 25
 

@@ -16,6 +16,7 @@ from tests.helpers import hybrid, several_devices
 from orogen.checkpoint.open import Opened
 from orogen.compress.calibrate import Calibration, Idle
 from orogen.compress.importance import Scores, scores
+from orogen.compress.outgoing import outgoing
 from orogen.compress.prune import Found, Taken, calibration_batches, no_distance, replaced
 from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
@@ -214,6 +215,14 @@ def test_plans_measure_what_one_device_does(plan):
         assert mine.keys() == other.keys()
         for name in mine:
             np.testing.assert_allclose(mine[name], other[name], rtol=2e-4, atol=1e-9, err_msg=name)
+
+
+@several_devices
+def test_plans_have_the_same_outgoing_weights():
+    for mine, other in zip(outgoing(opened(**PLANS[1])), outgoing(opened()), strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-5, err_msg=name)
 
 
 def test_a_plan_with_stages_is_refused():

@@ -203,6 +203,7 @@ def test_a_model_of_other_layers_is_pruned(tmp_path):
         (["pattern = 'M*-EM-'"], "expected layers of 'MM*E-' in their order; the nearest is 'M*E-'"),
         (["remove_layers = (9,)"], "PruneConfig.remove_layers is (9,); expected numbers below 5"),
         (["rows = 300", "hidden_size = 16"], "PruneConfig.rows is 300; expected at most"),
+        (["sequence_length = 1000000", "hidden_size = 16"], "PruneConfig.sequence_length is 1000000; expected less: "),
         (["sequence_length = 25", "hidden_size = 16", "PlanConfig.context = 2"], "such as 24"),
         (["num_layers = 4", "pattern = 'M'"], "expected nothing beside PruneConfig.num_layers"),
         ([], "PruneConfig.hidden_size is None; expected a size here"),

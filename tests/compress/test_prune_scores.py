@@ -28,6 +28,10 @@ def test_scores_of_another_model_are_refused(tmp_path, capsys):
     trained = save(tmp_path / "trained", DEPTH, lambda name, array: array * 1.01 if name.endswith("up") else array)
     assert prune(trained, tmp_path / "no", "intermediate_size = 8", more=scores) == 2
     assert "has scores of other weights of a model of these sizes" in capsys.readouterr().err
+    for where in (tmp_path / "nowhere", before):
+        assert prune(before, tmp_path / "no", "intermediate_size = 8", more=["--scores", str(where)]) == 2
+        expected = f"orogen: --scores {str(where)!r} has no pruning.json; expected the folder of an earlier pruning\n"
+        assert capsys.readouterr().err == expected
     assert not (tmp_path / "no").exists()
 
 

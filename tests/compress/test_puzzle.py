@@ -130,10 +130,15 @@ def test_refusals(tmp_path):
                                     '{"layer": 3, "mamba_head_dim": 2, "score": 1}')  # fmt: skip
     with pytest.raises(ConfigError, match="layers of M have scores of mamba_head_dim, mamba_num_heads"):
         solve(PARENT, SearchConfig(), more)
-    with pytest.raises(ConfigError, match="no choice of the scored replacements has so many layers"):
+    with pytest.raises(
+        ConfigError, match=r"layers allows at most 0 of \*; expected at least 1: 1 of the 2 have no score"
+    ):
         solve(PARENT, SearchConfig(layers=("*:0-0",), most_parameters=1.0), found)
-    with pytest.raises(ConfigError, match="expected a file"):
-        read_scores(tmp_path / "none.jsonl", PARENT)
+    uneven = read_scores_of(tmp_path, '{"layer": 0, "mamba_num_heads": 13, "score": 1}')
+    with pytest.raises(ConfigError, match="mamba_num_heads = 13: .*n_groups is 2.*, such as mamba_num_heads = 12"):
+        solve(PARENT, SearchConfig(), uneven)
+    with pytest.raises(ConfigError, match=r"SearchConfig.removal is .*; expected a file"):
+        read_scores(tmp_path / "none.jsonl", PARENT, "removal")
 
 
 def read_scores_of(folder, text):
@@ -177,8 +182,15 @@ def test_layers_that_no_entry_names_stay(tmp_path):
 
 def test_depths_that_cannot_be_met_are_refused_without_a_budget(tmp_path):
     found = scores(tmp_path / "scores.jsonl")
-    with pytest.raises(ConfigError, match="has so many layers; expected other SearchConfig.layers or depth"):
+    with pytest.raises(ConfigError, match="expected at least 1: 1 of the 2 have no score of their removal"):
         solve(PARENT, SearchConfig(layers=("*:0-0",)), found)
+    for depth, nearest in (((9, 12), 7), ((8, 8), 7)):
+        with pytest.raises(ConfigError, match=f"expected a range with {nearest}, the nearest depth"):
+            solve(PARENT, SearchConfig(depth=depth), found)
+    for search in (SearchConfig(layers=("-:1-2",), depth=(1, 2)), SearchConfig(layers=("-:1-2",), depth=(1, 4))):
+        with pytest.raises(ConfigError, match="expected a range with 5, the nearest depth"):
+            solve(PARENT, search, found)
+    assert solve(PARENT, SearchConfig(layers=("-:1-2",), depth=(5, 5)), found).best
 
 
 def test_a_layer_stays():

@@ -201,7 +201,7 @@ def test_fields_are_checked(fields, message):
         ({"layers": ("M:1-9",)}, "expected at most the model's 2 of M"),
         ({"moe_latent_size": (8,)}, "the model has no layer that reads it"),
         ({"hidden_size": (96,)}, "hidden_size is .96,.; expected at most the model's 48"),
-        ({"mamba_num_heads": (7,)}, "no widths of SearchConfig make a model: .*n_groups"),
+        ({"mamba_num_heads": (7,)}, "SearchConfig make a model: .*n_groups.*, such as mamba_num_heads = 6"),
         ({"hidden_size": tuple(range(1, 40)), "intermediate_size": tuple(range(1, 70)),
           "mamba_num_heads": tuple(range(1, 24)), "num_attention_heads": tuple(range(1, 24)),
           "mamba_head_dim": (1, 2, 3)}, "combinations of widths; expected at most 100,000"),
@@ -211,6 +211,14 @@ def test_what_does_not_suit_the_model_is_refused(fields, message):
     search = SearchConfig(**fields)
     with pytest.raises(ConfigError, match=message):
         search_models(PARENT, search, speed_of(search))
+
+
+def test_widths_that_make_no_model_are_told(capsys):
+    search = SearchConfig(mamba_num_heads=(12, 7, 9), hidden_size=(48, 24), best=9)
+    assert search_models(PARENT, search, speed_of(search)).candidates == 2
+    line = capsys.readouterr().err
+    assert "warning: 4 of 6 combinations of widths are left out: " in line and "such as mamba_num_heads = 6" in line
+    assert line.count("\n") == 1
 
 
 def test_the_command_answers_and_writes_a_model(tmp_path, capsys):

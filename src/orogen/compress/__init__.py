@@ -12,7 +12,9 @@ model is made from one of the old.
   given a `Probe` (`layers/probe.py`) keeps statistics of its activations, or has its output multiplied by zero, so that
   one program measures the model without any of its layers.
 - `importance.py` and `depth.py` turn the sums into scores of units and of layers (Minitron, arXiv:2407.14679; for Mamba
-  arXiv:2504.11409; MiniPuzzle, arXiv:2504.03624).
+  arXiv:2504.11409; MiniPuzzle, arXiv:2504.03624). Minitron looks at a unit's activation, before the matrix that reads
+  it. `outgoing.py` adds that matrix: a unit that nothing reads has score 0, and with PruneConfig.width_scores =
+  'contributions' every score is multiplied by the norm of the unit's outgoing weights.
 - `choose.py` takes the best under the constraints: heads inside the group of their key head, Mamba's inside the group
   that shares B and C, experts inside their routing group; and refuses sizes that groups or ranks do not divide.
 - `slices.py` cuts each parameter. Norms are rescaled so that channels of zeros leave no trace.

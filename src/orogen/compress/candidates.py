@@ -15,6 +15,7 @@ import numpy as np
 from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.config.search import SearchConfig
+from orogen.config.streams import say
 from orogen.cost.kind import request_cache
 from orogen.cost.weight import Weight
 from orogen.cost.weights import weights
@@ -53,18 +54,40 @@ def candidates(parent: ModelConfig, search: SearchConfig) -> Iterator[Candidates
     number = len(counts_nk) * combined
     if number > MOST_CANDIDATES:
         raise ConfigError(f"SearchConfig has {number:,} candidates; expected at most {MOST_CANDIDATES:,}")
-    found, refusal = False, ""
+    refused, why = 0, ""
     for values in itertools.product(*widths.values()):
         chosen = dict(zip(widths, values, strict=True))
         try:
             model = dataclasses.replace(parent, **chosen)
         except ConfigError as error:  # such as heads that the groups do not divide
-            refusal = str(error)
+            refused, why = refused + 1, why or with_nearest(error, parent, chosen)
             continue
-        found = True
         yield Candidates(model, chosen, counts_nk, total_costs(model, search, counts_nk))
-    if not found:
-        raise ConfigError(f"no widths of SearchConfig make a model: {refusal}")
+    if refused == combined:
+        raise ConfigError(f"no widths of SearchConfig make a model: {why}")
+    if refused:
+        say(f"orogen: warning: {refused:,} of {combined:,} combinations of widths are left out: {why}")
+
+
+def with_nearest(error: ConfigError, parent: ModelConfig, widths: Mapping[str, int]) -> str:
+    """Why the parent cannot have these widths, with the nearest that it can have."""
+    nearest = {field: _nearest(parent, field, value) for field, value in widths.items()}
+    such = [f"{field} = {size}" for field, size in nearest.items() if size not in (None, widths[field])]
+    return f"{error}, such as {' and '.join(such)}" if such else str(error)
+
+
+def _nearest(parent: ModelConfig, field: str, value: int) -> int | None:
+    """The size nearest to `value` that the parent can have, its other sizes as they are."""
+
+    def suits(size: int) -> bool:
+        try:
+            dataclasses.replace(parent, **{field: size})
+        except ConfigError:
+            return False
+        return True
+
+    nearby = sorted(range(1, getattr(parent, field) + 1), key=lambda size: abs(size - value))
+    return next(filter(suits, nearby), None)
 
 
 def layer_counts(parent: ModelConfig, search: SearchConfig) -> np.ndarray:

@@ -110,6 +110,11 @@ def prune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _named(config: Any) -> dict[str, int]:
+    """The sizes of the config's batches, by name."""
+    return {f"{type(config).__name__}.{field}": getattr(config, field) for field in ("batch_size", "sequence_length")}
+
+
 def _found(options: argparse.Namespace, settings: "PruneConfig", run: "RunConfig", model: "ModelConfig") -> "Found":
     """The scores: of an earlier pruning, drawn, or measured."""
     from orogen.checkpoint.open import open_model
@@ -128,8 +133,8 @@ def _found(options: argparse.Namespace, settings: "PruneConfig", run: "RunConfig
     check_shape(settings, model, plan)
     if plan.devices == 1:
         tokens = settings.batch_size * settings.sequence_length
-        blocked = {"blocked": plan.attention != "full", "batch_tokens": tokens, "length": settings.sequence_length}
-        require_evaluation_fits(model, free_memory(), **blocked)
+        shape = {"blocked": plan.attention != "full", "batch_tokens": tokens, "length": settings.sequence_length}
+        require_evaluation_fits(model, free_memory(), **shape, settings=_named(settings))
     return measured(open_model(options.checkpoint, plan, settings.compute_dtype), settings, run.data, told_progress())
 
 
@@ -202,7 +207,7 @@ def quantize(options: argparse.Namespace) -> int:
         if plan is None or plan.devices == 1:
             tokens = config.batch_size * config.sequence_length
             scored = {"blocked": False, "batch_tokens": tokens, "length": config.sequence_length}
-            require_evaluation_fits(folder.config, free_memory(), **scored)
+            require_evaluation_fits(folder.config, free_memory(), **scored, settings=_named(config))
         quantiser = Quantiser(folder, config, text, plan=plan, dtype=options.dtype, progress=say)
         calibrated = quantiser.calibrate()
         with new_folder(options.out) as scratch:  # published when all of it is there
@@ -258,7 +263,7 @@ def search(options: argparse.Namespace) -> int:
     if model is None:
         raise ConfigError("the gin files have no bindings of ModelConfig; expected the model to make smaller")
     if settings.scores is None:
-        scored = [] if settings.removal is None else read_scores(Path(settings.removal), model)
+        scored = [] if settings.removal is None else read_scores(Path(settings.removal), model, "removal")
         found = search_models(model, settings, Speed(settings, cluster, engine), removal=removal_order(scored))
     else:
         found = solve(model, settings, read_scores(Path(settings.scores), model))

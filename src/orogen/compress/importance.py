@@ -12,6 +12,7 @@ from orogen.config.checks import ConfigError
 from orogen.config.model import ModelConfig
 from orogen.model.homes import homes
 
+CONTRIBUTIONS = "contributions"
 # By name, of one layer, float64: `mlp` and `shared` (f), `heads` (h), `mamba` (h, p), `experts` (e), `expert_width`
 # (e, f), `latent_in` and `latent_out` (w).
 Units = dict[str, np.ndarray]
@@ -77,6 +78,17 @@ def _units(name: str, layer: Units, expert_scores: str) -> np.ndarray:
     if name == "heads":
         return np.sqrt(layer["heads"].sum(-1))
     return np.sqrt(layer[name])
+
+
+def weighed(found: Scores, outgoing: list[Units], width_scores: str) -> Scores:
+    """The scores with what reads the units (`outgoing`): by `contributions` each is multiplied by the norm of the
+    weights that leave the unit; by `activations` only units that nothing reads change, to 0."""
+    factor = lambda norms: norms if width_scores == CONTRIBUTIONS else norms > 0  # noqa: E731
+    layers = [
+        {name: score * factor(read[name]) if name in read else score for name, score in units.items()}
+        for units, read in zip(found.layers, outgoing, strict=True)
+    ]
+    return found._replace(layers=layers)
 
 
 def random_scores(config: ModelConfig, seed: int) -> Scores:

@@ -12,7 +12,8 @@ from orogen.checkpoint.open import Opened
 from orogen.compress.calibrate import Calibration, Idle, Measured
 from orogen.compress.choose import Kept, best, choose, pruned_config
 from orogen.compress.depth import Depth, Distance, check_depth, check_layer_scores, choose_layers
-from orogen.compress.importance import Scores, check_scores, order_scores, random_scores, scores
+from orogen.compress.importance import CONTRIBUTIONS, Scores, check_scores, order_scores, random_scores, scores, weighed
+from orogen.compress.outgoing import outgoing, require_finite
 from orogen.config.checks import ConfigError, require
 from orogen.config.data import DataConfig
 from orogen.config.kinds import LAYERS, listed
@@ -24,6 +25,7 @@ from orogen.data.loader import open_corpus
 from orogen.data.packing import Batch
 
 ACTIVATIONS, COSINE, ORDER, RANDOM = "activations", "cosine", "order", "random"
+MEASURED = ACTIVATIONS, CONTRIBUTIONS
 CALIBRATION = "the pass over the text"
 
 
@@ -81,7 +83,7 @@ def check_target(model: ModelConfig, prune: PruneConfig, plan: PlanConfig) -> No
 
 def measures(prune: PruneConfig) -> bool:
     """Whether the choice needs passes of the model over text."""
-    return bool(prune.widths and prune.width_scores == ACTIVATIONS) or (
+    return bool(prune.widths and prune.width_scores in MEASURED) or (
         prune.chooses_layers and prune.depth_scores != RANDOM
     )
 
@@ -90,7 +92,7 @@ def random_found(model: ModelConfig, prune: PruneConfig) -> Found:
     """Scores that no text is read for: of layers, drawn at random; of units, by their order or drawn. The latter count
     only if PruneConfig.width_scores asks for such."""
     of_layers = np.random.default_rng((prune.seed, 1)).random(len(model.layers.main)).tolist()
-    unmeasured = prune.width_scores if prune.width_scores != ACTIVATIONS else None
+    unmeasured = prune.width_scores if prune.width_scores not in MEASURED else None
     of_units = order_scores(model) if unmeasured == ORDER else random_scores(model, prune.seed)
     return Found(of_units, of_layers, no_distance, Taken(unmeasured, prune.expert_scores, prune.seed))
 
@@ -98,21 +100,24 @@ def random_found(model: ModelConfig, prune: PruneConfig) -> Found:
 def measured(
     opened: Opened, prune: PruneConfig, data: DataConfig, progress: Callable[[], None] = lambda: None
 ) -> Found:
-    """The scores of an open model, measured on the text of `data`. Raises ConfigError for text that is too short, and
-    for shapes that the plan cannot split."""
+    """The scores of an open model, measured on the text of `data`. Raises ConfigError for text that is too short, for
+    shapes that the plan cannot split, and for weights that are not finite."""
     check_shape(prune, opened.config, opened.plan.config)
+    require_finite(opened)
     found, calibration = random_found(opened.config, prune), Calibration(opened, prune.compute_dtype)
     batches = list(calibration_batches(opened, prune, data))
     tokens = int(sum(np.count_nonzero(batch.segments_bt) for batch in batches))
     taken = found.taken._replace(widths=prune.width_scores)
     found = found._replace(rows=prune.rows, tokens=tokens, taken=taken)
-    if prune.width_scores == ACTIVATIONS or prune.depth_scores == COSINE:
+    if prune.width_scores in MEASURED or prune.depth_scores == COSINE:
         sums = calibration.measure(batches, progress)
         of_units = scores(opened.config, sums, prune.expert_scores)
+        if prune.width_scores in MEASURED:
+            of_units = weighed(of_units, outgoing(opened), prune.width_scores)
         check_scores(opened.config, of_units, CALIBRATION)
         check_layer_scores(opened.config, of_units.changes, CALIBRATION)
         _warn_of_idle(sums, prune)
-        if prune.width_scores != ACTIVATIONS:
+        if prune.width_scores not in MEASURED:
             of_units = found.scores._replace(changes=of_units.changes)
         found = found._replace(scores=of_units)
     if not prune.chooses_layers or prune.depth_scores == RANDOM:

@@ -102,7 +102,9 @@ def read_scores(file: Path, model: ModelConfig, prune: PruneConfig) -> Found:
     """The scores of an earlier pruning of the same model. Raises ConfigError if they are of another one, or if they
     lack the scores of layers that are asked for."""
     require(not prune.scored_sizes, prune, "scored_sizes", "() with --scores: no model runs")
-    file = file / FILE if file.is_dir() else file
+    where, file = file, file / FILE if file.is_dir() else file
+    if not file.is_file():
+        raise ConfigError(f"--scores {str(where)!r} has no {FILE}; expected the folder of an earlier pruning")
     facts = read_json(file, FORM)
     found, of_layers = facts["scores"], facts["scores"]["of_layers"]
     taken = Taken(**{name: found[name] for name in Taken._fields})

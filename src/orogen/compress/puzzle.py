@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from orogen.compress.candidates import Costs, costs, total_costs
+from orogen.compress.candidates import Costs, costs, total_costs, with_nearest
 from orogen.compress.search import Found, Ranking, unmet
 from orogen.compress.speed import with_pattern
 from orogen.config.checks import ConfigError
@@ -39,11 +39,12 @@ class Replacement(NamedTuple):
     score: float
 
 
-def read_scores(file: Path, parent: ModelConfig) -> list[Replacement]:
-    """The scores of a file, one object per line. Raises ConfigError with the line's number for what is no score, for a
-    layer that the model lacks or that does not read the field, and for two scores of one replacement."""
+def read_scores(file: Path, parent: ModelConfig, field: str = "scores") -> list[Replacement]:
+    """The scores of the file that SearchConfig.`field` names, one object per line. Raises ConfigError with the line's
+    number for what is no score, for a layer that the model lacks or that does not read the field, and for two scores of
+    one replacement."""
     if not file.is_file():
-        raise ConfigError(f"SearchConfig.scores is {str(file)!r}; expected a file")
+        raise ConfigError(f"SearchConfig.{field} is {str(file)!r}; expected a file")
     if file.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{file} has {file.stat().st_size} bytes; expected at most {MAX_BYTES}")
     found: dict[tuple[int, str, int], Replacement] = {}
@@ -117,6 +118,12 @@ def _check(parent: ModelConfig, search: SearchConfig, scores: Sequence[Replaceme
         if len(fields) > 1:
             names = ", ".join(sorted(fields))
             raise ConfigError(f"layers of {letter} have scores of {names}; expected those of one width")
+    for field, value in dict.fromkeys((one.field, one.value) for one in scores if one.field not in (KEPT, REMOVED)):
+        try:
+            dataclasses.replace(parent, **{field: value})
+        except ConfigError as error:
+            refusal = with_nearest(error, parent, {field: value})
+            raise ConfigError(f"SearchConfig.scores has scores of {field} = {value}: {refusal}") from None
     if widths := search.widths(parent):
         raise ConfigError(f"SearchConfig.{next(iter(widths))} has values; expected them in the file of scores alone")
 
@@ -235,8 +242,7 @@ class _Program:
         constraints = range(len(self.constraints) - len(budgets))  # those of budgets come last
         reached = {}
         if self._solve(np.zeros(self.size), constraints) is None:
-            expected = "expected other SearchConfig.layers or depth"
-            return f"no choice of the scored replacements has so many layers; {expected}"
+            return self._unreachable()
         for name in budgets:
             column = Costs._fields.index(name)
             objective = self.table[:, column]
@@ -245,6 +251,21 @@ class _Program:
             total = self.table[chosen].sum(0) + np.array(self.other)
             reached = {n: np.append(reached.get(n, []), total[Costs._fields.index(n)]) for n in budgets}
         return unmet(reached, budgets, len(self.options))
+
+    def _unreachable(self) -> str:
+        """Which numbers of layers no choice has, with the nearest that one has."""
+        main, counts = self.parent.layers.main, self.search.counts(self.parent)
+        removable = [main[one.layer] for one in self.options if one.field == REMOVED]
+        least, most = 0, 0
+        for letter, wanted in counts.items():
+            held, stay = main.count(letter), main.count(letter) - removable.count(letter)
+            low, high = (wanted.start, wanted.stop - 1) if self.search.layers else (0, held)
+            if high < stay:
+                why = f"{stay} of the {held} have no score of their removal"
+                return f"SearchConfig.layers allows at most {high} of {letter}; expected at least {stay}: {why}"
+            least, most = least + max(low, stay), most + high
+        nearest = most if self.search.depth and self.search.depth[0] > most else max(least, 1)
+        return f"SearchConfig.depth is {self.search.depth}; expected a range with {nearest}, the nearest depth"
 
 
 def _changes(one: Replacement) -> dict[str, int]:

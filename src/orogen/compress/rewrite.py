@@ -93,8 +93,8 @@ def rewrite(
     A parameter has the dtype of those of the same name in the old model, or that of most of its parameters; what is
     used in float32 is float32 if it is new. folder: the old folder, for its tokenizer. fits: takes a parameter's name
     and bytes, and raises ConfigError if memory cannot hold it. parameters: how many are expected in all, None for any
-    number. beside: further files, by name. Raises ConfigError if the maker's parameters are not those of the config;
-    then there is no `target`.
+    number. beside: further files, by name. Raises ConfigError if the maker's parameters are not those of the config, or
+    not finite; then there is no `target`.
     """
     wanted = _specs(source, config)
     largest = max(wanted, key=lambda path: wanted[path].nbytes)
@@ -112,12 +112,12 @@ def rewrite(
                     path = (*home.path, *name)
                     inside.add(path)
                     spec = wanted[path]
-                    _check_shape(path, array, spec.shape[len(home.index) :])
+                    _check_array(path, array, spec.shape[len(home.index) :])
                     writer.write(dotted(path), array.astype(spec.dtype), home.index)
                     written += array.size
             for path in wanted.keys() - inside:
                 array, spec = maker.rest(path), wanted[path]
-                _check_shape(path, array, spec.shape)
+                _check_array(path, array, spec.shape)
                 writer.write(dotted(path), array.astype(spec.dtype))
                 written += array.size
         if parameters is not None and written != parameters:
@@ -162,6 +162,8 @@ def _check_names(number: int, have: set[Leaf], want: set[Leaf]) -> None:
         raise ConfigError(f"layer {number} lacks {missing} and has {surplus} beside; expected its config's parameters")
 
 
-def _check_shape(path: Leaf, array: np.ndarray, shape: tuple[int, ...]) -> None:
+def _check_array(path: Leaf, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ConfigError(f"{dotted(path)} is {list(array.shape)}; expected {list(shape)}")
+    if not np.isfinite(array.sum(dtype=np.float64)):  # unlike an array of truths, a sum takes no memory
+        raise ConfigError(f"{dotted(path)} has a number that is not finite; expected finite weights")

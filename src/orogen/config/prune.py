@@ -14,7 +14,7 @@ WIDTHS = (
     "moe_latent_size",
 )  # fmt: skip
 DEPTHS = ("num_layers", "layers", "pattern", "remove_layers")  # fields that say which layers stay, at most one of them
-WIDTH_SCORES = ("activations", "random", "order")
+WIDTH_SCORES = ("activations", "contributions", "random", "order")
 DEPTH_SCORES = ("hidden_mse", "logit_mse", "logit_kl", "cosine", "random")
 EXPERT_SCORES = ("output", "count", "weight")
 
@@ -32,7 +32,9 @@ class PruneConfig:
     then the scores of the others are measured again without it.
     scored_sizes: each dense MLP with fewer hidden units is scored as the model without a layer is (replace-one scores
     of MiniPuzzle, arXiv:2504.03624).
-    width_scores: order keeps the first units, such as those of a submodel of an elastic model.
+    width_scores: activations are Minitron's, with 0 for units whose outgoing weights are all 0; contributions are these
+    times the norm of a unit's outgoing weights (Puzzle, arXiv:2411.19146), except for channels of the residual stream
+    and experts, which are as before; order keeps the first units, such as those of a submodel of an elastic model.
     expert_scores: the mean norm of an expert's weighted output over its tokens, or its share of tokens or weights.
     """
 
@@ -52,7 +54,7 @@ class PruneConfig:
     layers: Annotated[dict[str, int], "layers that stay, by letter; of the letters not named all stay"] = ABSENT
     pattern: Annotated[str, "the layers that stay, as a pattern without | and /"] = ABSENT
     remove_layers: Annotated[tuple[int, ...], "numbers of the layers to remove, counted along the pattern from 0"] = ()
-    width_scores: Annotated[str, "activations, random or order"] = "activations"
+    width_scores: Annotated[str, "activations, contributions, random or order"] = "activations"
     depth_scores: Annotated[str, "hidden_mse, logit_mse, logit_kl, cosine or random"] = "hidden_mse"
     iterative: Annotated[bool, "whether layers are removed one at a time, with new scores for each"] = False
     expert_scores: Annotated[str, "output, count or weight"] = "output"

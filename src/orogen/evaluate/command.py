@@ -94,13 +94,15 @@ def evaluate(options: argparse.Namespace) -> int:
         blocked = getattr(plan or folder.plan, "attention", "full") != "full"
         scored = {"blocked": blocked, "batch_tokens": config.batch_tokens}
         fits = functools.partial(require_evaluation_fits, folder.config, free_memory(), **scored)
+        named = {"EvaluateConfig.batch_tokens": config.batch_tokens}
         if alone := plan is None or plan.devices == 1:
-            fits(length=max(config.lengths) if evaluator.suites else 1)
+            length = max(config.lengths) if evaluator.suites else 1
+            fits(length=length, settings={"EvaluateConfig.lengths": length, **named})
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
         length = stated_length(folder)
     subject = Subject(opened, config, engine, told_progress(), stated_length=length)
     if alone:  # texts and requests may be longer
-        subject.fits = functools.partial(fits, named="max_length")
+        subject.fits = lambda length: fits(length=length, settings={"EvaluateConfig.max_length": length, **named})
     results = evaluator.run(subject)
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []

@@ -133,11 +133,10 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
 
 
 def require_evaluation_fits(
-    model: ModelConfig, memory: Memory, *, blocked: bool, batch_tokens: int, length: int, named: str = "lengths"
+    model: ModelConfig, memory: Memory, *, blocked: bool, batch_tokens: int, length: int, settings: dict[str, int]
 ) -> None:
     """Raises ConfigError if a pass over texts of `length` tokens exceeds the memory of one device. blocked: see
-    `require_scoring_fits`. named: the field of EvaluateConfig that decides the length."""
-    settings = {f"EvaluateConfig.{named}": length, "EvaluateConfig.batch_tokens": batch_tokens}
+    `require_scoring_fits`. settings: by name, the values that the sizes follow from."""
     together = max(1, batch_tokens // length)
     _require("evaluation", [], _inference(model, not blocked, together, length, settings), 1, memory)
 
