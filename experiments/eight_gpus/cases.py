@@ -52,7 +52,7 @@ class Case(NamedTuple):
         if not small:
             return config(self.plan) if self.plan else self.work.config()
         if self.plan:
-            return config(self.plan, (f"TrainConfig.sequence_length={TOY_LENGTH}", *_toy("MEM*EMEM", ())))
+            return config(self.plan, (f"TrainConfig.sequence_length={TOY_LENGTH}", *_toy("ME*E", ())))
         own = next((_pattern(b) for b in self.work.bindings if b.startswith(PATTERN)), None)
         pattern = own or ("M-M*-" if self.work.model.startswith("hybrid") else "MEM*EMEM")
         ranks = self.work.sequence_length // SHORTEST if self.work.sequence_length > SHORTEST else 1

@@ -26,7 +26,8 @@ MODEL = CONFIGS / "nemotron3_nano_30b_a3b.gin"
 DEVICES = 8
 EXCESS = 1.17  # alltoall: 20.4 GB compiled, 17.4 predicted
 MEMORY_FRACTION = 0.95  # of the device that the allocator takes
-MEMORY_GIB = {name: gib * MEMORY_FRACTION / EXCESS for name, gib in {"h100": 79.1, "h200": 139.8}.items()}
+ALLOCATED = {name: gib * MEMORY_FRACTION for name, gib in {"h100": 79.1, "h200": 139.8}.items()}  # GiB
+MEMORY_GIB = {name: gib / EXCESS for name, gib in ALLOCATED.items()}
 # By name, how tokens reach their experts. Bounded buffers lose assignments under uneven routing; `lossless` none.
 DISPATCHES: dict[str, dict[str, Any]] = {
     "ragged": {"dispatch": "ragged", "buffer_factor": 1.5},

@@ -7,12 +7,7 @@ then appended to `compiled_small.jsonl`; cases that are there are left out. `--t
 
 import argparse
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import FOR_GPU, PlanConfig
 from orogen.config.run import OptimizerConfig, RunConfig, TrainConfig
+from orogen.simulate import layout
 from orogen.simulate.compiled import apart
 from orogen.simulate.hardware import machine
 from orogen.simulate.predict import predict
@@ -70,7 +66,7 @@ def config(case: str) -> RunConfig:
 
 
 def compile_case(case: str) -> None:
-    """Compiles the step; XLA writes what it holds where XLA_FLAGS say."""
+    """Compiles the step."""
     from orogen.parallel.runtime import configure
     from orogen.simulate.compiled import compare
 
@@ -80,24 +76,11 @@ def compile_case(case: str) -> None:
 
 def laid_out(case: str) -> dict[str, Any]:
     """The bytes that XLA lays out for a case, cuDNN's workspaces apart."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_step"
-        environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
-        child = subprocess.Popen([sys.executable, __file__, "--one", case], env=environment)
-        found = None
-        while found is None and child.poll() is None:
-            time.sleep(0.5)
-            reports = [path.read_text() for path in Path(folder).glob("*memory-usage-report.txt")]
-            found = next(filter(None, (re.search(r"Total bytes: (\d+).*\n", report) for report in reports)), None)
-        child.kill()
-        child.wait()
-    if found is None:
-        raise RuntimeError(f"{case}: XLA reported no memory")
+    found = layout.laid_out([sys.executable, __file__, "--one", case])
     pattern, plan = CASES[case]
     return {
-        "case": case, "pattern": pattern, "plan": plan, "hardware": CLUSTER.hardware, "compiled_bytes": int(found[1]),
-        "seconds": round(time.monotonic() - began, 1),
+        "case": case, "pattern": pattern, "plan": plan, "hardware": CLUSTER.hardware, "compiled_bytes": found.bytes,
+        "seconds": round(found.seconds, 1),
     }  # fmt: skip
 
 

@@ -1,11 +1,15 @@
 """Cases in processes of their own, which wait for each other: scripts that write down what they do and when."""
 
+import os
+import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 
-from orogen.bench.turns import in_turn
+from orogen.bench import turns
+from orogen.bench.turns import Turn, in_turn
 
 CASE = textwrap.dedent(
     """
@@ -18,6 +22,10 @@ CASE = textwrap.dedent(
             file.write(f"{what} {turn.name}\\n")
     if turn.name == "breaks":
         sys.exit("out of memory")
+    if turn.name == "raises":
+        error = ValueError("no such plan")
+        error.add_note("-----\\nFor simplicity, frames are left out.")
+        raise error
     if turn.name == "is killed":
         os.kill(os.getpid(), 9)
     time.sleep({"slow": 0.6, "never ready": 60}.get(turn.name, 0))
@@ -36,7 +44,7 @@ def run(tmp_path):
     script, log = tmp_path / "case.py", tmp_path / "log"
     script.write_text(CASE)
 
-    def run(*order: str, **limits: float):
+    def run(*order: str, **limits: Any):
         outcome = in_turn(order, [sys.executable, str(script), str(log)], **limits)
         return outcome, log.read_text().splitlines() if log.exists() else []
 
@@ -74,6 +82,43 @@ def test_a_case_that_is_not_ready_in_time_is_not_waited_for(run):
     outcome, log = run("never ready", "first", "last", ready_s=2.5)
     assert log[2:] == [f"{what} {name}" for name in ("first", "last") for what in ("begins", "ends")]
     assert outcome.failures == {"never ready": "ended after the limit of 2.5 s"}
+
+
+def test_the_error_is_told_from_the_notes_below_it(run):
+    assert run("raises")[0].failures == {"raises": "exit status 1: ValueError: no such plan"}
+
+
+def test_results_are_handed_over_whenever_a_case_ends(run):
+    seen = []
+    outcome, _ = run("first", "breaks", "last", ended=lambda so_far: seen.append(so_far))
+    names = [({row["case"] for row in each.results}, set(each.failures)) for each in seen]
+    assert names == [(set(), {"breaks"}), ({"first"}, {"breaks"}), ({"first", "last"}, {"breaks"})]
+    assert seen[-1] == outcome
+
+
+def test_what_a_failing_case_printed_is_kept_until_it_succeeds(run, tmp_path):
+    logs = tmp_path / "logs"
+    run("raises", "first", logs=logs)
+    assert [file.name for file in logs.iterdir()] == ["raises.log"]
+    assert "Traceback" in (logs / "raises.log").read_text()
+    (logs / "first.log").write_text("of an earlier call")
+    run("first", logs=logs)
+    assert [file.name for file in logs.iterdir()] == ["raises.log"]
+
+
+def test_a_case_does_not_outlive_its_caller(tmp_path, monkeypatch):
+    monkeypatch.setattr(turns, "PATIENCE", 2.0)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "ended").mkdir()
+    (tmp_path / "order.json").write_text('["first", "second"]')
+    (tmp_path / "caller").write_text(str(gone.pid))
+    with pytest.raises(ChildProcessError, match=rf"second has nobody to answer: process {gone.pid} is gone"):
+        Turn("second", tmp_path).wait()
+    (tmp_path / "caller").write_text(str(os.getpid()))
+    (tmp_path / "ended" / "first").touch()
+    Turn("second", tmp_path).wait()
 
 
 def test_names_are_those_of_files(run):

@@ -79,7 +79,8 @@ def exchanged(ranks: int, rows: int, exchange=None):
         if exchange is None:
             return ragged_exchange(x_1nd[0], own, rows=rows, axes=AXES)[None]
         x_nd, own = vary((x_1nd[0], own), AXES)
-        return exchange(x_nd, vary(jnp.zeros((rows, x_nd.shape[1])), AXES), own, axes=AXES)[None]
+        # No zeros: an exchange that writes into them makes XLA:GPU copy them early, and hold the copies.
+        return exchange(x_nd, vary(jnp.full((rows, x_nd.shape[1]), jnp.nan), AXES), own, axes=AXES)[None]
 
     spec = PartitionSpec(AXES)
     return jax.shard_map(device, mesh=mesh(ranks), in_specs=(spec, spec), out_specs=spec, check_vma=True)

@@ -8,18 +8,23 @@ compiles, calls `wait`, measures, and hands back its results by `answer`.
 """
 
 import json
+import os
+import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orogen.config.files import write_atomically
+from orogen.config.files import process_lives, write_atomically
 
 PATIENCE = 600.0  # seconds that a case waits for its turn
 POLL = 0.1  # seconds
 ORDER, READY, ENDED, RESULTS, LOGS = "order.json", "ready", "ended", "results", "logs"
+CALLER = "caller"  # the file with the process of `in_turn`
+# The line of a traceback that names its error. Notes may follow it, as jax adds one.
+RAISED = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit): \S.*")
 
 Results = list[dict[str, Any]]
 
@@ -31,11 +36,15 @@ class Turn(NamedTuple):
     folder: Path
 
     def wait(self) -> None:
-        """Says that this case is compiled, and returns when it has the devices for itself. Raises TimeoutError."""
+        """Says that this case is compiled, and returns when it has the devices for itself. Raises TimeoutError, and
+        ChildProcessError if the caller of `in_turn` is gone."""
         order = json.loads((self.folder / ORDER).read_text())
+        caller = int((self.folder / CALLER).read_text())
         (self.folder / READY / self.name).touch()
         earlier, began = set(order[: order.index(self.name)]), time.monotonic()
         while True:
+            if not process_lives(caller):
+                raise ChildProcessError(f"{self.name} has nobody to answer: process {caller} is gone")
             ended = _names(self.folder / ENDED)
             if earlier <= ended and set(order) <= ended | _names(self.folder / READY):
                 return
@@ -56,12 +65,20 @@ class Outcome(NamedTuple):
 
 
 def in_turn(
-    order: Sequence[str], command: Sequence[str], *, limit_s: float | None = None, ready_s: float | None = None
+    order: Sequence[str],
+    command: Sequence[str],
+    *,
+    limit_s: float | None = None,
+    ready_s: float | None = None,
+    ended: Callable[[Outcome], None] = lambda outcome: None,
+    logs: Path | None = None,
 ) -> Outcome:
     """Runs `command --one CASE FOLDER` for each case of `order`. A case that fails does not hold up the others.
 
     limit_s: cases that still run after so many seconds are ended, so that the results of the others are not lost.
     ready_s: so are those that do not wait for their turn by then, so that the others need not wait for them.
+    ended: called whenever a case has ended, with all that have; a caller that may be killed can keep their results.
+    logs: a folder for what the cases that failed have printed, `CASE.log`; that of a case which did not is removed.
     Raises ValueError if a name cannot be that of a file.
     """
     unfit = [name for name in order if "/" in name or not name.strip(".")]
@@ -72,18 +89,30 @@ def in_turn(
         for part in (READY, ENDED, RESULTS, LOGS):
             (folder / part).mkdir()
         (folder / ORDER).write_text(json.dumps(list(order)))
-        failures = _run({name: [*command, "--one", name, made] for name in order}, folder, limit_s, ready_s)
-        found = {name: folder / RESULTS / name for name in order}
-        results = [row for file in found.values() if file.is_file() for row in json.loads(file.read_text())]
-        silent = {name: _last_line(folder, name) for name, file in found.items() if not file.is_file()}
-        return Outcome(results, {**silent, **failures})
+        (folder / CALLER).write_text(str(os.getpid()))
+        commands, failures = {name: [*command, "--one", name, made] for name in order}, {}
+        for name, why in _run(commands, folder, limit_s, ready_s):
+            answered = (folder / RESULTS / name).is_file()
+            if why is not None or not answered:
+                failures[name] = why or _why(folder, name)
+            if logs is not None:
+                _keep_log(folder, name, logs, failed=name in failures)
+            ended(Outcome(_results(folder, order), dict(failures)))
+        return Outcome(_results(folder, order), failures)
+
+
+def _results(folder: Path, order: Sequence[str]) -> Results:
+    """What the cases that answered have handed back, in order."""
+    files = [folder / RESULTS / name for name in order]
+    return [row for file in files if file.is_file() for row in json.loads(file.read_text())]
 
 
 def _run(
     commands: Mapping[str, Sequence[str]], folder: Path, limit_s: float | None, ready_s: float | None
-) -> dict[str, str]:
-    """Starts the processes and marks those that end. Returns by case why it failed."""
-    began, running, failures = time.monotonic(), {}, {}
+) -> Iterator[tuple[str, str | None]]:
+    """Starts the processes and marks those that end. Yields each that has ended with why it failed, None if it did
+    not."""
+    began, running = time.monotonic(), {}
     try:
         for name, command in commands.items():
             with (folder / LOGS / name).open("w") as log:
@@ -91,28 +120,39 @@ def _run(
         while running:
             passed, ready = time.monotonic() - began, _names(folder / READY)
             for name, process in list(running.items()):
-                limit = limit_s if ready_s is None or name in ready else min(ready_s, limit_s or ready_s)
+                limit, why = limit_s if ready_s is None or name in ready else min(ready_s, limit_s or ready_s), None
                 if limit is not None and passed > limit:
                     process.kill()
                     process.wait()
-                    failures[name] = f"ended after the limit of {limit:g} s"
+                    why = f"ended after the limit of {limit:g} s"
                 elif process.poll() is None:
                     continue
                 elif process.returncode:
-                    failures[name] = f"exit status {process.returncode}: {_last_line(folder, name)}"
+                    why = f"exit status {process.returncode}: {_why(folder, name)}"
                 del running[name]
                 (folder / ENDED / name).touch()
+                yield name, why
             time.sleep(POLL)
     finally:
         for process in running.values():
             process.kill()
             process.wait()
-    return failures
 
 
-def _last_line(folder: Path, name: str) -> str:
+def _keep_log(folder: Path, name: str, logs: Path, *, failed: bool) -> None:
+    kept = logs / f"{name}.log"
+    if not failed:
+        kept.unlink(missing_ok=True)
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, (folder / LOGS / name).read_bytes())
+
+
+def _why(folder: Path, name: str) -> str:
+    """The last error that a case has printed, or else its last line."""
     lines = (folder / LOGS / name).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "nothing was printed"
+    raised = [line for line in lines if RAISED.fullmatch(line)]
+    return (raised or lines or ["nothing was printed"])[-1]
 
 
 def _names(folder: Path) -> set[str]:

@@ -49,14 +49,18 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _other_lives(process: int) -> bool:
-    """Whether this is another process's number on this host."""
+    return process_lives(process) and process != os.getpid()
+
+
+def process_lives(process: int) -> bool:
+    """Whether this is the number of a process on this host."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # somebody else's
         return True
-    return process != os.getpid()
+    return True
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ jax, about a second. `predict` joins
 `search` ranks all legal plans; `page` draws a prediction, its `scaling` and a ranking on one page (`--html`);
 `compiled` compares a prediction with the real step, compiled for simulated CPU devices or, with the extra `cuda`, for
 a GPU that need not exist (`target`): with its kernels, though XLA then tries none of its own and knows no workspaces of
-cuDNN.
+cuDNN. `layout` ends a process that compiles as soon as its program's memory is known, before code is generated.
 Runs with adapters, teachers, submodels, images, pairs, rollouts or emulated rounding are refused. `predict` itself
 counts tokens' work alone in layers `x`, and neither the resampler nor its activations, which lie in every row's room
 for images (`data/images.py`).
