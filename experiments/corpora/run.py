@@ -22,6 +22,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from orogen.data.vocabulary import train_bpe
 HERE = Path(__file__).parent
 VOCAB_SIZE, SPECIALS = 4096, 3
 SEQUENCE_LENGTH, BATCH_SIZE = 8192, 8
-SPLITS = {"heldout_fraction": 0.05, "tuning_fraction": 0.0}
+SPLITS: dict[str, Any] = {"heldout_fraction": 0.05, "tuning_fraction": 0.0}
 PAGE_CACHE = Path("/proc/sys/vm/drop_caches")
 
 
@@ -120,7 +121,7 @@ def frequent_and_rare():
     return (SPECIALS + numbers_t % (VOCAB_SIZE - SPECIALS)).astype(dtype_for(VOCAB_SIZE))
 
 
-def write_documents(prefix, seed, n_tokens):
+def write_documents(prefix, seed, n_tokens) -> dict[str, Any]:
     """Random documents of lognormal lengths, median 490, of so many tokens in all; each ends with eos. Returns the
     facts of the file."""
     rng, left, block_t = np.random.default_rng(seed), n_tokens, frequent_and_rare()
@@ -214,7 +215,7 @@ def read(folder, began):
     sys.stdin.readline()  # until its memory has been read
 
 
-def begin(command, cold, **settings):
+def begin(command, cold, **settings) -> tuple[Any, float]:
     """Starts a process, with an empty page cache if `cold`. Returns it and the time of its start."""
     if cold:
         os.sync()
