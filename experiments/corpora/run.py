@@ -163,9 +163,9 @@ def write_unit(folder, n_tokens, number):
     """A unit of a store, with 5 % of its tokens held out: the manifest's lines of it. The bytes of their text are a
     guess: four per token."""
     lines = []
-    for split, share in (("heldout", 0.05), ("train", 0.95)):
+    for place, (split, share) in enumerate((("heldout", 0.05), ("train", 0.95))):
         prefix = store.shard(folder, split, number)
-        facts = write_documents(prefix, number, round(share * n_tokens))
+        facts = write_documents(prefix, (number, place), round(share * n_tokens))
         lines.append({"name": prefix.name, "split": split, "bytes": 4 * facts["tokens"], **facts})
     return lines
 

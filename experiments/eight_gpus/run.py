@@ -37,6 +37,7 @@ SMALL_TOGETHER = 1  # cases of toy size that run at once
 QUICK = "--xla_backend_optimization_level=0"  # of toy size, nearly all the time goes into compiling
 # Prints how many devices a process here has, and of which kind.
 COUNT = "import jax; print(jax.device_count(), jax.default_backend())"
+COUNT_S = 120.0  # after which no answer is expected any more
 
 
 def cases_of(part: str, hardware: str) -> dict[str, Case | None]:
@@ -161,18 +162,31 @@ def run(options: argparse.Namespace) -> int:
 
 def _lacking(chosen: Mapping[str, Case | None]) -> str | None:
     """Which cases need more GPUs than this host has, in words; None if none does."""
-    child = subprocess.run(
-        [sys.executable, "-c", COUNT], capture_output=True, text=True, check=False,
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    )  # fmt: skip
-    count, kind = (child.stdout.split() or ["0", "gpu"])[-2:]
-    found = int(count) if kind == "gpu" else 0
+    found, why = _found()
     needed = {name: case.config().plan.devices if case else DEVICES for name, case in chosen.items()}
     large = [name for name, devices in needed.items() if devices > found]
     if not large:
         return None
     some = ", ".join(large[:3]) + (f" and {len(large) - 3} more" if len(large) > 3 else "")
-    return f"expected {max(needed.values())} GPUs, found {found}, too few for {some}; --cases takes others"
+    lacking = f"expected {max(needed.values())} GPUs, found {found}, too few for {some}; --cases takes others"
+    return f"{lacking} ({why})" if why else lacking
+
+
+def _found() -> tuple[int, str]:
+    """How many GPUs a process here finds, and what it says if it ends with an error, or does not count GPUs."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-c", COUNT]
+    try:
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=COUNT_S
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 0, f"counting them took longer than {COUNT_S:g} s"
+    said = (child.stderr.strip().splitlines() or ["nothing was printed"])[-1]
+    if child.returncode:
+        return 0, f"counting them ended with exit status {child.returncode}: {said}"
+    count, kind = child.stdout.split()[-2:]
+    return (int(count), "") if kind == "gpu" else (0, f"devices are of kind {kind}: {said}")
 
 
 def _measured(chosen: Sequence[str], options: argparse.Namespace) -> Outcome:

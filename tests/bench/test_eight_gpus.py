@@ -113,10 +113,16 @@ def test_too_few_devices_and_unknown_cases_are_one_line(script, options, monkeyp
     lines = capsys.readouterr().err.splitlines()
     expected = "--part scaling: expected 8 GPUs, found 4, too few for data 8, stage 8; --cases takes others"
     assert lines == [expected]
-    monkeypatch.setattr(script, "COUNT", "raise SystemExit('no driver')")
-    assert script._lacking({"data 2": script.cases_of("scaling", "h200")["data 2"]}).startswith(
-        "expected 2 GPUs, found 0"
-    )
+    two = {"data 2": script.cases_of("scaling", "h200")["data 2"]}
+    expected = "expected 2 GPUs, found 0, too few for data 2; --cases takes others"
+    for count, why in (
+        ("raise SystemExit('no driver')", "counting them ended with exit status 1: no driver"),
+        ("import sys; sys.stderr.write('no plugin\\n'); print(8, 'cpu')", "devices are of kind cpu: no plugin"),
+        ("import time; time.sleep(60)", "counting them took longer than 1.5 s"),
+    ):
+        monkeypatch.setattr(script, "COUNT", count)
+        monkeypatch.setattr(script, "COUNT_S", 1.5 if "sleep" in count else 60.0)
+        assert script._lacking(two) == f"{expected} ({why})"
     options.cases = ["data 3"]
     assert script.run(options) == 2
     assert capsys.readouterr().err.startswith("--cases ['data 3']; expected some of ['one GPU', 'data 2',")

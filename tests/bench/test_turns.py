@@ -13,7 +13,7 @@ from orogen.bench.turns import Turn, in_turn
 
 CASE = textwrap.dedent(
     """
-    import os, pathlib, sys, time
+    import logging, os, pathlib, subprocess, sys, time
     from orogen.bench.turns import Turn
     log = pathlib.Path(sys.argv[1])
     turn = Turn(sys.argv[3], pathlib.Path(sys.argv[4]))
@@ -28,6 +28,23 @@ CASE = textwrap.dedent(
         raise error
     if turn.name == "is killed":
         os.kill(os.getpid(), 9)
+    if turn.name == "is killed later":
+        logging.basicConfig()
+        try:
+            int("x")
+        except ValueError:
+            logging.exception("no number")
+        print("step 7", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), 9)
+    if turn.name == "asserts":
+        print("RuntimeError: of a device that is not used", flush=True)
+        try:
+            int("x")
+        except ValueError:
+            assert turn.name == "x"
+    if turn.name == "takes long":
+        print("still buffered when it ends", end="")
+        raise subprocess.TimeoutExpired(["ls"], 5)
     time.sleep({"slow": 0.6, "never ready": 60}.get(turn.name, 0))
     say("compiled")
     turn.wait()
@@ -88,6 +105,14 @@ def test_the_error_is_told_from_the_notes_below_it(run):
     assert run("raises")[0].failures == {"raises": "exit status 1: ValueError: no such plan"}
 
 
+def test_the_exception_that_ends_a_case_is_told_from_others_it_printed(run):
+    assert run("asserts", "takes long", "is killed later")[0].failures == {
+        "asserts": "exit status 1: AssertionError",
+        "takes long": "exit status 1: subprocess.TimeoutExpired: Command '['ls']' timed out after 5 seconds",
+        "is killed later": "exit status -9: step 7",
+    }
+
+
 def test_results_are_handed_over_whenever_a_case_ends(run):
     seen = []
     outcome, _ = run("first", "breaks", "last", ended=lambda so_far: seen.append(so_far))
@@ -106,17 +131,18 @@ def test_what_a_failing_case_printed_is_kept_until_it_succeeds(run, tmp_path):
     assert [file.name for file in logs.iterdir()] == ["raises.log"]
 
 
-def test_a_case_does_not_outlive_its_caller(tmp_path, monkeypatch):
+def test_a_case_does_not_outlive_its_caller_while_it_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "PATIENCE", 2.0)
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but its number is still in use
     (tmp_path / "ready").mkdir()
     (tmp_path / "ended").mkdir()
     (tmp_path / "order.json").write_text('["first", "second"]')
     (tmp_path / "caller").write_text(str(gone.pid))
     with pytest.raises(ChildProcessError, match=rf"second has nobody to answer: process {gone.pid} is gone"):
         Turn("second", tmp_path).wait()
-    (tmp_path / "caller").write_text(str(os.getpid()))
+    gone.wait()
+    (tmp_path / "caller").write_text(str(os.getppid()))
     (tmp_path / "ended" / "first").touch()
     Turn("second", tmp_path).wait()
 

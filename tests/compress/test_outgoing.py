@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -91,15 +92,18 @@ def test_contributions_are_measured_and_kept_apart_from_activations(tmp_path, ca
 
 
 @pytest.mark.parametrize("scores", ["activations", "random"])
-def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, scores):
+@pytest.mark.parametrize("planted", [(np.nan, np.nan), (np.inf, -np.inf)])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, scores, planted):
     """Measured or not, and if no token of the text reads it."""
 
     def plant(name, array):
         if name == "embedding.weight":
-            array[0, 3] = np.nan
+            array[0, 3:5] = planted
         return array
 
     before = save(tmp_path / "before", DEPTH, plant)
-    assert prune(before, tmp_path / "no", "intermediate_size = 9", f"width_scores = {scores!r}") == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # which would be more than one line
+        assert prune(before, tmp_path / "no", "intermediate_size = 9", f"width_scores = {scores!r}") == 2
     expected = "orogen: embedding.weight has a number that is not finite; expected finite weights\n"
     assert capsys.readouterr().err == expected and not (tmp_path / "no").exists()

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import hybrid
 
 from orogen.cli import main
-from orogen.compress.candidates import GIB, candidates, layer_counts, pattern_of, total_costs
+from orogen.compress.candidates import GIB, candidates, layer_counts, pattern_of, total_costs, with_nearest
 from orogen.compress.search import feasible_costs, rank_of, search_models
 from orogen.compress.speed import Speed
 from orogen.config.checks import ConfigError
@@ -219,6 +219,32 @@ def test_widths_that_make_no_model_are_told(capsys):
     line = capsys.readouterr().err
     assert "warning: 4 of 6 combinations of widths are left out: " in line and "such as mamba_num_heads = 6" in line
     assert line.count("\n") == 1
+
+
+WIDE = hybrid(pattern="M*", mtp_depths=0, num_attention_heads=24, num_key_value_heads=6)
+
+
+@pytest.mark.parametrize(
+    ("widths", "such"),
+    [
+        # Both are wrong whatever the other is; then each is wrong beside the other alone; then one of three.
+        ({"mamba_num_heads": 7, "num_attention_heads": 7}, "mamba_num_heads = 6 and num_attention_heads = 6"),
+        ({"num_attention_heads": 10, "num_key_value_heads": 3}, "num_attention_heads = 9"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_key_value_heads = 3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5, "mamba_num_heads": 7}, "mamba_num_heads = 6"),
+    ],
+)
+def test_widths_that_are_suggested_make_a_model_together(widths, such):
+    with pytest.raises(ConfigError) as refusal:
+        dataclasses.replace(WIDE, **widths)
+    assert with_nearest(refusal.value, WIDE, widths) == f"{refusal.value}, such as {such}"
+    changed = {field: int(size) for field, size in (one.split(" = ") for one in such.split(" and "))}
+    dataclasses.replace(WIDE, **{**widths, **changed})
+
+
+def test_no_widths_are_suggested_where_none_are_found(monkeypatch):
+    monkeypatch.setattr("orogen.compress.candidates._suits", lambda parent, widths: False)
+    assert with_nearest(ConfigError("why"), PARENT, {"mamba_num_heads": 7}) == "why"
 
 
 def test_the_command_answers_and_writes_a_model(tmp_path, capsys):

@@ -338,22 +338,6 @@ def test_one_process_writes_at_a_time(config, tmp_path):
         made(config, tmp_path)
 
 
-def test_documents_of_any_length_come_back_from_the_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "RESIDENT_BYTES", 64)  # pages are given back all the time
-    rng = np.random.default_rng(0)
-    for dtype, high in ((indexed.DTYPES[8], 65499), (indexed.DTYPES[4], 2**30)):
-        documents = [rng.integers(0, high, length).astype(np.int32) for length in (1, 0, 5000, 3, 0, 17)]
-        with indexed.IndexedWriter(tmp_path / "x", dtype) as writer:
-            for one in documents:
-                writer.add(one)
-            writer.close()
-        tokens = indexed.IndexedTokens(tmp_path / "x")
-        for number in (5, 2, 2, 0, 1, 3, 4, 2):
-            found = tokens.read(number)
-            assert found.dtype == np.int32 and np.array_equal(found, documents[number])
-    assert indexed.dtype_for(65499) == np.uint16 and indexed.dtype_for(65500) == np.int32
-
-
 def test_few_of_a_stores_files_are_open_at_a_time(config, whole, monkeypatch):
     """Read by two threads in random orders: a store may have more files than a process may open."""
     folder, manifest, stored = whole

@@ -88,6 +88,13 @@ def test_a_split_character_decodes_to_its_bytes(tokenizer):
     assert tokenizer.decode(ids[:2]) == "\ufffd"
 
 
+@pytest.mark.parametrize("wrong", [-1, 10**6, 2**63, -(2**63) - 1])
+def test_an_id_outside_the_vocabulary_is_refused(tokenizer, wrong):
+    for ids in ([5, wrong], iter([5, wrong])):
+        with pytest.raises(ConfigError, match=rf"token ids from {min(5, wrong)} to {max(5, wrong)}: expected 0 to "):
+            tokenizer.decode_bytes(ids)
+
+
 def test_bytes_are_their_value_plus_three():
     assert byte_tokenizer().encode("a\x00ÿ").tolist() == [ord("a") + 3, 3, 0xC3 + 3, 0xBF + 3]
     assert byte_tokenizer().vocab_size == 259

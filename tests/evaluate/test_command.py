@@ -77,7 +77,13 @@ def test_a_text_that_the_memory_is_too_small_for_is_refused(trained, tmp_path, c
     capsys.readouterr()
     assert main(["evaluate", *options, "--max_length", "4096", "--json"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "evaluation needs at least" in error and "scores of attention" in error, error
+    assert error.startswith("orogen: EvaluateConfig.max_length is 4096; expected less: evaluation needs"), error
+    assert "scores of attention" in error
+    # One window fits, as many as are scored together do not.
+    monkeypatch.setattr(command, "free_memory", lambda: Memory(2**22, None))
+    assert main(["evaluate", *options, "--max_length", "256", "--json"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("orogen: EvaluateConfig.batch_tokens is 8192; expected less"), error
 
 
 def test_text_is_generated_and_examples_are_exported(trained, tmp_path, capsys):

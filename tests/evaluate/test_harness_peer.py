@@ -12,13 +12,14 @@ from tests.convert.synthetic import shapes, stored, write
 from tests.convert.test_peer import without_clamp
 
 from orogen.checkpoint.open import open_folder, open_model
+from orogen.config.checks import ConfigError
 from orogen.config.data import DataConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.data.corpora import stdlib_documents
 from orogen.data.vocabulary import make_tokenizer
 from orogen.evaluate.run import Evaluator
-from orogen.evaluate.subject import Subject, stated_length
+from orogen.evaluate.subject import Stated, Subject, stated_length
 
 LENGTH = 96  # of windows: texts are longer
 WORDS = 384
@@ -197,11 +198,13 @@ def test_requests_are_as_long_as_the_hugging_face_backend_takes_them(model, tmp_
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    for name, changes, settings in (
-        ("stated", {"max_position_embeddings": 71}, {}),
-        ("default", {}, {"model_max_length": 50}),
-        ("tokenizer", {"model_type": "mamba2"}, {"model_max_length": 50}),
-        ("neither", {"model_type": "mamba2"}, {}),
+    in_config = "max_position_embeddings in the model's config.json"
+    beside = "model_max_length in tokenizer_config.json"
+    for name, changes, settings, source in (
+        ("stated", {"max_position_embeddings": 71}, {}, in_config),
+        ("default", {}, {"model_max_length": 50}, in_config),
+        ("tokenizer", {"model_type": "mamba2"}, {"model_max_length": 50}, beside),
+        ("neither", {"model_type": "mamba2"}, {}, None),
     ):
         config, tensors = shapes("mamba2" if changes.get("model_type") else "nemotron_h")
         folder = tmp_path / name
@@ -216,7 +219,29 @@ def test_requests_are_as_long_as_the_hugging_face_backend_takes_them(model, tmp_
             SimpleNamespace(_max_length=None, model=made, tokenizer=words, _DEFAULT_MAX_LENGTH=2048)
         )
         with open_folder(folder) as opened:
-            assert (stated_length(opened) or 2048) == expected, name
+            found = stated_length(opened)
+        assert (found.length if found else 2048) == expected, name
+        assert (found and found.source) == source, name
+
+
+def test_a_task_that_asks_for_too_many_tokens_is_told_what_decides_their_number(model):
+    from lm_eval.api.instance import Instance
+
+    from orogen.evaluate.harness_model import HarnessModel
+
+    opened, file = open_model(model[0]), Stated(71, "max_position_embeddings in the model's config.json")
+    for bound, stated, limit in (
+        (None, file, f"{file.source} = 71, in place of which EvaluateConfig.max_length counts"),
+        (48, file, "EvaluateConfig.max_length = 48"),
+        (None, None, "2048, as EvaluateConfig.max_length is None and the checkpoint does not say"),
+    ):
+        config = EvaluateConfig(tasks=("x",), max_length=bound)
+        ours = HarnessModel(Subject(opened, config, EngineConfig(), stated=stated))
+        asked = Instance("generate_until", {}, ("a", {"max_gen_toks": 3000}), 0)
+        with pytest.raises(ConfigError, match=f"asks for 3000 new tokens; expected fewer than {limit}$"):
+            ours._prompt(asked, draw=0)
+        with pytest.raises(ConfigError, match=f"a continuation of 3000 tokens; expected at most {limit}$"):
+            ours._row((), (5,) * 3000)
 
 
 @pytest.mark.parametrize(

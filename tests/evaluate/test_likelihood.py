@@ -88,3 +88,18 @@ def test_what_cannot_be_scored_is_refused():
             Scorer(model).score([row], (model.params, model.buffers))
     with pytest.raises(ConfigError, match="drops tokens"):
         Scorer(opened("E", PlanConfig(capacity_factor=1.0)))
+
+
+def test_one_token_more_than_the_learned_positions_is_scored():
+    """The last token is only predicted, so it needs no position."""
+    model = opened("*-", learned_positions=7)
+    tokens_t = np.random.default_rng(3).integers(0, model.config.vocab_size, 8).astype(np.int32)
+    logits_tv = logits_of(model, [tokens_t[:7].tolist()], 7)[0].astype(np.float64)
+    logits_tv -= np.log(np.exp(logits_tv).sum(-1, keepdims=True))
+    asked_t, weights = np.arange(8) > 0, (model.params, model.buffers)
+    (score,) = Scorer(model).score([Row(tokens_t, asked_t)], weights)
+    assert score.asked == 7
+    assert score.log_likelihood == pytest.approx(logits_tv[np.arange(7), tokens_t[1:]].sum(), abs=1e-4)
+    expected = "a text of 9 tokens; expected at most 8, one more than ModelConfig.learned_positions"
+    with pytest.raises(ConfigError, match=expected):
+        Scorer(model).score([Row(np.zeros(9, np.int32), np.arange(9) > 0)], weights)

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from orogen.simulate import layout
 from orogen.simulate.layout import laid_out
 
 WRITES = textwrap.dedent(
@@ -40,6 +41,23 @@ def test_a_process_is_ended_when_memory_is_laid_out(command):
     assert found.bytes == 123456
     assert 0.8 < found.seconds < time.monotonic() - began + 0.1 < 30
     assert found.peak_bytes > 2**20
+
+
+def test_a_report_that_is_written_just_before_the_process_ends_is_read(command, monkeypatch):
+    looks, reported = [], layout._reported
+
+    def late(folder):
+        looks.append(reported(folder))
+        if len(looks) > 1:
+            return looks[-1]
+        while reported(folder) is None:  # the process ends between this look and the next
+            time.sleep(0.05)
+        time.sleep(1)
+        return None
+
+    monkeypatch.setattr(layout, "_reported", late)
+    then = '(folder / "m.memory-usage-report.txt").write_text("Total bytes: 123456 (0.1MiB)\\n")'
+    assert laid_out(command(then)).bytes == 123456 and looks == [None, 123456]
 
 
 def test_a_process_that_lays_out_nothing_is_an_error_with_its_words(command):

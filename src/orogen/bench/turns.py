@@ -9,7 +9,6 @@ compiles, calls `wait`, measures, and hands back its results by `answer`.
 
 import json
 import os
-import re
 import subprocess
 import tempfile
 import time
@@ -17,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orogen.config.files import process_lives, write_atomically
+from orogen.config.files import write_atomically
 
 PATIENCE = 600.0  # seconds that a case waits for its turn
 POLL = 0.1  # seconds
 ORDER, READY, ENDED, RESULTS, LOGS = "order.json", "ready", "ended", "results", "logs"
 CALLER = "caller"  # the file with the process of `in_turn`
-# The line of a traceback that names its error. Notes may follow it, as jax adds one.
-RAISED = re.compile(r"[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit): \S.*")
+TRACEBACK = "Traceback (most recent call last):"
+RAISED = 1  # the exit status of a process that an exception has ended
 
 Results = list[dict[str, Any]]
 
@@ -37,13 +36,13 @@ class Turn(NamedTuple):
 
     def wait(self) -> None:
         """Says that this case is compiled, and returns when it has the devices for itself. Raises TimeoutError, and
-        ChildProcessError if the caller of `in_turn` is gone."""
+        ChildProcessError if the caller of `in_turn` ends while it waits."""
         order = json.loads((self.folder / ORDER).read_text())
         caller = int((self.folder / CALLER).read_text())
         (self.folder / READY / self.name).touch()
         earlier, began = set(order[: order.index(self.name)]), time.monotonic()
         while True:
-            if not process_lives(caller):
+            if os.getppid() != caller:  # a number may still be that of a process that has ended
                 raise ChildProcessError(f"{self.name} has nobody to answer: process {caller} is gone")
             ended = _names(self.folder / ENDED)
             if earlier <= ended and set(order) <= ended | _names(self.folder / READY):
@@ -94,7 +93,7 @@ def in_turn(
         for name, why in _run(commands, folder, limit_s, ready_s):
             answered = (folder / RESULTS / name).is_file()
             if why is not None or not answered:
-                failures[name] = why or _why(folder, name)
+                failures[name] = why or _why(folder, name, 0)
             if logs is not None:
                 _keep_log(folder, name, logs, failed=name in failures)
             ended(Outcome(_results(folder, order), dict(failures)))
@@ -128,7 +127,7 @@ def _run(
                 elif process.poll() is None:
                     continue
                 elif process.returncode:
-                    why = f"exit status {process.returncode}: {_why(folder, name)}"
+                    why = f"exit status {process.returncode}: {_why(folder, name, process.returncode)}"
                 del running[name]
                 (folder / ENDED / name).touch()
                 yield name, why
@@ -148,11 +147,14 @@ def _keep_log(folder: Path, name: str, logs: Path, *, failed: bool) -> None:
     write_atomically(kept, (folder / LOGS / name).read_bytes())
 
 
-def _why(folder: Path, name: str) -> str:
-    """The last error that a case has printed, or else its last line."""
+def _why(folder: Path, name: str, status: int) -> str:
+    """The exception that has ended a case, or else the last line that it printed."""
     lines = (folder / LOGS / name).read_text(errors="replace").strip().splitlines()
-    raised = [line for line in lines if RAISED.fullmatch(line)]
-    return (raised or lines or ["nothing was printed"])[-1]
+    if status == RAISED and TRACEBACK in lines:
+        # Frames are indented. Notes may follow the exception, as jax adds one, and what was still buffered.
+        last = len(lines) - lines[::-1].index(TRACEBACK)
+        return next((line for line in lines[last:] if line and not line[0].isspace()), lines[-1])
+    return (lines or ["nothing was printed"])[-1]
 
 
 def _names(folder: Path) -> set[str]:

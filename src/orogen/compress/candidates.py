@@ -70,24 +70,40 @@ def candidates(parent: ModelConfig, search: SearchConfig) -> Iterator[Candidates
 
 
 def with_nearest(error: ConfigError, parent: ModelConfig, widths: Mapping[str, int]) -> str:
-    """Why the parent cannot have these widths, with the nearest that it can have."""
-    nearest = {field: _nearest(parent, field, value) for field, value in widths.items()}
-    such = [f"{field} = {size}" for field, size in nearest.items() if size not in (None, widths[field])]
-    return f"{error}, such as {' and '.join(such)}" if such else str(error)
+    """Why the parent cannot have these widths, with widths near to them that it can have together, if some are found:
+    one of them changed, after those that the parent could not have even alone."""
+    alone = {field: _nearest(parent, {field: value}, field) for field, value in widths.items()}
+    for start in (widths, {field: alone[field] or value for field, value in widths.items()}):
+        if (found := _with_one_changed(parent, start)) is not None:
+            changed = [f"{field} = {size}" for field, size in found.items() if size != widths[field]]
+            return f"{error}, such as {' and '.join(changed)}"
+    return str(error)
 
 
-def _nearest(parent: ModelConfig, field: str, value: int) -> int | None:
-    """The size nearest to `value` that the parent can have, its other sizes as they are."""
+def _with_one_changed(parent: ModelConfig, widths: Mapping[str, int]) -> dict[str, int] | None:
+    """The widths if the parent can have them together, or else with the smallest relative change of a single one."""
+    if _suits(parent, widths):
+        return dict(widths)
+    nearest = {field: _nearest(parent, widths, field) for field in widths}
+    found = {field: size for field, size in nearest.items() if size is not None}
+    if not found:
+        return None
+    closest = min(found, key=lambda field: abs(math.log(found[field] / widths[field])))
+    return {**widths, closest: found[closest]}
 
-    def suits(size: int) -> bool:
-        try:
-            dataclasses.replace(parent, **{field: size})
-        except ConfigError:
-            return False
-        return True
 
-    nearby = sorted(range(1, getattr(parent, field) + 1), key=lambda size: abs(size - value))
-    return next(filter(suits, nearby), None)
+def _nearest(parent: ModelConfig, widths: Mapping[str, int], field: str) -> int | None:
+    """The size nearest to that of `field` which the parent can have together with the other widths."""
+    nearby = sorted(range(1, getattr(parent, field) + 1), key=lambda size: abs(size - widths[field]))
+    return next((size for size in nearby if _suits(parent, {**widths, field: size})), None)
+
+
+def _suits(parent: ModelConfig, widths: Mapping[str, int]) -> bool:
+    try:
+        dataclasses.replace(parent, **widths)
+    except ConfigError:
+        return False
+    return True
 
 
 def layer_counts(parent: ModelConfig, search: SearchConfig) -> np.ndarray:

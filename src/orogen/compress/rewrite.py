@@ -165,5 +165,7 @@ def _check_names(number: int, have: set[Leaf], want: set[Leaf]) -> None:
 def _check_array(path: Leaf, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ConfigError(f"{dotted(path)} is {list(array.shape)}; expected {list(shape)}")
-    if not np.isfinite(array.sum(dtype=np.float64)):  # unlike an array of truths, a sum takes no memory
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        total = array.sum(dtype=np.float64)  # unlike an array of truths, a sum takes no memory
+    if not np.isfinite(total):
         raise ConfigError(f"{dotted(path)} has a number that is not finite; expected finite weights")

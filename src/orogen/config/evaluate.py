@@ -23,7 +23,8 @@ class EvaluateConfig:
     states, keys and values are carried from piece to piece.
     max_length: longer requests of lm-eval lose their beginning, as with its own models, and are counted. None: as many
     tokens as the model has learned positions, at most 2048; 512 for a piece; for a request, what the checkpoint's
-    config.json or tokenizer says, as in lm-eval's own models.
+    config.json or tokenizer says, as in lm-eval's own models. A run that trains has no such file: its requests are as
+    long as windows, so bind max_length where `orogen evaluate` is to read the same.
     """
 
     tasks: Annotated[tuple[str, ...], "generated suites, and tasks of lm-eval"]

@@ -149,15 +149,16 @@ class IndexedTokens:
     """The sequences of `PREFIX.bin` and `PREFIX.idx`. Nothing but the header and the last place is read until a
     sequence is, and files that are not read do not stay open: see MOST_OPEN.
 
-    Raises ConfigError for files that do not belong together, FileNotFoundError.
+    Raises ConfigError for files that do not belong together, FileNotFoundError. Files that were replaced since are
+    refused when they are opened again: their lengths and places would be read by the old header.
     """
 
     def __init__(self, prefix: Path):
         self._bin, self._idx = (prefix.with_name(prefix.name + end) for end in (".bin", ".idx"))
         self.mapped: Mapped | None = None  # while the files are open
         with self._idx.open("rb") as file:
-            head = file.read(HEADER.size)
-            size = os.fstat(file.fileno()).st_size
+            head, stated = file.read(HEADER.size), os.fstat(file.fileno())
+            size = stated.st_size
             if len(head) < HEADER.size or HEADER.unpack(head)[:2] != (MAGIC, VERSION):
                 raise ConfigError(f"{self._idx} begins with {head[:9]!r}; expected an index of Megatron's, version 1")
             _, _, code, self._count, self._boundaries = HEADER.unpack(head)
@@ -167,8 +168,10 @@ class IndexedTokens:
             if (expected := HEADER.size + 12 * self._count + 8 * self._boundaries) != size:
                 raise ConfigError(f"{self._idx} has {size} bytes; expected {expected} for {self._count} documents")
             end = self._end(file) if self._count else 0
-        if (size := self._bin.stat().st_size) != end:
-            raise ConfigError(f"{self._bin} has {size} bytes; expected {end}, as {self._idx.name} says")
+        found = self._bin.stat()
+        if found.st_size != end:
+            raise ConfigError(f"{self._bin} has {found.st_size} bytes; expected {end}, as {self._idx.name} says")
+        self._known = {self._idx: _identity(stated), self._bin: _identity(found)}
 
     def _end(self, file: BinaryIO) -> int:
         """The size of the .bin by its index: where its last sequence ends."""
@@ -216,12 +219,17 @@ class IndexedTokens:
             mapped = self.mapped = self._open()
         return mapped
 
+    def _map(self, path: Path) -> mmap.mmap | bytes:
+        """The bytes of a file. Raises ConfigError if it is another one than at first."""
+        with path.open("rb") as file:
+            stated = os.fstat(file.fileno())
+            if _identity(stated) != self._known[path]:
+                raise ConfigError(f"{path} has changed while it was in use; expected a store that stays as it is")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if stated.st_size else b""
+
     def _open(self) -> Mapped:
-        with self._idx.open("rb") as file:
-            index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with self._bin.open("rb") as file:
-            empty = not os.fstat(file.fileno()).st_size
-            data = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        index, data = self._map(self._idx), self._map(self._bin)
+        assert isinstance(index, mmap.mmap)  # it has a header at least
         if isinstance(data, mmap.mmap):
             data.madvise(mmap.MADV_RANDOM)
         count = self._count
@@ -231,6 +239,11 @@ class IndexedTokens:
             place_n=np.frombuffer(index, "<i8", count, HEADER.size + 4 * count),
             end_n=np.frombuffer(index, "<i8", self._boundaries, HEADER.size + 12 * count),
         )  # fmt: skip
+
+
+def _identity(stated: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes if a file is replaced or written to."""
+    return stated.st_dev, stated.st_ino, stated.st_size, stated.st_mtime_ns
 
 
 def _finish(file) -> None:

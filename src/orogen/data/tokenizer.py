@@ -186,10 +186,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens; specials have none. Raises ConfigError for an id outside the vocabulary."""
-        ids_n = np.asarray(ids if isinstance(ids, np.ndarray | list) else list(ids), np.int64)
-        if ids_n.size and not 0 <= ids_n.min() <= ids_n.max() < self.vocab_size:
-            raise ConfigError(f"token ids from {ids_n.min()} to {ids_n.max()}: expected 0 to {self.vocab_size - 1}")
-        ids = ids_n.tolist()
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ConfigError(f"token ids from {min(ids)} to {max(ids)}: expected 0 to {self.vocab_size - 1}")
         return b"".join(map(self.bytes_of_token.__getitem__, ids))
 
     def text_bytes(self, ids: Iterable[int]) -> bytes:

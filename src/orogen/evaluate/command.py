@@ -1,7 +1,6 @@
 """`orogen evaluate`. Importing this does not import jax."""
 
 import argparse
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -84,25 +83,23 @@ def evaluate(options: argparse.Namespace) -> int:
     from orogen.evaluate.results import plain, table, write_results
     from orogen.evaluate.run import Evaluator
     from orogen.evaluate.subject import Subject, stated_length
-    from orogen.simulate.fit import require_evaluation_fits, require_inference_fits
+    from orogen.simulate.fit import require_inference_fits
+    from orogen.simulate.room import EvaluationRoom
 
     evaluator, began = Evaluator(config), time.monotonic()
     with open_folder(options.checkpoint) as folder:
+        attention, memory = getattr(plan or folder.plan, "attention", "full"), free_memory()
+        room = EvaluationRoom(model=folder.config, memory=memory, plan=plan, attention=attention, config=config)
         if evaluator.writes:
             require(engine.weights == DECODED, engine, "weights", f"{DECODED!r} here: texts are scored in memory whole")
-            require_inference_fits(folder.config, plan, engine, free_memory(), settings={})
-        blocked = getattr(plan or folder.plan, "attention", "full") != "full"
-        scored = {"blocked": blocked, "batch_tokens": config.batch_tokens}
-        fits = functools.partial(require_evaluation_fits, folder.config, free_memory(), **scored)
-        named = {"EvaluateConfig.batch_tokens": config.batch_tokens}
-        if alone := plan is None or plan.devices == 1:
-            length = max(config.lengths) if evaluator.suites else 1
-            fits(length=length, settings={"EvaluateConfig.lengths": length, **named})
+            require_inference_fits(folder.config, plan, engine, memory, settings={})
+        room.loading()
+        if evaluator.suites:  # texts and requests are not known yet
+            longest = max(config.lengths)
+            room.scoring(longest, {(max(1, config.batch_tokens // longest), longest)}, field="lengths")
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
-        length = stated_length(folder)
-    subject = Subject(opened, config, engine, told_progress(), stated_length=length)
-    if alone:  # texts and requests may be longer
-        subject.fits = lambda length: fits(length=length, settings={"EvaluateConfig.max_length": length, **named})
+        stated = stated_length(folder)
+    subject = Subject(opened, config, engine, told_progress(), stated=stated, room=room)
     results = evaluator.run(subject)
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []

@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
         most = self._most
         if len(continuation) >= most:
             raise ConfigError(
-                f"a continuation of {len(continuation)} tokens; expected at most {most - 1} (EvaluateConfig.max_length)"
+                f"a continuation of {len(continuation)} tokens; expected at most {self._subject.request_limit}"
             )
         tokens_t = np.array((context + continuation)[-most:], np.int32)
         return Row(tokens_t, np.arange(len(tokens_t)) >= len(tokens_t) - len(continuation))
@@ -126,10 +126,7 @@ class HarnessModel(TemplateLM):
             raise ConfigError(f"a task's generation_kwargs have {unknown[0]!r}; expected {', '.join(SAMPLING)}")
         most = self._subject.request_length - tokens
         if most < 1:
-            raise ConfigError(
-                f"a task asks for {tokens} new tokens; expected fewer than EvaluateConfig.max_length = "
-                f"{self._subject.request_length}"
-            )
+            raise ConfigError(f"a task asks for {tokens} new tokens; expected fewer than {self._subject.request_limit}")
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self._count(instance, len(ids) > most)
         # transformers samples at temperature 1 if a task says do_sample alone.

@@ -72,6 +72,10 @@ class Scorer:
         """The shapes (rows, length) that were compiled."""
         return set(self._programs)
 
+    def shapes(self, rows: Sequence[Row]) -> set[tuple[int, int]]:
+        """The shapes (rows, length) of the batches of these rows."""
+        return {(size, length) for _, size, length in self._batches(_read(rows))}
+
     def score(
         self, rows: Sequence[Row], weights: tuple[Any, Any], progress: Callable[[], None] = lambda: None
     ) -> list[Score]:
@@ -81,7 +85,7 @@ class Scorer:
         self._check(rows)
         params = at_work(weights[0], self._opened.plan)
         scores: list[Score] = [Score(0.0, 0, 0)] * len(rows)
-        for numbers, size, length in self._batches([max(len(row.tokens_t) - 1, 1) for row in rows]):
+        for numbers, size, length in self._batches(_read(rows)):
             batch = self._batch([rows[number] for number in numbers], size, length)
             found = jax.device_get(self._program(size, length)(params, weights[1], batch))
             by_row = zip(*(np.asarray(found[name].sum, np.float64) for name in (NATS, HITS, ASKED)), strict=True)
@@ -153,6 +157,11 @@ class Scorer:
             measured = measure(opened.built, by_row(size), opened.config, opened.plan, self._dtype)
             self._programs[size, length] = distributed.compiled_together(measured)
         return self._programs[size, length]
+
+
+def _read(rows: Sequence[Row]) -> list[int]:
+    """How many tokens of each row the model reads."""
+    return [max(len(row.tokens_t) - 1, 1) for row in rows]
 
 
 def by_row(rows: int) -> Objective:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from orogen.checkpoint.folders import HuggingFaceFolder, OrogenFolder, RunFolder, read_kept
 from orogen.checkpoint.open import Opened
@@ -27,6 +27,13 @@ UNLIMITED = int(1e30)  # what transformers writes as model_max_length where ther
 TOGETHER = 4  # prompts per slot that an engine gets at a time, after which progress is reported
 
 
+class Stated(NamedTuple):
+    """How many tokens a text of a checkpoint's model may have, and where the checkpoint says so, in words."""
+
+    length: int
+    source: str
+
+
 class Prompt(NamedTuple):
     """What is to be continued: ids, by at most so many tokens, up to the first of these strings, in which the name of a
     special token is that token."""
@@ -37,19 +44,32 @@ class Prompt(NamedTuple):
     sampling: Sampling = Sampling(temperature=0)
 
 
+class Room(Protocol):
+    """Raises ConfigError for what the memory has no room for, such as texts that are longer than the config says."""
+
+    def scoring(self, longest: int, shapes: Iterable[tuple[int, int]]) -> None:
+        """Batches of these shapes (rows, length). longest: tokens of the longest text."""
+        ...
+
+    def writing(self, engine: EngineConfig) -> None:
+        """An engine for prompts that are longer than its config said."""
+        ...
+
+
 class Subject:
     """A model on its plan, with what an evaluation asks of it. engine: of generation; its `max_length` grows with the
-    prompts. progress: called after each part of the work. stated_length: see `stated_length`."""
+    prompts. progress: called after each part of the work. stated: see `stated_length`. room: refuses what exceeds the
+    memory before it is computed; None: nothing does."""
 
     def __init__(
         self, opened: Opened, config: EvaluateConfig, engine: EngineConfig,
-        progress: Callable[[], None] = lambda: None, *, stated_length: int | None = None,
+        progress: Callable[[], None] = lambda: None, *, stated: Stated | None = None, room: Room | None = None,
     ):  # fmt: skip
-        self.opened, self.config, self.progress, self._stated = opened, config, progress, stated_length
+        self.opened, self.config, self.progress = opened, config, progress
+        self._stated, self._room = stated, room
         self.scorer = Scorer(opened, dtype=engine.compute_dtype, batch_tokens=config.batch_tokens)
         self._settings = engine
         self._engine: Engine | None = None
-        self.fits: Callable[..., None] = lambda length: None  # refuses a length
 
     def give(self, params: Any, buffers: Any) -> None:
         """Takes other weights of the same model."""
@@ -81,11 +101,21 @@ class Subject:
     def request_length(self) -> int:
         """The most tokens that a request of lm-eval reads: as its Hugging Face backend, what the checkpoint states,
         unless the config says."""
-        return self.max_length if self.config.max_length else self._stated or self.max_length
+        return self._stated.length if self._stated and not self.config.max_length else self.max_length
+
+    @property
+    def request_limit(self) -> str:
+        """`request_length` and what decides it, in words."""
+        if self.config.max_length:
+            return f"EvaluateConfig.max_length = {self.max_length}"
+        if self._stated:
+            return f"{self._stated.source} = {self._stated.length}, in place of which EvaluateConfig.max_length counts"
+        return f"{self.max_length}, as EvaluateConfig.max_length is None and the checkpoint does not say"
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
-        """See `Scorer.score`. Raises ConfigError for rows that `fits` refuses, too."""
-        self.fits(length=max((len(row.tokens_t) for row in rows), default=1))
+        """See `Scorer.score`. Raises ConfigError before the first batch if there is no room for some batch."""
+        if self._room is not None and rows:
+            self._room.scoring(max(len(row.tokens_t) for row in rows), self.scorer.shapes(rows))
         return self.scorer.score(rows, (self.opened.params, self.opened.buffers), self.progress)
 
     def carry(self, rows: Sequence[Row]) -> list[Score]:
@@ -123,6 +153,8 @@ class Subject:
             settings = self._settings
             if settings.max_length < length:
                 settings = dataclasses.replace(settings, max_length=rounded(length))
+                if self._room is not None:
+                    self._room.writing(settings)
             params = at_work(self.opened.params, self.opened.plan)
             self._engine = Engine(self.opened._replace(params=params), settings)
         return self._engine
@@ -143,7 +175,7 @@ def shortened(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-def stated_length(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> int | None:
+def stated_length(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> Stated | None:
     """How many tokens a text of the model may have, as lm-eval's Hugging Face backend finds it: in config.json, or else
     beside the tokenizer. None: neither says."""
     hugging_face = isinstance(folder, HuggingFaceFolder)
@@ -151,8 +183,9 @@ def stated_length(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> int |
     known = {**DEFAULTS.get(values.get("model_type", ""), {}), **values}
     for name in LENGTHS:
         if type(found := known.get(name)) is int and found > 1:
-            return found
+            return Stated(found, f"{name} in the model's config.json")
     beside = folder.folder if hugging_face and not folder.stored else folder.folder / "tokenizer"
     settings = read_json(beside / SETTINGS) if (beside / SETTINGS).is_file() else {}
     found = settings.get("model_max_length")
-    return found if type(found) is int and 1 < found < UNLIMITED else None
+    stated = type(found) is int and 1 < found < UNLIMITED
+    return Stated(found, f"model_max_length in {SETTINGS}") if stated else None

@@ -133,12 +133,15 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
 
 
 def require_evaluation_fits(
-    model: ModelConfig, memory: Memory, *, blocked: bool, batch_tokens: int, length: int, settings: dict[str, int]
-) -> None:
+    model: ModelConfig, memory: Memory, *, blocked: bool, batch_tokens: int, length: int, settings: dict[str, int],
+    loaded: bool = False,
+) -> None:  # fmt: skip
     """Raises ConfigError if a pass over texts of `length` tokens exceeds the memory of one device. blocked: see
-    `require_scoring_fits`. settings: by name, the values that the sizes follow from."""
+    `require_scoring_fits`. settings: by name, the values that the sizes follow from. loaded: whether the parameters are
+    known to fit, so that one of the settings is named even if the parameters take more."""
     together = max(1, batch_tokens // length)
-    _require("evaluation", [], _inference(model, not blocked, together, length, settings), 1, memory)
+    needs = _inference(model, not blocked, together, length, settings)
+    _require("evaluation", [], needs, 1, memory, named=needs[1:] if loaded else None)
 
 
 def require_conversion_fits(memory: Memory, *, tensor: str, held: int) -> None:
@@ -285,14 +288,18 @@ def _inference(model: ModelConfig, whole: bool, rows: int, tokens: int, settings
     return needs if scores is None else [*needs, scores]
 
 
-def _require(task: str, host: Sequence[Need], device: Sequence[Need], devices: int, memory: Memory) -> None:
+def _require(
+    task: str, host: Sequence[Need], device: Sequence[Need], devices: int, memory: Memory,
+    *, named: Sequence[Need] | None = None,
+) -> None:  # fmt: skip
+    """Raises ConfigError for needs that exceed the memory, with the cause of the largest, or the largest of `named`."""
     if memory.device is None:
         host = [*host, *(need.times(devices) for need in device)]
     for needs, available, where in ((host, memory.host, "this host"), (device, memory.device, "each device")):
         total = sum(need.size for need in needs)
         if available is None or total <= available:
             continue
-        largest = max(needs, key=lambda need: need.size)
+        largest = max(named or needs, key=lambda need: need.size)
         name, value = largest.cause
         raise ConfigError(
             f"{name} is {value}{' layers' * (name == 'ModelConfig.pattern')}; expected less: {task} needs at least "

@@ -50,6 +50,8 @@ def laid_out(command: Sequence[str], *, module: str = "jit_step", limit_s: float
         finally:
             child.kill()
             child.wait()
+        if found is None:  # it may have been written after the last look, before the process ended
+            found = _reported(Path(made))
         if found is None:
             log.seek(0)
             raise RuntimeError(f"exit status {child.returncode} before memory was laid out: {log.read()[-SHOWN:]}")
