@@ -50,18 +50,14 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _other_lives(process: int) -> bool:
-    return process_lives(process) and process != os.getpid()
-
-
-def process_lives(process: int) -> bool:
-    """Whether this is the id of a process that is alive on this host."""
+    """Whether this is the id of another process that is alive on this host."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # somebody else's
         return True
-    return True
+    return process != os.getpid()
 
 
 @contextlib.contextmanager
