@@ -221,7 +221,7 @@ def test_weights_that_are_sent_again_take_no_longer_than_their_call(model, tmp_p
 
         def take(path, body):
             taken(path, body)
-            return Fault("hang") if path == "/v1/weights" else late if len(server.asked) <= 3 else foreign
+            return Fault("hang") if path == "/v1/weights" else late if len(server.asked) <= 2 else foreign
 
         monkeypatch.setattr(server, "take", take)
         if held:
@@ -229,7 +229,7 @@ def test_weights_that_are_sent_again_take_no_longer_than_their_call(model, tmp_p
             threading.Timer(8, far._giving.release).start()
         began = time.monotonic()
         with pytest.raises(remote.ServerError, match="given up after"):
-            far.run(ASKED[:2], lambda: None)
+            far.run(ASKED[:1], lambda: None)
         assert time.monotonic() - began < 4.5
 
 
@@ -253,7 +253,8 @@ def test_progress_is_told_while_weights_are_given(model, tmp_path):
         told_once = lambda: told.append(0)  # noqa: E731
         give()
         assert 4 <= len(told) <= 20
+        told.clear()
         far._giving.acquire()
         threading.Timer(1.0, far._giving.release).start()
         give()
-        assert len(told) >= 8
+        assert len(told) >= 4

@@ -242,7 +242,7 @@ class RLConfig:
         require_not_negative(self, "server_retries")
         expected = f"at least server_timeout = {self.server_timeout:g}"
         require(self.server_timeout <= self.server_deadline, self, "server_deadline", expected)
-        require(True, self, "server_deadline", f"at most {YEAR}, a year: longer waits overflow")
+        require(self.server_deadline <= YEAR, self, "server_deadline", f"at most {YEAR}, a year: longer waits overflow")
 
     def _check_bounds(self) -> None:
         require(self.clip_low is None or self.clip_low < 1, self, "clip_low", "below 1")
