@@ -187,5 +187,6 @@ def stated_length(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> State
     beside = folder.folder if hugging_face and not folder.stored else folder.folder / "tokenizer"
     settings = read_json(beside / SETTINGS) if (beside / SETTINGS).is_file() else {}
     found = settings.get("model_max_length")
-    stated = type(found) is int and 1 < found < UNLIMITED
-    return Stated(found, f"model_max_length in {SETTINGS}") if stated else None
+    if type(found) is int and 1 < found < UNLIMITED:
+        return Stated(found, f"model_max_length in {SETTINGS}")
+    return None
