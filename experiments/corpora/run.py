@@ -277,7 +277,7 @@ def train(folder, cold, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("tokenize", "tokens", "take", "store", "loader", "train", "read"))
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--gb", type=float, default=10.0, help="of tokens and store: their size")

@@ -58,6 +58,6 @@ def test_every_batch_is_compared_with_the_memory():
 
 
 def test_an_engine_grows_only_as_far_as_the_memory():
-    subject = subject_in(opened("*"), 2**22)
-    with pytest.raises(ConfigError, match="EvaluateConfig.max_length is 262144; expected less: inference"):
-        subject.write([Prompt((5,) * 200_000, 8)])
+    subject = subject_in(opened("*"), 2**18)
+    with pytest.raises(ConfigError, match="EvaluateConfig.max_length is 2048; expected less: inference"):
+        subject.write([Prompt((5,) * 2000, 8)])

@@ -182,10 +182,12 @@ def stated_length(folder: RunFolder | OrogenFolder | HuggingFaceFolder) -> State
     values = folder.values if hugging_face else read_kept(folder.folder).get("config", {})
     known = {**DEFAULTS.get(values.get("model_type", ""), {}), **values}
     for name in LENGTHS:
-        if type(found := known.get(name)) is int and found > 1:
-            return Stated(found, f"{name} in the model's config.json")
+        length = known.get(name)
+        if type(length) is int and length > 1:
+            return Stated(length, f"{name} in the model's config.json")
     beside = folder.folder if hugging_face and not folder.stored else folder.folder / "tokenizer"
     settings = read_json(beside / SETTINGS) if (beside / SETTINGS).is_file() else {}
     found = settings.get("model_max_length")
-    stated = type(found) is int and 1 < found < UNLIMITED
-    return Stated(found, f"model_max_length in {SETTINGS}") if stated else None
+    if type(found) is int and 1 < found < UNLIMITED:
+        return Stated(found, f"model_max_length in {SETTINGS}")
+    return None
