@@ -33,7 +33,7 @@ EXCHANGED = 2
 # Of what one pass keeps, the share that lies beside the slots of a pipeline while it is copied into its own or out of
 # it. Source of these: what XLA:GPU lays out for three small steps (experiments/predicted_and_measured) and allocated
 # on one and two GPUs (experiments/two_gpus); the only step with a ragged dispatch took 29 % more than they say, most of
-# it copies of zeros that its exchange no longer makes.
+# it copies of zeros, which its exchange has since come to avoid.
 COPIED = 0.5
 
 
