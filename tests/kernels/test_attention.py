@@ -265,7 +265,7 @@ class TestAttention:
 
 @pytest.mark.parametrize("time", [1, 5, 128, 129, 300])
 def test_ids_that_recur_are_runs_of_their_own_in_long_rows(time):
-    """Runs are counted in blocks of tokens: counts go on from block to block."""
+    """Also where XLA sums in blocks of tokens."""
     draw = np.random.default_rng(time)
     segments_bt = draw.integers(0, 2, (BATCH, time)).astype(np.int32)
     changes_bt = np.pad(segments_bt[:, 1:] != segments_bt[:, :-1], ((0, 0), (1, 0)))

@@ -23,13 +23,13 @@ def write(folder, **files):
 def test_a_limit_counts_less_what_is_used_and_cannot_be_taken_back(groups):
     stat = "anon 300\ninactive_file 40\nactive_file 5\n"
     write(groups / "a", memory__max="1000\n", memory__current="345\n", memory__stat=stat)
-    assert capacity._left(groups / "a", *capacity.VERSION_2) == 1000 - 345 + 45
+    assert capacity._left(groups / "a", capacity.VERSION_2) == 1000 - 345 + 45
     write(groups / "b", memory__max="max\n", memory__current="345\n", memory__stat=stat)
-    assert capacity._left(groups / "b", *capacity.VERSION_2) is None
-    assert capacity._left(groups / "none", *capacity.VERSION_2) is None
+    assert capacity._left(groups / "b", capacity.VERSION_2) is None
+    assert capacity._left(groups / "none", capacity.VERSION_2) is None
     stat = "total_inactive_file 30\ntotal_active_file 2\ninactive_file 1\n"
     write(groups / "c", memory__limit_in_bytes="500", memory__usage_in_bytes="100", memory__stat=stat)
-    assert capacity._left(groups / "c", *capacity.VERSION_1) == 500 - 100 + 32
+    assert capacity._left(groups / "c", capacity.VERSION_1) == 500 - 100 + 32
 
 
 def test_the_root_of_a_container_is_its_own_group(groups):

@@ -71,7 +71,8 @@ def test_what_a_teacher_judges_is_not_drawn_again():
 
 
 def test_faults_are_those_of_this_rollout():
-    rollouts = SimpleNamespace(spent=Spent(), take=lambda *weights: None, faults={"timeout": 3, "crash": 1})
+    faults = {"timeout": 3, "crash": 1}
+    rollouts = SimpleNamespace(spent=Spent(), take=lambda *weights: None, faults=faults, server=None)
 
     def written(*_):
         rollouts.faults = {"timeout": 5, "crash": 1}
