@@ -1,9 +1,9 @@
 """Padding of the vocabulary: rows that a plan adds, so that `tensor` divides the number of rows.
 
-A plan keeps embedding and head with `PlanConfig.vocab_rows` rows, of which the last ones are padding. These stay zero,
-and no result of the model depends on their number: no token reads such a row of the embedding, and the softmax leaves
-out the logits of such rows of the head, so their gradients are zero; from zero parameters and zero gradients the
-optimizers compute zeros, with weight decay too. So the model itself is built, initialised, counted, converted and
+Under a plan, embedding and head have `PlanConfig.vocab_rows` rows; the last ones are padding. Padding rows stay zero,
+and no result of the model depends on how many there are: no token reads one in the embedding, and the softmax leaves
+out their logits, so their gradients are zero, and the optimizers keep zero parameters with zero gradients at zero, with
+weight decay too. So the model itself is built, initialised, counted, converted and
 scored without padding, and only state that is laid out on a plan has it: `resized` adds it when state is laid out and
 drops it when state is joined.
 """

@@ -123,11 +123,11 @@ class Calls:
         raise AssertionError("unreachable")
 
     def give_up(self) -> None:
-        """Ends the calls that are under way, and the waits between their attempts, until `go_on`."""
+        """Ends calls that are under way and the waits between their attempts. Later calls end too, until `go_on`."""
         self._given_up.set()
 
     def go_on(self) -> None:
-        """Calls are made again."""
+        """Allows calls again after `give_up`."""
         self._given_up.clear()
 
     def _failure(self, path: str, attempts: int, seconds: float, last: _AttemptError, expected: str) -> str:

@@ -23,7 +23,7 @@ with one device.
 **A run survives** (`tests/train/kills.py`, `experiments/survival`): after a kill, a stop or a full disk, it continues
 with the same bits. Checkpoints are written in the background every `checkpoint_every` steps,
 `checkpoint_minutes` and, with `keep_best`, after the best evaluation (`saving.py`); the last `keep_checkpoints` stay,
-and beside them the best one and the one that a roll-back would need. If one cannot be written, a line says so and
+as do the best one and the one to which a run would roll back. If a checkpoint cannot be written, a line says so and
 training continues, as it does while `metrics.jsonl` cannot be written; only the last checkpoint of a run must succeed.
 Bad steps (`health.py`) are those that were not finite, which change nothing, and spikes of the loss; after
 `roll_back_after` of them, the run rolls back and continues with later data (`back.py`). A run without progress for
