@@ -53,13 +53,15 @@ def attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected 1 or more")
     operands = _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
+    if segments_bt is not None and kv_segments_bs is None and q_index is None and k_index is None:
+        run_bt = _runs(segments_bt, in_order=implementation != "cudnn")  # which compares no pairs
+        operands = operands._replace(segments_bt=run_bt, kv_segments_bs=run_bt)
     # One varying type inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
     return run(vary_like(operands, operands), scale=scale, window=window)
 
 
 def _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h) -> Operands:
-    """The operands with defaults for None, and the segments of whole rows numbered by run. Raises ValueError."""
-    whole_rows = segments_bt is not None and kv_segments_bs is None and q_index is None and k_index is None
+    """The operands with defaults for None. Raises ValueError."""
     if segments_bt is None and kv_segments_bs is not None:
         raise ValueError("kv_segments_bs without segments_bt: expected both or neither")
     if segments_bt is None:
@@ -70,21 +72,19 @@ def _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_in
     k_index = jnp.arange(k_bsgk.shape[1]) if k_index is None else k_index
     operands = Operands(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
     _check_shapes(operands)
-    if whole_rows:
-        run_bt = _runs(segments_bt)
-        operands = operands._replace(segments_bt=run_bt, kv_segments_bs=run_bt)
     return operands
 
 
-def _runs(segments_bt: Array) -> Array:
+def _runs(segments_bt: Array, *, in_order: bool) -> Array:
     """(b, t) int32: the number of the run of equal ids that each token is in, from 0.
 
-    On CPUs sorted, although they ascend: XLA:CPU computes a part of a running sum again in each of the (t, s) elements
-    that compare runs, but not a sort. It made a training step of `bench cpu_train` 4 % slower.
+    in_order: whether they are sorted, although they ascend. XLA:CPU fuses a running sum into what reads it, so that it
+    computed a part of the sum again in each of the (t, s) elements that compare runs: a training step of `bench
+    cpu_train` was 4 % slower. It does not fuse a sort.
     """
     changes_bt = segments_bt[:, 1:] != segments_bt[:, :-1]
     runs_bt = jnp.cumsum(jnp.pad(changes_bt, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-    return lax.platform_dependent(runs_bt, cpu=lax.sort, default=lambda runs_bt: runs_bt)
+    return lax.sort(runs_bt) if in_order else runs_bt
 
 
 def _check_shapes(o: Operands) -> None:
