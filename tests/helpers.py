@@ -1,8 +1,11 @@
 """Small models and runs that several tests share."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -53,6 +56,16 @@ def run_config(model: ModelConfig | None = None, *, plan: dict | None = None, da
         train=TrainConfig(**settings),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="constant"),
     )
+
+
+@contextlib.contextmanager
+def child_process(command: list[str], **settings: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process and its output as text. It is killed when the body ends, or a test that fails would wait for it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **settings) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def implementations(names: Iterable[str]) -> list:

@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
+from tests.helpers import child_process
 from tests.infer.serve.live import post
 
 from orogen.checkpoint.open import open_model
@@ -67,7 +67,7 @@ def test_a_tiny_model_answers_as_it_does_without_a_server():
                "--slots", "4", "--max_length", "128", "--name", "tiny",
                "--weights", str(CHECKPOINT.parent)]  # fmt: skip
     environment = {**os.environ, "OROGEN_API_KEY": "k", "JAX_NUM_CPU_DEVICES": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with child_process(command, env=environment) as process:
         assert process.stdout is not None
         told = json.loads(process.stdout.readline())
         assert told["model"] == "tiny"
@@ -81,7 +81,8 @@ def test_a_tiny_model_answers_as_it_does_without_a_server():
         assert [i for e in events for i in e["choices"][0]["token_ids"]] == choice["token_ids"]
         assert "".join(e["choices"][0]["text"] for e in events) == choice["text"]
         same = {"folder": CHECKPOINT.name, "version": 5}
-        assert json.load(post(port, "/v1/weights", same, headers=key)) == same
+        told = json.load(post(port, "/v1/weights", same, headers=key))
+        assert told == {**same, "instance": told["instance"]}
         (again,) = json.load(post(port, "/v1/completions", ask, headers=key))["choices"]
         assert again["text"] == choice["text"] and set(again["token_versions"]) == {5}
         assert b"orogen_slots_used 0.0" in http_get(port, "/metrics")

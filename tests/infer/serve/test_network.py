@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from tests.helpers import child_process
 from tests.infer.chats import WEATHER
 from tests.infer.fake_engine import FakeEngine
 from tests.infer.serve.harness import saying, worded
@@ -69,7 +70,7 @@ def test_vanished_clients_free_their_slots():
 def test_sigterm_under_load(tokens, drain_seconds, whole):
     """What runs may end within the time for it; what comes is refused; the status is 0."""
     command = [sys.executable, "-m", "tests.infer.serve.live", "0.03", drain_seconds]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with child_process(command, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline())
         running = [post(port, "/v1/completions", {"prompt": [n], "max_tokens": tokens, "stream": True}) for n in (5, 6)]
@@ -90,7 +91,7 @@ def test_sigterm_under_load(tokens, drain_seconds, whole):
 
 def test_the_signal_of_ctrl_c_and_a_second_one():
     command = [sys.executable, "-m", "tests.infer.serve.live", "0.03", "60"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with child_process(command, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline())
         response = post(port, "/v1/completions", {"prompt": [5], "max_tokens": 9000, "stream": True})

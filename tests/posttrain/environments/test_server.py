@@ -12,6 +12,7 @@ import time
 import pytest
 import uvicorn
 from tests.helpers import bound as bindings_of
+from tests.helpers import child_process
 
 from orogen.cli import main
 from orogen.config.rl import EnvironmentConfig
@@ -207,16 +208,11 @@ def test_the_command_writes_tasks_and_refuses_what_does_not_fit(tmp_path, capsys
 
 
 def test_the_command_serves_until_it_is_ended():
-    with subprocess.Popen(
-        [sys.executable, "-m", "orogen.cli", *command("serve", "--port", 0, "--json")], stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": "src:."},
-    ) as process:  # fmt: skip
-        try:
-            assert process.stdout is not None
-            told = json.loads(process.stdout.readline())
-            assert told["environments"] == ["copy", "parity"]
-            assert ask(told["port"], "/seed_session", row("copy"))[0] == 200
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-        finally:
-            process.kill()
+    started = [sys.executable, "-m", "orogen.cli", *command("serve", "--port", 0, "--json")]
+    with child_process(started, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": "src:."}) as process:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        assert told["environments"] == ["copy", "parity"]
+        assert ask(told["port"], "/seed_session", row("copy"))[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
