@@ -12,6 +12,7 @@ from orogen.cli import main
 from orogen.config.checks import ConfigError
 from orogen.config.evaluate import SUITES
 from orogen.evaluate import command, harness
+from orogen.evaluate import run as run_module
 from orogen.evaluate.during import SLOTS, _engine, with_tasks
 from orogen.infer.sizes import sizes_of
 from orogen.report.metrics import read_metrics
@@ -84,6 +85,26 @@ def test_a_text_that_the_memory_is_too_small_for_is_refused(trained, tmp_path, c
     assert main(["evaluate", *options, "--max_length", "256", "--json"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("orogen: EvaluateConfig.batch_tokens is 8192; expected less"), error
+
+
+@pytest.mark.parametrize("raised", [ConfigError("too long"), KeyboardInterrupt()], ids=["bad input", "Ctrl-C"])
+def test_what_is_known_is_kept_when_an_evaluation_ends_early(trained, tmp_path, capsys, monkeypatch, raised):
+    run, text = trained
+    out, later = tmp_path / "out", tmp_path / "later.txt"
+    later.write_text("later")
+    measure = run_module.measure_text
+
+    def measure_text(subject, path):
+        if path == str(later):
+            raise raised
+        return measure(subject, path)
+
+    monkeypatch.setattr(run_module, "measure_text", measure_text)
+    status = main(["evaluate", "--checkpoint", str(run), "--text", str(text), "--text", str(later), "--out", str(out)])
+    assert status == (2 if isinstance(raised, ConfigError) else 130)
+    kept = json.loads((out / "results.json").read_text())
+    assert not kept["complete"] and kept["results"].keys() == {str(text)}
+    assert kept["results"][str(text)]["tokens"] > 0
 
 
 def test_text_is_generated_and_examples_are_exported(trained, tmp_path, capsys):

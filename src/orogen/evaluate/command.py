@@ -42,7 +42,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stride", type=positive, metavar="N", help="tokens that each further window predicts")
     add("--score_ends", action="store_true", default=None,
         help="also predict the token that ends a document, as training does")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", help="writes results.json, results.txt and results.png there")
+    add("--out", type=Path, metavar="DIR", help="writes results.json, results.txt and results.png there; of an "
+        "evaluation that ends early, what is known, as not complete")  # fmt: skip
     add("--export", type=Path, metavar="DIR", help="writes the generated examples there instead of evaluating")
     add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)
 
@@ -81,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--out {str(options.out)!r} is a file; expected a folder or a new name")
     from orogen.checkpoint.open import open_folder, read_model
     from orogen.evaluate.results import plain, table, write_results
-    from orogen.evaluate.run import Evaluator
+    from orogen.evaluate.run import Evaluator, Results
     from orogen.evaluate.subject import Subject, stated_length
     from orogen.simulate.fit import require_inference_fits
     from orogen.simulate.room import EvaluationRoom
@@ -100,8 +101,16 @@ def evaluate(options: argparse.Namespace) -> int:
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
         stated = stated_length(folder)
     subject = Subject(opened, config, engine, told_progress(), stated=stated, room=room)
-    results = evaluator.run(subject)
-    facts: dict[str, Any] = {"checkpoint": str(options.checkpoint), "seconds": round(time.monotonic() - began, 3)}
+    results: Results = {}
+    facts: dict[str, Any] = {"checkpoint": str(options.checkpoint)}
+    try:
+        for part in evaluator.parts(subject):
+            results |= part
+    except BaseException:  # also Ctrl-C: what is known was expensive
+        if results and options.out is not None:
+            write_results(options.out, results, {**facts, "complete": False})
+        raise
+    facts |= {"complete": True, "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []
     lines = [*table(results), *(f"wrote {file}" for file in written)]
     answer(options, {**facts, "results": plain(results)}, lines)

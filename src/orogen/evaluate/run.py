@@ -1,5 +1,7 @@
 """Everything that a config asks of a model, and what comes of it by task and metric."""
 
+from collections.abc import Iterator
+
 from orogen.config.evaluate import WRITTEN, EvaluateConfig
 from orogen.evaluate.harness import Harness, harness_of
 from orogen.evaluate.perplexity import measure_text
@@ -29,9 +31,14 @@ class Evaluator:
 
     def run(self, subject: Subject) -> Results:
         """The metrics by task; those of a text are under its path."""
-        results: Results = run_suites(subject, self.suites) if self.suites else {}
+        return {task: metrics for part in self.parts(subject) for task, metrics in part.items()}
+
+    def parts(self, subject: Subject) -> Iterator[Results]:
+        """The results as they become known: generated tasks, those of lm-eval, then each text. A part that raises does
+        not take back the parts before it."""
+        if self.suites:
+            yield run_suites(subject, self.suites)
         if self._harness is not None:
-            results |= self._harness.run(subject)
+            yield self._harness.run(subject)
         for path in self.config.texts:
-            results[path] = measure_text(subject, path)
-        return results
+            yield {path: measure_text(subject, path)}
