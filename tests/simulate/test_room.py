@@ -14,11 +14,14 @@ from orogen.simulate.fit import Memory, count
 from orogen.simulate.room import EvaluationRoom
 
 
-def subject_in(model, size: int, *, attention: str = "full", plan: PlanConfig | None = None) -> Subject:
+def subject_in(
+    model, size: int, *, attention: str = "full", plan: PlanConfig | None = None, dtype: str = "float32"
+) -> Subject:
     config = EvaluateConfig(tasks=("x",))
-    memory = Memory(size, None)
-    room = EvaluationRoom(model=model.config, memory=memory, plan=plan, attention=attention, config=config)
-    return Subject(model, config, EngineConfig(slots=2, max_length=32, chunk=16, page=16), room=room)
+    facts = {"memory": Memory(size, None), "plan": plan, "attention": attention, "dtype": dtype}
+    room = EvaluationRoom(model=model.config, config=config, **facts)
+    settings = EngineConfig(slots=2, max_length=32, chunk=16, page=16, compute_dtype=dtype)
+    return Subject(model, config, settings, room=room)
 
 
 def row(length: int) -> Row:
@@ -55,6 +58,29 @@ def test_every_batch_is_compared_with_the_memory():
     subject_in(model, alone).score([row(65)])
     with pytest.raises(ConfigError, match="EvaluateConfig.batch_tokens is 8192; expected less"):
         subject_in(model, alone).score([row(65), *[row(33)] * 256])
+
+
+def test_parameters_and_hidden_states_in_bfloat16_take_half_of_float32():
+    model = opened("-")
+    held = 2 * count(model.config) + 2 * 32 * model.config.hidden_size
+    subject_in(model, held, dtype="bfloat16").score([row(33)])
+    with pytest.raises(ConfigError, match="EvaluateConfig.max_length is 33"):
+        subject_in(model, held - 1, dtype="bfloat16").score([row(33)])
+
+
+@pytest.mark.parametrize("attention", ["full", "blocked"])
+def test_what_is_carried_is_compared_with_the_memory(attention):
+    """Two texts in pieces of 512 tokens, the longer one in three: caches of four pieces for both, each with keys and
+    values of as many heads, and the scores of one piece."""
+    model = opened("*")
+    shape = model.config
+    caches = 2 * 2048 * shape.num_key_value_heads * shape.head_dim * 2 * 4
+    scores = 2 * shape.num_attention_heads * 512 * 2048 * 4 * (attention == "full")
+    beside = 4 * count(shape) + scores
+    with pytest.raises(ConfigError, match="the length of the longest text is 1100; expected less: evaluation"):
+        subject_in(model, beside + caches - 1, attention=attention).carry([row(1100), row(30)])
+    scored = subject_in(model, beside + caches + 2 * 2048 * 8, attention=attention).carry([row(1100), row(30)])
+    assert [score.asked for score in scored] == [1099, 29]
 
 
 def test_an_engine_grows_only_as_far_as_the_memory():

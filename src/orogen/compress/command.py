@@ -134,7 +134,8 @@ def _found(options: argparse.Namespace, settings: "PruneConfig", run: "RunConfig
     if plan.devices == 1:
         tokens = settings.batch_size * settings.sequence_length
         shape = {"blocked": plan.attention != "full", "batch_tokens": tokens, "length": settings.sequence_length}
-        require_evaluation_fits(model, free_memory(), **shape, settings=_named(settings))
+        named = _named(settings)
+        require_evaluation_fits(model, free_memory(), dtype=settings.compute_dtype, **shape, settings=named)
     return measured(open_model(options.checkpoint, plan, settings.compute_dtype), settings, run.data, told_progress())
 
 
@@ -207,7 +208,8 @@ def quantize(options: argparse.Namespace) -> int:
         if plan is None or plan.devices == 1:
             tokens = config.batch_size * config.sequence_length
             scored = {"blocked": False, "batch_tokens": tokens, "length": config.sequence_length}
-            require_evaluation_fits(folder.config, free_memory(), **scored, settings=_named(config))
+            named = _named(config)
+            require_evaluation_fits(folder.config, free_memory(), dtype=options.dtype, **scored, settings=named)
         quantiser = Quantiser(folder, config, text, plan=plan, dtype=options.dtype, progress=say)
         calibrated = quantiser.calibrate()
         with new_folder(options.out) as scratch:  # published when all of it is there

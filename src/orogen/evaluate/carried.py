@@ -41,6 +41,15 @@ class Piece(NamedTuple):
     asked_bt: Any
 
 
+class Held(NamedTuple):
+    """Rows that are read at once, tokens of a piece and of the caches, and the bytes of the caches on all devices."""
+
+    rows: int
+    piece: int
+    length: int
+    caches: int
+
+
 class Carrier:
     """Scores rows of any length, by pieces of `piece` tokens, or a few more that the plan can split. dtype: of the
     computation.
@@ -64,8 +73,7 @@ class Carrier:
         size = max((len(row.tokens_t) for row in rows), default=0)
         require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens_t))
-        ranks, scores = self._opened.plan.size("batch"), [Score(0.0, 0, 0)] * len(rows)
-        at_once = ranks * min(ROWS, max(1, -(-len(rows) // ranks)))
+        at_once, scores = self._at_once(len(rows)), [Score(0.0, 0, 0)] * len(rows)
         for start in range(0, len(order), at_once):
             numbers = order[start : start + at_once]
             found = self._together([rows[number] for number in numbers], at_once, weights, progress)
@@ -73,13 +81,28 @@ class Carrier:
                 scores[number] = Score(-nats, int(hits), int(asked))
         return scores
 
+    def held(self, rows: Sequence[Row]) -> "Held":
+        """What is held while the longest of the rows are scored."""
+        at_once, size = self._at_once(len(rows)), max(len(row.tokens_t) for row in rows)
+        length = self._pieces(size) * self._piece
+        arrays = jax.tree.leaves(self._shapes(Rows(at_once, length)))
+        return Held(at_once, self._piece, length, sum(a.size * a.dtype.itemsize for a in arrays))
+
+    def _at_once(self, rows: int) -> int:
+        ranks = self._opened.plan.size("batch")
+        return ranks * min(ROWS, max(1, -(-rows // ranks)))
+
+    def _pieces(self, tokens: int) -> int:
+        """Pieces of the caches' length: a power of two, so that documents share programs."""
+        return 1 << (-(-tokens // self._piece) - 1).bit_length()
+
     def _together(
         self, rows: Sequence[Row], at_once: int, weights: tuple[Any, Any], progress: Callable[[], None]
     ) -> np.ndarray:
         """(3, b) float64: nats, hits and tokens that are asked for."""
-        count = -(-max(len(row.tokens_t) for row in rows) // self._piece)
-        room = 1 << (count - 1).bit_length()  # a power of two of pieces, so that documents share programs
-        kept, total = self._starter(at_once, room)(*weights), np.zeros((3, at_once))
+        size = max(len(row.tokens_t) for row in rows)
+        count = -(-size // self._piece)
+        kept, total = self._starter(at_once, self._pieces(size))(*weights), np.zeros((3, at_once))
         for number in range(count):
             kept, sums = self._step(*weights, kept, self._batch(rows, number, at_once))
             total += np.asarray(jax.device_get(sums), np.float64)
@@ -103,10 +126,14 @@ class Carrier:
     def _layout(self) -> tuple[Any, Any]:
         """The logical axes of the caches' arrays, and how many axes of repeated layers are in front."""
         built, room = self._opened.built, Rows(1, 1)
-        start = lambda p, b: nnx.merge(built.graph, p, b).backbone.start(room, self._dtype)  # noqa: E731
         axes = nnx.merge(built.graph, built.params, built.buffers).backbone.cache_axes(room)
-        shapes = jax.eval_shape(start, built.params, built.buffers)
-        return axes, jax.tree.map(lambda array, names: array.ndim - len(names), shapes, axes)
+        return axes, jax.tree.map(lambda array, names: array.ndim - len(names), self._shapes(room), axes)
+
+    def _shapes(self, room: Rows) -> Any:
+        """The shapes and dtypes of the caches."""
+        built = self._opened.built
+        start = lambda p, b: nnx.merge(built.graph, p, b).backbone.start(room, self._dtype)  # noqa: E731
+        return jax.eval_shape(start, built.params, built.buffers)
 
     @functools.cached_property
     def _specs(self) -> Any:

@@ -90,7 +90,10 @@ def evaluate(options: argparse.Namespace) -> int:
     evaluator, began = Evaluator(config), time.monotonic()
     with open_folder(options.checkpoint) as folder:
         attention, memory = getattr(plan or folder.plan, "attention", "full"), free_memory()
-        room = EvaluationRoom(model=folder.config, memory=memory, plan=plan, attention=attention, config=config)
+        room = EvaluationRoom(
+            model=folder.config, memory=memory, plan=plan, attention=attention, dtype=engine.compute_dtype,
+            config=config,
+        )  # fmt: skip
         if evaluator.writes:
             require(engine.weights == DECODED, engine, "weights", f"{DECODED!r} here: texts are scored in memory whole")
             require_inference_fits(folder.config, plan, engine, memory, settings={})

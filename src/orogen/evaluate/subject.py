@@ -14,7 +14,7 @@ from orogen.config.json_file import read_json
 from orogen.convert.defaults import DEFAULTS
 from orogen.data.specials import SETTINGS
 from orogen.data.tokenizer import Tokenizer
-from orogen.evaluate.carried import PIECE, Carrier
+from orogen.evaluate.carried import PIECE, Carrier, Held
 from orogen.evaluate.likelihood import Row, Score, Scorer
 from orogen.infer.engine import Engine
 from orogen.infer.generate import check_length, rounded
@@ -49,6 +49,10 @@ class Room(Protocol):
 
     def scoring(self, longest: int, shapes: Iterable[tuple[int, int]]) -> None:
         """Batches of these shapes (rows, length). longest: tokens of the longest text."""
+        ...
+
+    def carrying(self, longest: int, held: Held) -> None:
+        """What is carried while texts are read piece by piece. longest: tokens of the longest one."""
         ...
 
     def writing(self, engine: EngineConfig) -> None:
@@ -119,7 +123,9 @@ class Subject:
         return self.scorer.score(rows, (self.opened.params, self.opened.buffers), self.progress)
 
     def carry(self, rows: Sequence[Row]) -> list[Score]:
-        """See `Carrier.score`."""
+        """See `Carrier.score`. Raises ConfigError before the first piece if there is no room for what is carried."""
+        if self._room is not None and rows:
+            self._room.carrying(max(len(row.tokens_t) for row in rows), self._carrier.held(rows))
         return self._carrier.score(rows, (self.opened.params, self.opened.buffers), self.progress)
 
     @functools.cached_property

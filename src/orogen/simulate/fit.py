@@ -133,15 +133,28 @@ def require_scoring_fits(model: ModelConfig, memory: Memory, *, blocked: bool, r
 
 
 def require_evaluation_fits(
-    model: ModelConfig, memory: Memory, *, blocked: bool, batch_tokens: int, length: int, settings: dict[str, int],
-    loaded: bool = False,
+    model: ModelConfig, memory: Memory, *, dtype: str, blocked: bool, batch_tokens: int, length: int,
+    settings: dict[str, int], loaded: bool = False,
 ) -> None:  # fmt: skip
-    """Raises ConfigError if a pass over texts of `length` tokens exceeds the memory of one device. blocked: see
-    `require_scoring_fits`. settings: by name, the values that the sizes follow from. loaded: whether the parameters are
-    known to fit, so that one of the settings is named even if the parameters take more."""
+    """Raises ConfigError if a pass in `dtype` over texts of `length` tokens exceeds the memory of one device. blocked:
+    see `require_scoring_fits`. settings: by name, the values that the sizes follow from. loaded: whether the parameters
+    are known to fit, so that one of the settings is named even if the parameters take more."""
     together = max(1, batch_tokens // length)
-    needs = _inference(model, not blocked, together, length, settings)
+    needs = _inference(model, not blocked, together, length, settings, BYTES[dtype])
     _require("evaluation", [], needs, 1, memory, named=needs[1:] if loaded else None)
+
+
+def require_carrying_fits(
+    model: ModelConfig, memory: Memory, *, dtype: str, blocked: bool, longest: int, rows: int, piece: int, length: int,
+    caches: int,
+) -> None:  # fmt: skip
+    """Raises ConfigError if reading texts piece by piece exceeds the memory of one device: `rows` at once, with `caches`
+    bytes for `length` tokens of each. longest: tokens of the longest text. blocked: see `require_scoring_fits`."""
+    settings = {"the length of the longest text": longest}
+    scores = None if blocked else _scores(model, rows, (piece, length), settings, FLOAT32)
+    beside = [Need("keys, values and states of texts", caches, settings), *([scores] if scores else [])]
+    parameters = _parameters("parameters", model, count(model) * BYTES[dtype])
+    _require("evaluation", [], [parameters, *beside], 1, memory, named=beside)
 
 
 def require_conversion_fits(memory: Memory, *, tensor: str, held: int) -> None:
@@ -238,7 +251,7 @@ def _activations(config: RunConfig) -> list[Need]:
     settings = _batch_settings(train)
     wide = {"ModelConfig.vocab_size": model.vocab_size}
     wide |= settings if plan.cross_entropy == "full" else {"PlanConfig.logit_rows": chunk}
-    scores = _scores(model, sequences, tokens, settings, itemsize) if plan.attention == "full" else None
+    scores = _scores(model, sequences, (tokens, tokens), settings, itemsize) if plan.attention == "full" else None
     # A ring multiplies half of one rank's queries with half of another's keys.
     shared = 4 * plan.tensor if plan.context > 1 else plan.tensor
     found = [
@@ -248,11 +261,13 @@ def _activations(config: RunConfig) -> list[Need]:
     return found if scores is None else [*found, scores._replace(size=scores.size // shared)]
 
 
-def _scores(model: ModelConfig, rows: int, tokens: int, settings: dict[str, int], itemsize: int) -> Need | None:
-    """The scores of one attention layer that materialises all of them."""
+def _scores(
+    model: ModelConfig, rows: int, pairs: tuple[int, int], settings: dict[str, int], itemsize: int
+) -> Need | None:
+    """The scores of one attention layer that materialises all of them. pairs: numbers of queries and keys."""
     if not set("*w+") & set(model.layers.main):
         return None
-    return Need("scores of attention", rows * model.num_attention_heads * tokens**2 * itemsize, settings)
+    return Need("scores of attention", rows * model.num_attention_heads * math.prod(pairs) * itemsize, settings)
 
 
 def _serving(
@@ -280,11 +295,14 @@ def _serving(
     ]
 
 
-def _inference(model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int]) -> list[Need]:
-    """What a float32 forward pass holds on one device. whole: whether attention materialises all scores."""
-    hidden = Need("hidden states", rows * tokens * model.hidden_size * FLOAT32, settings)
-    scores = _scores(model, rows, tokens, settings, FLOAT32) if whole else None
-    needs = [_parameters("parameters", model, count(model) * FLOAT32), hidden]
+def _inference(
+    model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int], itemsize: int = FLOAT32
+) -> list[Need]:
+    """What a forward pass holds on one device, scores in float32. whole: whether attention materialises all of them.
+    itemsize: bytes of a parameter and of a hidden number."""
+    hidden = Need("hidden states", rows * tokens * model.hidden_size * itemsize, settings)
+    scores = _scores(model, rows, (tokens, tokens), settings, FLOAT32) if whole else None
+    needs = [_parameters("parameters", model, count(model) * itemsize), hidden]
     return needs if scores is None else [*needs, scores]
 
 

@@ -7,19 +7,21 @@ from orogen.config.engine import EngineConfig
 from orogen.config.evaluate import EvaluateConfig
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
-from orogen.simulate.fit import Memory, require_evaluation_fits, require_inference_fits
+from orogen.evaluate.carried import Held
+from orogen.simulate.fit import Memory, require_carrying_fits, require_evaluation_fits, require_inference_fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationRoom:
     """The memory that there is for a model, its parameters included: a `Room` of `evaluate.subject`. Its methods raise
     ConfigError for what exceeds it, with the field that it grows with. plan: None for the checkpoint's own, on one
-    device. attention: how scores are computed."""
+    device. attention: how scores are computed. dtype: of the computation."""
 
     model: ModelConfig
     memory: Memory
     plan: PlanConfig | None
     attention: str
+    dtype: str
     config: EvaluateConfig
 
     @property
@@ -42,9 +44,17 @@ class EvaluationRoom:
 
     def _scoring(self, rows: int, length: int, settings: dict[str, int], *, loaded: bool = True) -> None:
         require_evaluation_fits(
-            self.model, self.memory, blocked=self.attention != "full", batch_tokens=rows * length, length=length,
-            settings=settings, loaded=loaded,
+            self.model, self.memory, dtype=self.dtype, blocked=self.attention != "full", batch_tokens=rows * length,
+            length=length, settings=settings, loaded=loaded,
         )  # fmt: skip
+
+    def carrying(self, longest: int, held: Held) -> None:
+        """What is carried while texts are read piece by piece. longest: tokens of the longest one."""
+        if self.alone:
+            require_carrying_fits(
+                self.model, self.memory, dtype=self.dtype, blocked=self.attention != "full", longest=longest,
+                **held._asdict(),
+            )  # fmt: skip
 
     def writing(self, engine: EngineConfig) -> None:
         """An engine for prompts that are longer than its config said."""
