@@ -3,12 +3,17 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orogen.command import CHECKPOINT, Command, answer, free_memory, positive, told_progress
 from orogen.config.checks import ConfigError, require
 from orogen.config.engine import DECODED
 from orogen.config.evaluate import METHODS, SUITES, EvaluateConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from orogen.evaluate.run import Results
 
 TASKS = (
     f"tasks, separated by commas: generated ones ({', '.join(SUITES)}), and those of lm-eval, which needs "
@@ -82,7 +87,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--out {str(options.out)!r} is a file; expected a folder or a new name")
     from orogen.checkpoint.open import open_folder, read_model
     from orogen.evaluate.results import plain, table, write_results
-    from orogen.evaluate.run import Evaluator, Results
+    from orogen.evaluate.run import Evaluator
     from orogen.evaluate.subject import Subject, stated_length
     from orogen.simulate.fit import require_inference_fits
     from orogen.simulate.room import EvaluationRoom
@@ -104,20 +109,28 @@ def evaluate(options: argparse.Namespace) -> int:
         opened = read_model(folder, plan and plan.evaluating(), engine.compute_dtype)
         stated = stated_length(folder)
     subject = Subject(opened, config, engine, told_progress(), stated=stated, room=room)
-    results: Results = {}
     facts: dict[str, Any] = {"checkpoint": str(options.checkpoint)}
-    try:
-        for part in evaluator.parts(subject):
-            results |= part
-    except BaseException:  # also Ctrl-C: what is known was expensive
-        if results and options.out is not None:
-            write_results(options.out, results, {**facts, "complete": False})
-        raise
+    results = _results(evaluator.parts(subject), options.out, facts)
     facts |= {"complete": True, "seconds": round(time.monotonic() - began, 3)}
     written = write_results(options.out, results, facts) if options.out is not None else []
     lines = [*table(results), *(f"wrote {file}" for file in written)]
     answer(options, {**facts, "results": plain(results)}, lines)
     return 0
+
+
+def _results(parts: "Iterator[Results]", out: Path | None, facts: dict[str, Any]) -> "Results":
+    """All results. Those that are known when a part raises, or at Ctrl-C, are written, since they were expensive."""
+    from orogen.evaluate.results import write_results
+
+    results: Results = {}
+    try:
+        for part in parts:
+            results |= part
+    except BaseException:
+        if results and out is not None:
+            write_results(out, results, {**facts, "complete": False})
+        raise
+    return results
 
 
 def _export(options: argparse.Namespace, config: EvaluateConfig) -> int:

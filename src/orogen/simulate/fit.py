@@ -140,7 +140,7 @@ def require_evaluation_fits(
     see `require_scoring_fits`. settings: by name, the values that the sizes follow from. loaded: whether the parameters
     are known to fit, so that one of the settings is named even if the parameters take more."""
     together = max(1, batch_tokens // length)
-    needs = _inference(model, not blocked, together, length, settings, BYTES[dtype])
+    needs = _inference(model, not blocked, together, length, settings, itemsize=BYTES[dtype])
     _require("evaluation", [], needs, 1, memory, named=needs[1:] if loaded else None)
 
 
@@ -148,8 +148,8 @@ def require_carrying_fits(
     model: ModelConfig, memory: Memory, *, dtype: str, blocked: bool, longest: int, rows: int, piece: int, length: int,
     caches: int,
 ) -> None:  # fmt: skip
-    """Raises ConfigError if reading texts piece by piece exceeds the memory of one device: `rows` at once, with `caches`
-    bytes for `length` tokens of each. longest: tokens of the longest text. blocked: see `require_scoring_fits`."""
+    """Raises ConfigError if reading texts piece by piece exceeds a device's memory: `rows` at once, with `caches` bytes
+    for `length` tokens of each. longest: tokens of the longest text. blocked: see `require_scoring_fits`."""
     settings = {"the length of the longest text": longest}
     scores = None if blocked else _scores(model, rows, (piece, length), settings, FLOAT32)
     beside = [Need("keys, values and states of texts", caches, settings), *([scores] if scores else [])]
@@ -296,7 +296,7 @@ def _serving(
 
 
 def _inference(
-    model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int], itemsize: int = FLOAT32
+    model: ModelConfig, whole: bool, rows: int, tokens: int, settings: dict[str, int], *, itemsize: int = FLOAT32
 ) -> list[Need]:
     """What a forward pass holds on one device, scores in float32. whole: whether attention materialises all of them.
     itemsize: bytes of a parameter and of a hidden number."""
