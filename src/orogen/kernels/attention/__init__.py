@@ -3,7 +3,7 @@
 Axes: b batch, t queries, s keys, h query heads, g key heads, k head size.
 """
 
-from jax import Array, lax
+from jax import Array
 from jax import numpy as jnp
 
 from orogen.kernels.attention.blocked import attention_blocked
@@ -54,7 +54,7 @@ def attention(
         raise ValueError(f"window={window}: expected 1 or more")
     operands = _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
     if segments_bt is not None and kv_segments_bs is None and q_index is None and k_index is None:
-        run_bt = _runs(segments_bt, in_order=implementation != "cudnn")  # which compares no pairs
+        run_bt = _runs(segments_bt, stored=implementation != "cudnn")  # which compares no pairs of tokens
         operands = operands._replace(segments_bt=run_bt, kv_segments_bs=run_bt)
     # One varying type inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
     return run(vary_like(operands, operands), scale=scale, window=window)
@@ -75,16 +75,20 @@ def _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_in
     return operands
 
 
-def _runs(segments_bt: Array, *, in_order: bool) -> Array:
+def _runs(segments_bt: Array, *, stored: bool) -> Array:
     """(b, t) int32: the number of the run of equal ids that each token is in, from 0.
 
-    in_order: whether they are sorted, although they ascend. XLA:CPU fuses a running sum into what reads it, so that it
-    computed a part of the sum again in each of the (t, s) elements that compare runs: a training step of `bench
-    cpu_train` was 4 % slower. It does not fuse a sort.
+    stored: whether they are put into an array of their own, element by element. XLA:CPU fuses a running sum into what
+    reads it, so that it computed a part of the sum again in each of the (t, s) elements that compare runs: a training
+    step of `bench cpu_train` was 4 % slower. It fuses no scatter. An optimization barrier does not prevent it.
     """
     changes_bt = segments_bt[:, 1:] != segments_bt[:, :-1]
     runs_bt = jnp.cumsum(jnp.pad(changes_bt, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-    return lax.sort(runs_bt) if in_order else runs_bt
+    if not stored:
+        return runs_bt
+    places = jnp.arange(runs_bt.shape[0])[:, None], jnp.arange(runs_bt.shape[1])
+    once_each = {"mode": "promise_in_bounds", "unique_indices": True, "indices_are_sorted": True}
+    return jnp.zeros_like(runs_bt).at[places].set(runs_bt, **once_each)
 
 
 def _check_shapes(o: Operands) -> None:
