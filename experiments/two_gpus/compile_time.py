@@ -25,7 +25,7 @@ def compiled(*, keep: bool) -> dict[str, float]:
 
     configure()
     work = Workload(model="r1")
-    function, given = pass_to_compile(work, work.config())
+    function, given = pass_to_compile(work.config())
     jax.devices()
     leaves, tree = jax.tree.flatten(given)
     marks = [time.perf_counter()]

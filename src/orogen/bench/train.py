@@ -153,9 +153,10 @@ def _pass(built: Built, config: RunConfig, plan: Plan, *, replaying: bool = Fals
     return jax.jit(function, compiler_options=plan.compiler_options)
 
 
-def pass_to_compile(work: Workload, config: RunConfig) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted pass of a workload on one device, and the shapes of its arguments; nothing is allocated."""
-    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length)
+def pass_to_compile(config: RunConfig, devices: Sequence[Any] | None = None) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted pass of a workload's run on one device, and the shapes of its arguments; nothing is allocated.
+    devices: to compile for; None: this process's."""
+    plan, built = assemble(config.model, config.plan, length=config.train.sequence_length, devices=devices)
     plan = in_formats(plan, config.precision, config.model)
     state = jax.eval_shape(lambda: _create(config.model, built, config.train.compute_dtype))
     given = (*state, jax.eval_shape(lambda: batch_to_devices(_batch(config), plan)), None)
