@@ -40,6 +40,7 @@ from orogen.model.block import Layer, Stack, repeats
 from orogen.model.cache import Rows, caches
 from orogen.model.count import count
 from orogen.model.lm import build
+from orogen.parallel.legal import fold_plan
 from orogen.parallel.plan import Plan, make_plan
 from orogen.simulate.fit import count as counted
 from orogen.simulate.operations import layer_operations
@@ -107,6 +108,7 @@ def test_every_row_names_what_the_packages_above_have(letter):
     kind = LAYERS[letter]
     assert isinstance(costs_of(letter), LayerCosts) and callable(resolved(kind.mixer))
     assert kind.selective <= kind.names.keys() and {*costs_of(letter).unread} <= kind.names.keys()
+    assert {*kind.split.split(), *kind.taps.split()} <= kind.fields
     assert set(costs_of(letter).kernels) <= set(FOR_GPU)
     assert set(costs_of(letter).products) <= {*kind.names, "chosen"}
     model, plan = ({field.name for field in dataclasses.fields(config)} for config in (ModelConfig, PlanConfig))
@@ -139,6 +141,19 @@ def test_a_letter_without_a_row_is_refused_wherever_it_is_looked_up(of_letter):
 
 def test_what_only_some_layers_read_is_read_by_the_new_ones(toy):
     assert reading("learned_scale") == "t" and either("tM") == "toy (t) or Mamba-2 (M)"
+
+
+def test_widths_and_taps_of_a_new_letter_are_checked(monkeypatch):
+    row = ROW._replace(needs="time_step_rank", split="time_step_rank", reads="chunk_size", taps="chunk_size")
+    monkeypatch.setitem(LAYERS, "t", row)
+    model = hybrid(pattern="t-", mtp_depths=0, time_step_rank=6, chunk_size=9)
+    with pytest.raises(
+        ConfigError, match=r"ModelConfig.time_step_rank is 6; expected a multiple of PlanConfig.tensor = 4"
+    ):
+        fold_plan(PlanConfig(tensor=4), model)
+    fold_plan(PlanConfig(tensor=2), model)
+    assert (model.taps, model.reach) == (9, 8)
+    assert (dataclasses.replace(model, pattern="-").taps, dataclasses.replace(model, pattern="M-").taps) == (1, 4)
 
 
 @several_devices

@@ -14,7 +14,7 @@ from orogen.config.load import load
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.data.packing import Batch
-from orogen.model.heads import log_likelihoods
+from orogen.model.heads import judge, log_likelihoods
 from orogen.model.lm import build
 from orogen.parallel.context import later
 from orogen.parallel.plan import make_plan
@@ -74,6 +74,26 @@ def policy_batches(config, count):
         }
         made.append(batch._replace(extras=extras))
     return made
+
+
+@several_devices
+def test_an_objective_measures_what_has_no_gradient():
+    """How many targets are the most likely tokens, which takes a maximum over the ranks of `tensor`."""
+
+    def measured(model, hidden, batch, plan):
+        right_bt = judge(hidden[0], model, later(batch.tokens_bt, 1, plan), plan).greedy
+        return {**sums(model, hidden, batch, plan), "right": right_bt.sum(dtype=jnp.float32)}
+
+    objective = dataclasses.replace(
+        POLICY, sums=measured, counts=lambda *given: {**counts(*given), "right": counts(*given)["divergence"]}
+    )
+    config = run_config(hybrid(pattern="-", mtp_depths=0), plan={"tensor": 2})
+    plan, built = make_plan(config.plan, config.model), build(config.model)
+    (batch,) = policy_batches(config, 1)
+    found = jax.eval_shape(
+        gradients(built, objective, config.model, plan, "float32"), built.params, built.buffers, batch
+    )
+    assert "right" in found[3].metrics
 
 
 def test_a_policy_gradient_by_hand():

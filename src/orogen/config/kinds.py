@@ -25,6 +25,8 @@ class Kind(NamedTuple):
     costs: refers to an `orogen.cost.kind.LayerCosts`: what the layer computes, holds and sends.
     needs, reads: fields of ModelConfig, separated by spaces: those that must be set, and the others that the layer
     reads. plan: fields of PlanConfig that only some layers read, this one among them.
+    split: those of its fields whose size is split over `tensor`, which must divide it.
+    taps: the field that holds the taps of its causal convolution; "": it has none.
     names: its intermediates (config/remat.py) with a description, without `input` and `norm`, which every layer has.
     selective: the names that `selective` recomputes.
     weights: its kinds of weight (config/precision.py); a mixture of experts may have more.
@@ -38,6 +40,8 @@ class Kind(NamedTuple):
     needs: str = ""
     reads: str = ""
     plan: str = ""
+    split: str = ""
+    taps: str = ""
     names: Mapping[str, str] = {}
     selective: frozenset[str] = frozenset()
     weights: tuple[str, ...] = ()
@@ -96,6 +100,7 @@ _ATTENTION = Kind(
     needs="num_attention_heads num_key_value_heads head_dim",
     reads=f"{_ROTARY} qk_norm attention_sinks",
     plan="attention context_attention",
+    split="num_attention_heads",
     names={**_PROJECTED, **_CORE},
     selective=frozenset({"core"}),
     weights=("attention_in", "attention_out"),
@@ -111,6 +116,8 @@ LAYERS: dict[str, Kind] = {
         needs="mamba_num_heads mamba_head_dim n_groups ssm_state_size",
         reads=f"{_BOTH_MAMBAS} chunk_size mamba_norm_groups time_step_min time_step_max",
         plan="ssd causal_conv1d context_ssm",
+        split="mamba_num_heads",
+        taps="conv_kernel",
         names={
             **_MAMBA,
             "ssd": "what other tokens contribute to the SSD's outputs; with `triton` the whole outputs",
@@ -129,6 +136,8 @@ LAYERS: dict[str, Kind] = {
         needs="mamba_intermediate_size time_step_rank ssm_state_size",
         reads=_BOTH_MAMBAS,
         plan="selective_scan causal_conv1d context_ssm",
+        split="mamba_intermediate_size",
+        taps="conv_kernel",
         names={
             **_MAMBA,
             "x_proj": "the time step, B and C as projected from x",
@@ -155,6 +164,7 @@ LAYERS: dict[str, Kind] = {
         needs="num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta",
         reads=f"{_ROTARY} q_lora_rank",
         plan="attention context_attention",
+        split="num_attention_heads",
         names={**_PROJECTED, **_LATENT, **_CORE},
         selective=frozenset({"core"}),
         weights=("attention_in", "attention_out"),
@@ -171,6 +181,7 @@ LAYERS: dict[str, Kind] = {
         costs="orogen.cost.kinds.mlp:COSTS",
         needs="intermediate_size",
         reads=f"mlp_bias {_ACTIVATION}",
+        split="intermediate_size",
         names=_MLP,
         weights=("dense_up", "dense_down"),
         products={"up": ("dense_up", 0), "gate": ("dense_up", 0), "down": ("dense_down", 0)},
@@ -185,6 +196,7 @@ LAYERS: dict[str, Kind] = {
         "moe_bias router_score router_bias router_correction_bias norm_topk_prob routed_scaling_factor n_group "
         "topk_group router_aux_loss_coef router_balance router_z_loss_coef",
         plan="expert expert_tensor dispatch capacity_factor drop_policy buffer_factor grouped_matmul permutation",
+        split="moe_shared_expert_intermediate_size",
         names={
             **_LATENT,
             "router": "the router's logits, float32",
@@ -210,6 +222,7 @@ LAYERS: dict[str, Kind] = {
         needs="num_attention_heads num_key_value_heads head_dim image_feature_size image_features resampler_latents "
         "resampler_layers",
         reads=f"{_ACTIVATION} retrieved_captions caption_tokens",
+        split="num_attention_heads",
         names={**_PROJECTED, **_CORE, **_BRANCH},
         selective=frozenset({"core"}),
     ),
@@ -219,6 +232,7 @@ LAYERS: dict[str, Kind] = {
         costs="orogen.cost.kinds.mlp:TANH_GATED",
         needs="intermediate_size",
         reads=f"mlp_bias {_ACTIVATION}",
+        split="intermediate_size",
         names={**_MLP, **_BRANCH},
         weights=("dense_up", "dense_down"),
     ),

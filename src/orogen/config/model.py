@@ -12,7 +12,7 @@ from orogen.config.checks import (
     require_not_negative,
     require_positive,
 )
-from orogen.config.kinds import LAYERS, kind_of, reading
+from orogen.config.kinds import LAYERS, kind_of
 from orogen.config.pattern import MAX_LAYERS, Pattern, parse_pattern
 
 NORMS = ("rms", "rms_cast_first", "layer", "layer_1p")
@@ -218,8 +218,13 @@ class ModelConfig:
     def reach(self) -> int:
         """How many tokens ahead or back a position reads at most, other than through attention and states: ahead the
         targets of the deepest MTP depth, back the convolution's taps."""
-        taps = self.conv_kernel - 1 if set(reading("conv_kernel")) & set(self.layers.main + self.layers.mtp) else 0
-        return max(self.mtp_depths + 1, taps)
+        return max(self.mtp_depths + 1, self.taps - 1)
+
+    @property
+    def taps(self) -> int:
+        """The most taps of its layers' causal convolutions; 1 if none has one."""
+        fields = {kind_of(letter).taps for letter in {*self.layers.main, *self.layers.mtp}} - {""}
+        return max((getattr(self, field) for field in fields), default=1)
 
     def _check_needs(self, letter: str) -> None:
         kind = kind_of(letter)

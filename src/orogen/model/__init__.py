@@ -27,22 +27,38 @@ decodes; tests undo the former.
 the identity. One perceiver resampler (`resampler.py`), a part of the model like the embedding, computes the vectors
 that all layers `x` are `given`; every stage with such a layer has a copy of it.
 
-**Add a layer.** A layer is one letter of the pattern. Write the mixer here: parameters in `__init__` through
-`orogen.layers.parameter`, each with its logical axis names; the mathematics in `__call__(h_btd, docs, plan, given) ->
-(y_btd, kept)`, in one device's shapes, communicating only through `plan.enter`, `plan.leave`, `plan.sum`, …; and
-`start(allocator, dtype)` and `cache_axes(allocator)`, which return the empty cache that it is `given` with the first
-piece of a sequence, and the cache's logical axes. An allocator (`cache.Rows`, `slots.Slots`) makes caches of keys and
-values and of recurrent states; a mixer may also return a class of its own with a method `with_piece`, or None if it has
-no memory. `layers/mlp.py` is the shortest mixer.
-A causal convolution takes the tokens before a piece, or before a rank's part, by `context_ssm.convolve`, and leaves its
-window by `context_cache.with_inputs` (`mamba1.py` is the shortest example). Give large intermediates names
-(`checkpoint_name`), so that they can be saved or recomputed.
+**Add a layer.** A layer is one letter of the pattern. Write the mixer here:
+
+- Parameters, in `__init__`, through `orogen.layers.parameter`, each with its logical axis names. The names are those of
+  `parallel/axes.py`: `mlp` and `mamba_heads` are split over `tensor`, `embed` by FSDP, `taps` and `state` by nothing. A
+  new name goes there and into `SPLIT` of `cost/ledger.py`.
+- The forward pass, `__call__(h_btd, docs, plan, given) -> (y_btd, kept)`, in one device's shapes, which communicates
+  only through `plan.enter`, `plan.leave`, `plan.sum`, … Give large intermediates names (`checkpoint_name`), so that
+  they can be saved or recomputed.
+- The cache: `start(allocator, dtype)` returns the empty one that `__call__` receives as `given` with the first piece of
+  a sequence (consecutive tokens that one call reads), `cache_axes(allocator)` its logical axes, and `kept` is the cache
+  after the piece. An allocator (`cache.Rows`, `slots.Slots`) makes caches of keys and values and of recurrent states; a
+  mixer may also return a class of its own with a method `with_piece`, or None if it has no memory. During calibration
+  `given` is a probe (`layers/probe.py`), for which a mixer returns statistics, or `{}`.
+- A causal convolution calls `context_ssm.convolve`, which supplies the tokens before a piece or before a rank's part,
+  and stores its new window by `context_cache.with_inputs` (`mamba1.py` is the shortest example); without a state, its
+  cache has `state=()` and `inputs=((channels,), (), ())`, and hands `given.state` on. A recurrence is computed by
+  `given.ssd` or `given.selective_scan`, which also do the engine's rounding, replay and roll-back.
+
+`layers/mlp.py` is the shortest mixer.
+
 Then write what the layer costs, an `orogen.cost.kind.LayerCosts`, in a file of `orogen/cost/kinds/`: operations,
-parameters, bytes kept, collectives, caches. Last, add one row to `LAYERS` (`config/kinds.py`): the letter, its name,
-where mixer and costs are, the fields that it reads, its intermediates, and for adapters and formats its kinds of
-weight. A new field belongs in `ModelConfig`, with its checks. Everything else looks the row up; `kind_of` refuses a
-letter without one. Three things that not every layer has are defined elsewhere: names of tensors in Hugging Face
-checkpoints (`convert/mixers.py`) and, for pruning, units, which the row names (`compress/slices.py`), and scores
-(`compress/importance.py`).
-Run `orogen verify` on a pattern that has it; `tests/model/test_add_a_layer.py` adds one in this way.
+parameters, bytes kept, collectives, caches. `mlp.py` there is the shortest; `collectives.block` is what `enter` and
+`leave` send, `mamba2.halos` what a convolution sends between ranks of `context`. Last, add one row to `LAYERS`
+(`config/kinds.py`): the letter, its name, where mixer and costs are, the fields that it reads, which of them `tensor`
+splits and which one holds a convolution's taps, its intermediates, and the kinds of weight to which low-rank adapters
+and low-precision formats refer. A new field belongs in `ModelConfig`, with the checks that need no plan. All other code
+finds the layer through its row; `kind_of` refuses a letter without one.
+
+Three things that not every layer has are defined elsewhere: names of tensors in Hugging Face checkpoints
+(`convert/mixers.py`), without which `orogen params` shows no tensors; and for pruning the units, in a table to which
+the row refers (`compress/slices.py`), and their importance scores (`compress/importance.py`).
+
+Run `orogen verify` on a pattern that has the layer; `tests/model/test_add_a_layer.py` adds one in this way, and checks
+that what rows refer to exists.
 """

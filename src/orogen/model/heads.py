@@ -48,11 +48,12 @@ def scores(h_btd: Array, model: LanguageModel, plan: Plan) -> Array:
 
 
 def judge(h_btd: Array, model: LanguageModel, targets_bt: Array, plan: Plan) -> cross_entropy.Judged:
-    """The log-likelihood (b, t) float32 of each target, and whether it is the most likely token; see `token_nats`."""
+    """The log-likelihood (b, t) float32 of each target, and whether it is the most likely token; see `token_nats`. Both
+    are constants to a gradient, so that an objective can measure them."""
     with jax.named_scope("cross_entropy"):
         operands, settings = _read(h_btd, model, plan)
         del settings["implementation"]  # this kernel has only one
-        found = cross_entropy.judge(*operands, targets_bt.reshape(-1), **settings)
+        found = cross_entropy.judge(*jax.lax.stop_gradient(operands), targets_bt.reshape(-1), **settings)
         return cross_entropy.Judged(*(x_n.reshape(targets_bt.shape) for x_n in found))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 from orogen.config.checks import ConfigError
+from orogen.config.kinds import LAYERS
 from orogen.config.model import ModelConfig
 from orogen.config.plan import PlanConfig
 from orogen.config.reads import layers_read
@@ -59,9 +60,9 @@ def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
 
 
 def _checks(config: PlanConfig, model: ModelConfig) -> list[_Check]:
-    tensor = ("num_attention_heads", "intermediate_size", "mamba_num_heads", "mamba_intermediate_size")
+    split = dict.fromkeys(field for kind in LAYERS.values() for field in kind.split.split())
     copied = ("num_key_value_heads", "n_groups", "mamba_norm_groups")
-    pieces = [(field, "tensor", config.tensor) for field in (*tensor, "moe_shared_expert_intermediate_size")]
+    pieces = [(field, "tensor", config.tensor) for field in split]
     pieces += [("n_routed_experts", "expert", config.expert)]
     pieces += [("moe_intermediate_size", "expert_tensor", config.expert_tensor)]
     if config.context > 1:

@@ -72,7 +72,7 @@ def _collectives(ledger: Ledger) -> None:
     block(ledger)
     model, channels = ledger.model, ledger.own(ledger.model.mamba_intermediate_size)
     state = model.ssm_state_size
-    halos(ledger, channels)
+    halos(ledger, channels, model.conv_kernel)
     # The low-rank time step, B and C read all channels: sums over the ranks, forward and of their gradients.
     ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * model.time_step_rank, name="x_proj")
     ledger.both("low rank", "all-reduce", ("tensor",), ledger.numbers * state, 2, name="x_proj")

@@ -92,7 +92,7 @@ def _collectives(ledger: Ledger) -> None:
     model, plan = ledger.model, ledger.plan
     heads, groups = ledger.own(model.mamba_num_heads), ledger.own(model.n_groups, "groups")
     head, state = model.mamba_head_dim, model.ssm_state_size
-    halos(ledger, heads * head + 2 * groups * state)
+    halos(ledger, heads * head + 2 * groups * state, model.conv_kernel)
     if plan.context_ssm == "heads":
         # Fewer groups than ranks are repeated.
         shared, alike = math.lcm(heads, plan.context), math.lcm(groups, plan.context)
@@ -110,9 +110,9 @@ def _collectives(ledger: Ledger) -> None:
     ledger.both("norm peers", "all-reduce", ("norm_groups_copies",), squares)
 
 
-def halos(ledger: Ledger, channels: int) -> None:
-    """The tokens before each of a rank's two parts of the sequence, for the causal convolution."""
-    before = ledger.model.conv_kernel - 1
+def halos(ledger: Ledger, channels: int, taps: int) -> None:
+    """The tokens before each of a rank's two parts of the sequence, for a causal convolution with so many taps."""
+    before = taps - 1
     ledger.shift("halo", CONTEXT, ledger.work.rows * before * channels * ledger.work.itemsize, 2, gradient=True)
     ledger.shift("halo", CONTEXT, ledger.work.rows * before * INT32, 2)
 
