@@ -18,13 +18,13 @@ in `Batch.extras`: named arrays (b, t, …), from the source or from a `FrozenMo
 `source` yields batches, and its position can be saved and restored to the bit; `evaluation` scores a state:
 `heldout.measure` by forward passes alone, under `heldout.heldout_plan`, of parameters from `placement.working` and
 batches from `step.batch_to_devices`; fetch each result before the next pass begins. `pretraining.py` is the task of
-`orogen train`. A script calls `parallel.runtime.configure(fake_devices=N)` before anything imports jax, reads config and
-text by `config.load.load([FILE], BINDINGS)`, and calls `train.run.train(config, text, DIR, TASK)`, with `resume=True`
-to continue. `train.verify.verify(config, objective=…, batches=…)` compares loss and gradients under a plan with one
-device's; `batches(config, count)` adds the extras that the objective reads to those of `sides.packed_batches`. A
-command of its own is a `Command` in its package's `command.py`, listed in `cli.py`; its fields are a config class in
-`orogen.config`. `tests/train/test_task.py` defines another task, a policy gradient, checks it against values computed
-by hand, and compares several plans with one device.
+`orogen train`. A script calls `parallel.runtime.configure(fake_devices=N)` before anything imports jax, reads config
+and text by `config.load.load([FILE], BINDINGS)`, and calls `train.run.train(config, text, DIR, TASK)`, with
+`resume=True` to continue. `train.verify.verify(config, objective=…, batches=…)` compares loss and gradients under a
+plan with one device's; `batches(config, count)` adds the extras that the objective reads to those of
+`sides.packed_batches`. A command of its own is a `Command` in its package's `command.py`, listed in `cli.py`; its
+fields are a config class in `orogen.config`. `tests/train/test_task.py` defines another task, a policy gradient, checks
+it against values computed by hand, and compares several plans with one device.
 
 **Muon** is scaled to AdamW's update size (0.2·√max(in, out), arXiv:2502.16982), so one learning rate serves both.
 
