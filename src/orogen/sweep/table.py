@@ -160,6 +160,7 @@ def _draw_number(left: "Axes", right: "Axes", table: Sequence[Row], label: str) 
     left.set_yticks(heights, [row.name for row in table])
     left.set(xlabel=f"{label}; | is the mean")
     for axes in (left, right):
+        axes.locator_params(axis="x", nbins=5)  # more labels of four decimals overlap
         axes.grid(axis="x", color=LIGHT.grid)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
