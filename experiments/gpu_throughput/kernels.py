@@ -1,20 +1,19 @@
 """The kernels of R1's forward and backward pass as XLA compiles it for a GPU, which need not exist: `python
 experiments/gpu_throughput/kernels.py --name 0.9.0` (extra cuda; two minutes of a core).
 
-For each kind of kernel, how many a pass starts and the bytes that they read and write if nothing stays in a cache. The
-line goes to `kernels.jsonl`, in place of an earlier one of the same name. Products are not tuned without a GPU, so the
-counts compare releases; they predict no time.
+For each kind of kernel, how many a pass starts and the sizes of their operands and results: an upper bound of what they
+read and write, since a kernel that reads or writes a slice counts the whole array. The line goes to `kernels.jsonl`, in
+place of an earlier one of the same name. Products are not tuned without a GPU, so the counts compare releases; they
+predict no time.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from orogen.config.cluster import ClusterConfig
 from orogen.config.files import write_atomically
@@ -25,14 +24,20 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
 SHAPE = re.compile(r"(pred|bf16|[a-z]\d+)\w*\[([\d,]*)\]")
 BODY, TRIPS = re.compile(r"body=%?([\w.\-]+)"), re.compile(r'known_trip_count":\{"n":"(\d+)"')
-CALLED = re.compile(r"(?:to_apply|calls|branch_computations)=\{?%?([\w.\-]+)")
-TARGET, KIND = re.compile(r'custom_call_target="([^"]*)"'), re.compile(r'"kind":"([^"]*)"|kind=(\w+)')
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.\-]+)")
+OPERAND = re.compile(r"%([\w.\-]+)")
+CALLED = re.compile(r"(?:to_apply|calls)=%?([\w.\-]+)")
+TARGET, KINDS = re.compile(r'custom_call_target="([^"]*)"'), (r'"kind":"([^"]*)"', r"kind=(\w+)")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}  # which start nothing
 
 
-def kernels(text: str) -> dict[str, list[int]]:
-    """By kind, the kernels that a compiled program starts, and their bytes; each branch of a condition counts once.
-    Raises ValueError for a loop of unknown length."""
+Counts = dict[str, list[int]]
+
+
+def kernels(text: str) -> Counts:
+    """By kind, the kernels that a compiled program starts, and their bytes. Of each condition the branch with the
+    fewest bytes counts, as sequences of one document take it. Raises ValueError for a loop of unknown length, and for a
+    call of nothing known."""
     bodies: dict[str, list[re.Match[str]]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -41,46 +46,65 @@ def kernels(text: str) -> dict[str, list[int]]:
             bodies[name], entry = [], name if head[1] else entry
         elif name and (found := INSTRUCTION.match(line)):
             bodies[name].append(found)
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    _count(bodies, entry, 1, counts)
-    return dict(counts)
+    return _counted(bodies, entry)
 
 
-def _count(bodies: dict[str, list[re.Match[str]]], name: str, times: int, counts: dict[str, list[int]]) -> None:
+def _counted(bodies: dict[str, list[re.Match[str]]], name: str) -> Counts:
+    """The counts of one computation."""
     sizes = {found[1]: _bytes(found[2]) for found in bodies[name]}
+    counts: Counts = {}
+
+    def add(kind: str, number: int, size: int) -> None:
+        before = counts.get(kind, [0, 0])
+        counts[kind] = [before[0] + number, before[1] + size]
+
     for found in bodies[name]:
         operation, operands, rest = found[3], found[4], found[5]
-        if operation in FREE:
+        if operation in FREE or operation.endswith("-done"):  # of an asynchronous kernel, counted where it starts
             continue
-        if operation == "while":
-            body, trips = BODY.search(rest), TRIPS.search(rest)
-            if body is None or trips is None:
-                raise ValueError(f"{found[1]} in {name}: expected a loop of known length")
-            _count(bodies, body[1], times * int(trips[1]), counts)
-        elif operation in ("call", "conditional"):
-            for called in CALLED.findall(rest):
-                _count(bodies, called, times, counts)
-        else:
-            read = sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
-            counted = counts[_kind(operation, rest)]
-            counted[0] += times
-            counted[1] += times * (sizes[found[1]] + read)
+        if operation in ("while", "call", "conditional"):
+            times, called = _called(operation, rest)
+            if not called or times is None:
+                raise ValueError(f"{found[1]} in {name}: expected a loop of known length, or a known computation")
+            least = min((_counted(bodies, each) for each in called), key=_all_bytes)
+            for kind, (number, size) in least.items():
+                add(kind, times * number, times * size)
+            continue
+        started = operation.removesuffix("-start")  # its result holds its operands too
+        read = 0 if started != operation else sum(sizes.get(each, 0) for each in OPERAND.findall(operands))
+        add(_kind(started, rest), 1, sizes[found[1]] + read)
+    return counts
+
+
+def _called(operation: str, rest: str) -> tuple[int | None, list[str]]:
+    """How often which computations run, or one of which."""
+    if operation == "while":
+        trips = TRIPS.search(rest)
+        return int(trips[1]) if trips else None, BODY.findall(rest)
+    if operation == "call":
+        return 1, CALLED.findall(rest)
+    return 1, [name for found in BRANCHES.findall(rest) for name in OPERAND.findall(" ".join(found))]
+
+
+def _all_bytes(counts: Counts) -> int:
+    return sum(size for _, size in counts.values())
 
 
 def _kind(operation: str, rest: str) -> str:
     if operation == "custom-call" and (target := TARGET.search(rest)):
         return target[1]
-    if operation == "fusion" and (kind := KIND.search(rest)):
-        return f"fusion {kind[1] or kind[2]}"
+    if operation == "fusion":
+        return f"fusion {next(kind[1] for pattern in KINDS if (kind := re.search(pattern, rest)))}"
     return operation
 
 
 def _bytes(shapes: str) -> int:
-    width = {"pred": 1, "bf16": 2}
-    return sum(
-        width.get(kind, int(re.sub(r"\D", "", kind) or 8) // 8) * int(np.prod([int(n) for n in sizes.split(",") if n]))
-        for kind, sizes in SHAPE.findall(shapes)
-    )
+    return sum(_width(kind) * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in SHAPE.findall(shapes))
+
+
+def _width(kind: str) -> int:
+    """Bytes of a number; those of less than a byte count as one."""
+    return {"pred": 1, "bf16": 2}.get(kind) or max(8, int(re.sub(r"\D", "", kind))) // 8
 
 
 def line_of(name: str, hardware: str) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _pass(built: Built, config: RunConfig, plan: Plan, *, replaying: bool = Fals
 
 
 def pass_to_compile(config: RunConfig, devices: Sequence[Any] | None = None) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted pass of a workload's run on one device, and the shapes of its arguments; nothing is allocated.
+    """The jitted pass of `config` on one device, and the shapes of its arguments; nothing is allocated.
     devices: to compile for; None: this process's."""
     plan, built = assemble(config.model, config.plan, length=config.train.sequence_length, devices=devices)
     plan = in_formats(plan, config.precision, config.model)

@@ -69,9 +69,7 @@ class Carrier:
     ) -> list[Score]:
         """The score of each row; see `Scorer.score`."""
         weights = at_work(weights[0], self._opened.plan), weights[1]
-        longest = self._opened.config.learned_positions
-        size = max((len(row.tokens_t) for row in rows), default=0)
-        require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")
+        self._longest(rows)
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens_t))
         at_once, scores = self._at_once(len(rows)), [Score(0.0, 0, 0)] * len(rows)
         for start in range(0, len(order), at_once):
@@ -81,12 +79,18 @@ class Carrier:
                 scores[number] = Score(-nats, int(hits), int(asked))
         return scores
 
-    def held(self, rows: Sequence[Row]) -> "Held":
-        """What is held while the longest of the rows are scored."""
-        at_once, size = self._at_once(len(rows)), max(len(row.tokens_t) for row in rows)
+    def held(self, rows: Sequence[Row]) -> Held:
+        """What is held while the longest of the rows are scored. Raises ConfigError for more than learned positions."""
+        at_once, size = self._at_once(len(rows)), self._longest(rows)
         length = self._pieces(size) * self._piece
         arrays = jax.tree.leaves(self._shapes(Rows(at_once, length)))
         return Held(at_once, self._piece, length, sum(a.size * a.dtype.itemsize for a in arrays))
+
+    def _longest(self, rows: Sequence[Row]) -> int:
+        longest = self._opened.config.learned_positions
+        size = max((len(row.tokens_t) for row in rows), default=0)
+        require(longest is None or size <= longest, self._opened.config, "learned_positions", f"{size} or more")
+        return size
 
     def _at_once(self, rows: int) -> int:
         ranks = self._opened.plan.size("batch")

@@ -9,6 +9,7 @@ from orogen.command import CHECKPOINT, Command, answer, free_memory, positive, t
 from orogen.config.checks import ConfigError, require
 from orogen.config.engine import DECODED
 from orogen.config.evaluate import METHODS, SUITES, EvaluateConfig
+from orogen.config.streams import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,10 @@ TEXT = (
 )
 TASK_PATH = (
     "a folder of lm-eval tasks, in place of those that lm-eval comes with; repeatable. Python that they name is run"
+)
+OUT = (
+    "writes results.json, results.txt and results.png there; if the evaluation ends early, of what has ended: the "
+    "generated tasks, those of lm-eval, each text"
 )
 BINDINGS = "of PlanConfig, EngineConfig and EvaluateConfig, such as PlanConfig.tensor=2; repeatable"
 
@@ -47,8 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stride", type=positive, metavar="N", help="tokens that each further window predicts")
     add("--score_ends", action="store_true", default=None,
         help="also predict the token that ends a document, as training does")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", help="writes results.json, results.txt and results.png there; of an "
-        "evaluation that ends early, what is known, as not complete")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help=OUT)
     add("--export", type=Path, metavar="DIR", help="writes the generated examples there instead of evaluating")
     add("--gin_bindings", action="append", default=[], metavar="X.y=1", help=BINDINGS)
 
@@ -119,7 +123,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def _results(parts: "Iterator[Results]", out: Path | None, facts: dict[str, Any]) -> "Results":
-    """All results. Those that are known when a part raises, or at Ctrl-C, are written, since they were expensive."""
+    """All results. If a part raises, or at Ctrl-C, those of the parts before it are written: they were expensive."""
     from orogen.evaluate.results import write_results
 
     results: Results = {}
@@ -129,6 +133,7 @@ def _results(parts: "Iterator[Results]", out: Path | None, facts: dict[str, Any]
     except BaseException:
         if results and out is not None:
             write_results(out, results, {**facts, "complete": False})
+            say(f"orogen: {out} holds the results of what had ended")
         raise
     return results
 

@@ -62,7 +62,7 @@ def buckets_of(opened: Opened, config: EngineConfig, sizes: Sizes) -> Buckets:
     latent = "+" in layers.main + (layers.mtp if config.drafter == "mtp" else "")
     by_kernel = config.kernels == "triton" and not latent and not config.exact and sizes.drafts < FEW
     tensor, context = (opened.plan.size(axis) for axis in ("tensor", "context"))
-    # A convolution reads no further back than into the part before.
+    # A convolution, of the MTP block too, reads no further back than into the part before.
     least = max(1, opened.config.taps - 1)
     parts = Parts(2 * context, least) if context > 1 else Parts(1, 1)
     return Buckets(config, sizes, tensor=tensor, parts=parts, tables_cost_nothing=by_kernel)

@@ -31,19 +31,20 @@ that all layers `x` are `given`; every stage with such a layer has a copy of it.
 
 - Parameters, in `__init__`, through `orogen.layers.parameter`, each with its logical axis names. The names are those of
   `parallel/axes.py`: `mlp` and `mamba_heads` are split over `tensor`, `embed` by FSDP, `taps` and `state` by nothing. A
-  new name goes there and into `SPLIT` of `cost/ledger.py`.
+  new name goes there and, if every plan splits it, into `SPLIT` of `cost/ledger.py`.
 - The forward pass, `__call__(h_btd, docs, plan, given) -> (y_btd, kept)`, in one device's shapes, which communicates
   only through `plan.enter`, `plan.leave`, `plan.sum`, … Give large intermediates names (`checkpoint_name`), so that
   they can be saved or recomputed.
 - The cache: `start(allocator, dtype)` returns the empty one that `__call__` receives as `given` with the first piece of
   a sequence (consecutive tokens that one call reads), `cache_axes(allocator)` its logical axes, and `kept` is the cache
   after the piece. An allocator (`cache.Rows`, `slots.Slots`) makes caches of keys and values and of recurrent states; a
-  mixer may also return a class of its own with a method `with_piece`, or None if it has no memory. During calibration
-  `given` is a probe (`layers/probe.py`), for which a mixer returns statistics, or `{}`.
+  mixer may also return a class of its own with a method `with_piece`, or None if it has no memory. When pruning
+  measures, `given` is a `Probe` (`layers/probe.py`): a mixer takes it off with `probe_of` and, if it is `measuring`,
+  returns statistics or `{}`.
 - A causal convolution calls `context_ssm.convolve`, which supplies the tokens before a piece or before a rank's part,
-  and stores its new window by `context_cache.with_inputs` (`mamba1.py` is the shortest example); without a state, its
-  cache has `state=()` and `inputs=((channels,), (), ())`, and hands `given.state` on. A recurrence is computed by
-  `given.ssd` or `given.selective_scan`, which also do the engine's rounding, replay and roll-back.
+  and with a cache stores its new window by `context_cache.with_inputs` (`mamba1.py` is the shortest example). With a
+  cache, a recurrence is computed by `given.ssd` or `given.selective_scan`, which also do the engine's rounding, replay
+  and roll-back; without one by its kernel, or over ranks of `context` by the functions of `context_ssm.py`.
 
 `layers/mlp.py` is the shortest mixer.
 

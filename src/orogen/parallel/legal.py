@@ -60,7 +60,9 @@ def _fold(config: PlanConfig, model: ModelConfig) -> Folding:
 
 
 def _checks(config: PlanConfig, model: ModelConfig) -> list[_Check]:
-    split = dict.fromkeys(field for kind in LAYERS.values() for field in kind.split.split())
+    letters = {*model.layers.main, *model.layers.mtp}
+    kinds = [kind for letter, kind in LAYERS.items() if letter in letters]
+    split = dict.fromkeys(field for kind in kinds for field in kind.split.split())
     copied = ("num_key_value_heads", "n_groups", "mamba_norm_groups")
     pieces = [(field, "tensor", config.tensor) for field in split]
     pieces += [("n_routed_experts", "expert", config.expert)]

@@ -148,8 +148,11 @@ def require_carrying_fits(
     model: ModelConfig, memory: Memory, *, dtype: str, blocked: bool, longest: int, rows: int, piece: int, length: int,
     caches: int,
 ) -> None:  # fmt: skip
-    """Raises ConfigError if reading texts piece by piece exceeds a device's memory: `rows` at once, with `caches` bytes
-    for `length` tokens of each. longest: tokens of the longest text. blocked: see `require_scoring_fits`."""
+    """Raises ConfigError if reading texts exceeds a device's memory: `rows` at once, in pieces of `piece` tokens.
+
+    caches: bytes of their caches, of `length` tokens each. longest: tokens of the longest text. blocked: see
+    `require_scoring_fits`.
+    """
     settings = {"the length of the longest text": longest}
     scores = None if blocked else _scores(model, rows, (piece, length), settings, FLOAT32)
     beside = [Need("keys, values and states of texts", caches, settings), *([scores] if scores else [])]

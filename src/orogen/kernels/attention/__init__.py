@@ -54,7 +54,8 @@ def attention(
         raise ValueError(f"window={window}: expected 1 or more")
     operands = _complete(q_bthk, k_bsgk, v_bsgk, segments_bt, kv_segments_bs, q_index, k_index, sinks_h)
     if segments_bt is not None and kv_segments_bs is None and q_index is None and k_index is None:
-        run_bt = _runs(segments_bt, stored=implementation != "cudnn")  # which compares no pairs of tokens
+        # cuDNN's attention compares no pairs of tokens.
+        run_bt = _runs(segments_bt, stored=implementation != "cudnn")
         operands = operands._replace(segments_bt=run_bt, kv_segments_bs=run_bt)
     # One varying type inside shard_map: gradients of shared keys are then summed over ranks once, not once per block.
     return run(vary_like(operands, operands), scale=scale, window=window)
@@ -80,7 +81,8 @@ def _runs(segments_bt: Array, *, stored: bool) -> Array:
 
     stored: whether they are put into an array of their own, element by element. XLA:CPU fuses a running sum into what
     reads it, so that it computed a part of the sum again in each of the (t, s) elements that compare runs: a training
-    step of `bench cpu_train` was 4 % slower. It fuses no scatter. An optimization barrier does not prevent it.
+    step of `bench cpu_train` was 4 % slower. It fuses no scatter. An optimization barrier does not prevent it, and a
+    choice by platform is a condition, whose result recomputation would keep.
     """
     changes_bt = segments_bt[:, 1:] != segments_bt[:, :-1]
     runs_bt = jnp.cumsum(jnp.pad(changes_bt, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
