@@ -54,6 +54,39 @@ NEW: dict[str, dict[str, Any]] = {
         "model": "r1", "rows": 4, "sequence_length": 4096, "part": "whole_step",
         "bindings": ("ModelConfig.pattern='MEMEM*E'", "PlanConfig.microbatches=4", "PlanConfig.unroll=2"),
     },
+    "Nemotron 3 Nano's widths, MEM*E, 2 x 8,192, both passes": {
+        "model": "nemotron3_nano_30b_a3b", "rows": 2, "sequence_length": 8192,
+        "bindings": ("ModelConfig.pattern='MEM*E'", "ModelConfig.vocab_size=65536"),
+    },
+    "Nemotron 3 Super's widths, ME*E, 1 x 8,192, both passes": {
+        "model": "nemotron3_super_120b_a12b", "rows": 1, "sequence_length": 8192,
+        "bindings": (
+            "ModelConfig.pattern='ME*E'", "ModelConfig.vocab_size=65536", "ModelConfig.mtp_depths=0",
+        ),
+    },
+    "Nemotron Nano 12B v2's widths, M-*-, 2 x 8,192, both passes": {
+        "model": "nemotron_nano_12b_v2", "rows": 2, "sequence_length": 8192,
+        "bindings": ("ModelConfig.pattern='M-*-'", "ModelConfig.vocab_size=65536"),
+    },
+    "Qwen3-235B-A22B's widths, *E, 4 x 4,096, both passes": {
+        "model": "qwen3_235b_a22b", "rows": 4, "sequence_length": 4096,
+        "bindings": ("ModelConfig.pattern='*E'", "ModelConfig.vocab_size=65536"),
+    },
+    "Llama 3 70B's widths, *-, 2 x 8,192, both passes": {
+        "model": "llama3_70b", "rows": 2, "sequence_length": 8192,
+        "bindings": ("ModelConfig.pattern='*-'", "ModelConfig.vocab_size=32768"),
+    },
+    "Nemotron 3 Nano 4B's widths, M-M*-, 2 microbatches of 2 x 8,192, whole step": {
+        "model": "nemotron3_nano_4b", "rows": 2, "sequence_length": 8192, "part": "whole_step",
+        "bindings": (
+            "ModelConfig.pattern='M-M*-'", "ModelConfig.vocab_size=65536", "PlanConfig.microbatches=2",
+            "PlanConfig.unroll=2",
+        ),
+    },
+    "Mamba-2 8B's widths, MMMM, 2 x 8,192, both passes": {
+        "model": "mamba2_8b", "rows": 2, "sequence_length": 8192,
+        "bindings": ("ModelConfig.pattern='MMMM'", "ModelConfig.vocab_size=65536"),
+    },
 }  # fmt: skip
 
 

@@ -91,9 +91,12 @@ HOPPER_FITTED = (
     "experiments/gpu_throughput, two_gpus and decode_throughput; NCCL 2.29 and GEMM tables of aiconfigurator "
     "(h100_sxm); the rows of experiments/published_tables/fitted.json"
 )
+# H200: the scans of an SSD are as fast as on an H100, where they wait and do not lack bandwidth
+# (experiments/gpu_throughput), so their shares of its bandwidth are smaller. Products are slower than on an H100: 0.72 is
+# what its runs on one GPU need (experiments/predicted_and_measured), of products 2,048 to 28,672 wide.
+H200_SHARES = Shares(matmul=0.72, grouped=0.73, ssd_forward=0.42, ssd_backward=0.33)
 # cast_bytes: on Hopper an operand is read for its largest number, read again for the cast, and written in both layouts;
-# MX blocks are cast as they are read. The scans of an SSD are taken to be as fast per multiprocessor as on an H100,
-# where they wait and do not lack bandwidth (experiments/gpu_throughput).
+# MX blocks are cast as they are read. The scans of an SSD are taken to be as fast per multiprocessor as on an H100.
 BLACKWELL = {
     "peak_flops": {"bfloat16": 2500e12, "float32": 1250e12, "fp8": 5000e12, "nvfp4": 10000e12},
     "bandwidth": 8.0e12,
@@ -134,7 +137,7 @@ KINDS = {
         Hardware(
             name="h200", title="NVIDIA H200 SXM 141 GB", memory_bytes=139.8 * GIB, bandwidth=4.8e12, watts=1275,
             source="NVIDIA H200 data sheet; DGX H200 with eight 400 Gb/s adapters",
-            fitted="experiments/two_gpus; the rest as h100", shares=Shares(matmul=0.75, grouped=0.73), **HOPPER,
+            fitted="experiments/two_gpus and predicted_and_measured; the rest as h100", shares=H200_SHARES, **HOPPER,
         ),
         Hardware(
             name="gb200", title="NVIDIA GB200 NVL72", memory_bytes=184 * GIB, network_bandwidth=50e9, watts=1670,
