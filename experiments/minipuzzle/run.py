@@ -32,8 +32,7 @@ def pruned(trial: Any, teacher: Path, name: str, choice: dict[str, Any], *more: 
     """Prunes into the trial's folder; what the command answers."""
     binds = minitron.bound(**{f"PruneConfig__{field}": value for field, value in choice.items()})
     asked = "prune", "--checkpoint", teacher, "--gin_file", MINITRON / "prune.gin", "--out", trial.folder / name
-    corpus = () if "--scores" in more else minitron.bound(DataConfig__corpus=str(trial.train))
-    return minitron.orogen(*asked, *binds, *corpus, *more)
+    return minitron.orogen(*asked, *binds, *minitron.bound(DataConfig__corpus=str(trial.train)), *more)
 
 
 def parameters(model: Any, size: int, removed: tuple[int, ...] = ()) -> int:
