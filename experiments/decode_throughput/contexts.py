@@ -57,9 +57,9 @@ class Point:
         """What the program takes: every slot in pages of its own, with as many tokens to come as so many calls make."""
         steps, row = self.programs.config.steps, (np.arange(self.slots) < self._running).astype(np.int32)
         table_bp = np.arange(self.pages, dtype=np.int32).reshape(self.slots, -1)
-        rows = held.state.rows._replace(number_b=np.ones(self.slots, np.int32))
+        history = held.state.history._replace(number_b=np.ones(self.slots, np.int32))
         left = calls * steps
-        state = State(row, (self.context - left) * row, left * row, np.zeros((self.slots, 0), np.int32), rows)
+        state = State(row, (self.context - left) * row, left * row, None, history)
         seats = no_seats(self.slots, GREEDY)._replace(runs_b=ON * row)
         return self.programs.decode_inputs(Held(held.caches, state), (pack(seats), table_bp, None), steps)
 

@@ -35,6 +35,15 @@ def tiny(part: str = "forward_backward", /, **changes: object) -> Workload:
     return Workload(rows=2, sequence_length=24, part=part, bindings=bindings)
 
 
+def test_a_recipe_of_formats_may_be_timed():
+    """Of a model whose batch, while its size is not known yet, has more tokens than a recipe can number."""
+    asked = ("PrecisionConfig.recipe='nvfp4'", "PrecisionConfig.last_layers=2")
+    found = Workload(rows=1, sequence_length=256, bindings=asked).config()
+    assert (found.precision.recipe, found.precision.last_layers, found.train.batch_size) == ("nvfp4", 2, 1)
+    with pytest.raises(ConfigError, match=r"PrecisionConfig.recipe is 'nvfp5'; expected one of plain"):
+        Workload(bindings=("PrecisionConfig.recipe='nvfp5'",)).config()
+
+
 SMALL = {"ModelConfig.pattern": "'M*E'", "TrainConfig.compute_dtype": "'float32'"}
 
 

@@ -75,8 +75,9 @@ class Workload:
         if asks_for_same_bits():
             defaults["PlanConfig.attention"] = "'blocked'"
         # The batch size depends on the plan, and recomputation on the pattern. The bindings may change both, so they
-        # are parsed first.
-        first, _ = parse([file], [*_bindings(defaults, self.bindings), f"TrainConfig.batch_size={DIVISIBLE}"])
+        # are parsed first, without those of the recipe, which could not number the tokens of so large a batch.
+        bindings = [binding for binding in self.bindings if not binding.startswith("PrecisionConfig.")]
+        first, _ = parse([file], [*_bindings(defaults, bindings), f"TrainConfig.batch_size={DIVISIBLE}"])
         plan, (rows, length) = first.plan, self._shape(first.plan)
         if rows % plan.data:
             raise ConfigError(f"--rows {rows}; expected a multiple of PlanConfig.data = {plan.data}")
