@@ -27,6 +27,9 @@ NEW_TIMES, PREDICTED, RESULTS = (FOLDER / f"{name}.jsonl" for name in ("measured
 # Of gpu_throughput, the lines of the program as it is now say how they were timed; reproducible ones run other kernels.
 CURRENT = ("one call, timed with one run ahead", "the same call", "with one run ahead")
 
+# New runs were predicted in turn, each time with the constants that the runs before them had given.
+TURNS = {"first three": slice(0, 3), "next seven": slice(3, 10), "last seven": slice(10, 17)}
+
 Result = dict[str, Any]
 
 
@@ -104,10 +107,9 @@ def print_table(results: Sequence[Result]) -> None:
         times = f"{1e3 * result['measured_seconds']:.1f} | {1e3 * result['predicted_seconds']:.1f}"
         mark = "**" if result["new"] else ""
         print(f"| {mark}{result['name']}{mark} | {result['hardware']} | {times} | {result['error']:+.1%} |")
-    for what, new in (("earlier runs", False), ("new runs", True)):
-        errors = [abs(result["error"]) for result in results if result["new"] == new]
-        if errors:
-            print(f"\n{what}: median {statistics.median(errors):.1%}, worst {max(errors):.1%} of {len(errors)}")
+    earlier, new = ([abs(result["error"]) for result in results if result["new"] == made] for made in (False, True))
+    for what, errors in {"earlier": earlier, "new": new, **{name: new[part] for name, part in TURNS.items()}}.items():
+        print(f"\n{what} runs: median {statistics.median(errors):.1%}, worst {max(errors):.1%} of {len(errors)}")
 
 
 def main() -> None:
