@@ -1,6 +1,7 @@
 """Writes the tasks of a recipe's environments as text with random answers in the right form: the policy then begins at
 chance. Of another recipe than the toy's, only tasks that are trained on; with RIGHT, so many of each environment with
-their right answers. `python experiments/rlvr/corpus.py FILE.jsonl [RECIPE.gin [RIGHT]]`"""
+their right answers: one number, or one per environment, joined by commas.
+`python experiments/rlvr/corpus.py FILE.jsonl [RECIPE.gin [RIGHT]]`"""
 
 import json
 import random
@@ -20,11 +21,13 @@ def main(file: str, recipe: str | None = None, right: str | None = None) -> None
     config = load([Path(recipe) if recipe else RECIPE])[0].need("rl", "data")
     environments = {one.name: make_environment(one) for one in config.rl.environments}
     trained = split_tasks(environments, config.data).numbers["train"] if recipe else None
-    for name, environment in environments.items():
+    counts = [int(count) for count in (right or "0").split(",")]
+    counts = counts * len(environments) if len(counts) == 1 else counts
+    for (name, environment), count in zip(environments.items(), counts, strict=True):
         numbers = range(len(environment)) if trained is None else trained[name]
         examples = [environment.example(number) for number in numbers]
         if right is not None:
-            lines += [json.dumps({"text": one.messages[0]["content"] + one.secret}) for one in examples[: int(right)]]
+            lines += [json.dumps({"text": one.messages[0]["content"] + one.secret}) for one in examples[:count]]
             continue
         answers = sorted({example.secret for example in examples})
         lines += [
