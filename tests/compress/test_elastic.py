@@ -101,10 +101,18 @@ def test_a_step_takes_one_choice_and_its_gradient_is_that_of_the_probabilities(m
     assert 10 < whole.sum() < 35  # a third, and by chance the others
     key, temperature = jax.random.key(7), jnp.float32(0.7)
     value = lambda router: elastic._picks(router, 1, jnp.asarray(9), key, temperature)["hidden_size"]  # noqa: E731
-    noise = jax.random.gumbel(jax.random.fold_in(key, 0), (3,))
     found = jax.grad(lambda router: value(router) @ jnp.array([1.0, -2.0, 5.0]))(chooser.router)
-    part, scale = jax.tree.map(np.asarray, chooser.router["hidden_size"]), 1 + 9 * 9 / 99
-    soft = softmax((logits_of(part, 1, scale) + np.asarray(noise)) / 0.7)
+    scale, soft, ways = 1 + 9 * 9 / 99, np.zeros(3), {}
+    parts = [jax.tree.map(np.asarray, part) for part in chooser.router.values()]
+    keys = [jax.random.fold_in(key, number) for number in range(len(parts))]
+    noises = [np.asarray(jax.random.gumbel(k, part["out_c"].shape)) for k, part in zip(keys, parts, strict=True)]
+    drawn = [(logits_of(part, 1, scale) + noise) / 0.7 for part, noise in zip(parts, noises, strict=True)]
+    for place in itertools.product(*(range(len(values)) for values in drawn)):
+        if 0.95 * 0.8 <= elastic.costs[place] <= 0.8:  # of the submodels that the budget allows
+            ways[place] = np.exp(sum(values[i] for values, i in zip(drawn, place, strict=True)))
+    for place, weight in ways.items():
+        soft[place[0]] += weight / sum(ways.values())
+    assert 1 < len(ways) < elastic.costs.size
     weighed = np.array([1.0, -2.0, 5.0])
     expected = scale / 0.7 * soft * (weighed - soft @ weighed)
     np.testing.assert_allclose(found["hidden_size"]["out_c"], expected, rtol=1e-4)
@@ -115,15 +123,23 @@ def test_a_step_takes_one_choice_and_its_gradient_is_that_of_the_probabilities(m
 
 
 def test_budgets_are_drawn_by_their_weights_and_later_by_others():
+    """What is trained for a budget is what it allows to be cut out, even if the router prefers submodels just above it:
+    else the one that is cut out was never trained."""
     weights = {"weights": (1, 0, 0), "later_weights": (0, 0, 1), "later_after": 20}
     elastic = Elastic(config_of(dataclasses.replace(ELASTIC, **weights)))
-    chooser = elastic.initial()
-    router = jax.tree.map(jnp.zeros_like, chooser.router)
-    router = {field: part | {"out_c": part["out_c"].at[0].set(100.0)} for field, part in router.items()}
-    chooser = chooser._replace(router=router)
+    costs = elastic.costs
+    above = np.argwhere((costs > 0.6) & (costs < 0.63))[0]
+    router = {}
+    for (field, part), place in zip(elastic.initial().router.items(), above, strict=True):
+        router[field] = jax.tree.map(jnp.zeros_like, part)
+        router[field]["out_c"] = part["out_c"].at[place].set(5.0)
+    chooser = elastic.initial()._replace(router=router)
     picked = jax.jit(jax.vmap(lambda step: elastic.chosen(chooser, step)[0].picks))(jnp.arange(40))
-    for values in picked.values():
-        assert (np.asarray(values)[:20, 0] == 1).all() and (np.asarray(values)[20:, -1] == 1).all()
+    places = np.stack([np.asarray(values).argmax(1) for values in picked.values()], 1)
+    taken = np.array([costs[tuple(place)] for place in places])
+    assert ((0.95 * 0.6 <= taken[:20]) & (taken[:20] <= 0.6)).all() and (taken[20:] == 1).all()
+    sizes, cost = elastic.sizes(chooser, 0)
+    assert 0.95 * 0.6 <= cost <= 0.6 and len(sizes) == len(picked)
 
 
 def test_a_router_learns_its_budgets():

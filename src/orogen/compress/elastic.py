@@ -127,6 +127,7 @@ class Elastic:
         require(config.plan.rms_norm == "plain", config.plan, "rms_norm", "plain: other norms know no absent channels")
         self.nesting = make_nesting(config.model, self.elastic)
         self.costs = cost_table(self.nesting, self.elastic)
+        self.allowed = np.stack([self._within(share) for share in self.elastic.budgets])
         self._optimizer = optax.adam(self.elastic.router_learning_rate)
 
     def initial(self) -> Chooser:
@@ -194,17 +195,13 @@ class Elastic:
         return jnp.where(counts, self.elastic.budget_weight * apart, 0)
 
     def sizes(self, chooser: Chooser, budget: int) -> tuple[dict[str, int], float]:
-        """The likeliest submodel within a budget, and its share of the whole model's cost. Submodels within the
-        tolerance below the budget come first: an expected cost may be that of a mixture of far smaller ones."""
+        """The likeliest submodel that a budget allows, and its share of the whole model's cost."""
         if budget == len(self.elastic.budgets) - 1:
             return {field: choices[-1] for field, choices in self.nesting.choices.items()}, 1.0
         total: Any = np.zeros(())
         for logits_c in self.logits(chooser.router, budget, self.config.train.steps).values():
-            total = np.add.outer(total, np.asarray(jax.nn.log_softmax(logits_c), np.float64))
-        share = self.elastic.budgets[budget]
-        keeps = self.costs <= share
-        near = keeps & (self.costs >= (1 - self.elastic.tolerance) * share)
-        total[~(near if near.any() else keeps)] = -np.inf
+            total = np.add.outer(total, np.asarray(logits_c, np.float64))
+        total[~self.allowed[budget]] = -np.inf
         place = tuple(map(int, np.unravel_index(np.argmax(total), total.shape)))
         sizes = {field: values[i] for (field, values), i in zip(self.nesting.choices.items(), place, strict=True)}
         return sizes, float(self.costs[place])
@@ -217,15 +214,28 @@ class Elastic:
         after = elastic.later_after if elastic.later_weights else self.config.train.steps
         return jnp.where(step < after, first / first.sum(), later / later.sum())
 
+    def _within(self, share: float) -> np.ndarray:
+        """Of every submodel, whether a budget allows it: those within the tolerance below it, or, if there are none,
+        all below it. An expected cost alone may be that of a mixture of far smaller ones."""
+        keeps = self.costs <= share
+        near = keeps & (self.costs >= (1 - self.elastic.tolerance) * share)
+        return near if near.any() else keeps
+
     def _picks(
         self, router: Any, budget: Array, step: Array, key: Array, temperature: Array
     ) -> dict[str, Array]:  # fmt: skip
-        picks, last = {}, len(self.elastic.budgets) - 1
-        for number, (field, logits_c) in enumerate(self.logits(router, budget, step).items()):
+        """A draw from the router's distribution over the submodels that the budget allows, so that what is trained is
+        what `sizes` may cut out. The gradient is that of each choice's probability."""
+        total: Any = jnp.zeros(())
+        for number, logits_c in enumerate(self.logits(router, budget, step).values()):
             noise_c = jax.random.gumbel(jax.random.fold_in(key, number), logits_c.shape)
-            soft_c = jax.nn.softmax((logits_c + noise_c) / temperature)
-            whole_c = np.arange(len(logits_c)) == len(logits_c) - 1
-            hard_c = jnp.where(budget == last, whole_c, soft_c == soft_c.max())
+            total = jnp.add(total[..., None], (logits_c + noise_c) / temperature)
+        soft = jax.nn.softmax(jnp.where(jnp.asarray(self.allowed)[budget], total, -jnp.inf), axis=None)
+        place = jnp.unravel_index(jnp.argmax(soft), soft.shape)
+        picks, last = {}, len(self.elastic.budgets) - 1
+        for number, (field, choices) in enumerate(self.nesting.choices.items()):
+            soft_c = soft.sum([axis for axis in range(soft.ndim) if axis != number])
+            hard_c = jnp.arange(len(choices)) == jnp.where(budget == last, len(choices) - 1, place[number])
             # The router does not choose the whole model, so it learns nothing from it.
             learned = (budget < last) * (soft_c - jax.lax.stop_gradient(soft_c))
             picks[field] = hard_c.astype(jnp.float32) + learned
