@@ -49,7 +49,8 @@ def by_program(trial: Any, scores: Path, most: int) -> dict[str, Any]:
         SearchConfig__best=1,
     )  # fmt: skip
     best = minitron.orogen("search", "--gin_file", MINITRON / "model.gin", *binds)["best"][0]
-    return {"pattern": best["pattern"], "intermediate_size": best.get("intermediate_size", MODEL.intermediate_size)}
+    size = best.get("intermediate_size", MODEL.intermediate_size)
+    return {"remove_layers": tuple(best["remove_layers"]), "intermediate_size": size}
 
 
 def at_random(seed: int, most: int) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The ranking of candidates after light distillation: its commands, its order, going on, refusals. No model runs."""
 
+import dataclasses
 import json
 
 import pytest
 from tests.helpers import hybrid
 
 from orogen.cli import make_parser
-from orogen.compress.retrain import Retraining, call_orogen, retrain
+from orogen.compress.puzzle import Replacement, solve
+from orogen.compress.retrain import Retraining, call_orogen, removal_of, retrain
 from orogen.compress.search import search_models
 from orogen.compress.speed import Speed
 from orogen.config.checks import ConfigError
@@ -14,6 +16,7 @@ from orogen.config.cluster import ClusterConfig
 from orogen.config.engine import EngineConfig
 from orogen.config.load import load_prune
 from orogen.config.search import SearchConfig
+from orogen.model.count import count
 
 PARENT = hybrid(pattern="M-*M-", mtp_depths=0, intermediate_size=40)
 SEARCH = SearchConfig(layers=("M:1-2",), intermediate_size=(40, 28, 24), most_parameters=60_000, best=3)
@@ -90,6 +93,36 @@ def test_a_candidate_is_pruned_to_its_own_sizes_by_the_scores_given(asked, found
         assert (prune.pattern or PARENT.layers.main) == one.model.layers.main
         assert (prune.depth_scores, prune.expert_scores, prune.seed) == ("cosine", "count", 4)
         assert words[words.index("--scores") + 1] == str(asked.scores)
+
+
+def test_the_layers_of_a_program_are_those_that_are_pruned(asked):
+    """The pattern alone fits two choices here: by it and the removal scores, layers 0 and 3 would stay, of which the
+    narrowing costs 5."""
+    parent = hybrid(pattern="M-M-", mtp_depths=0)
+    scores = [Replacement(layer, "removed", 0, score) for layer, score in enumerate((9.0, 1.0, 3.1, 1.1))]
+    scores += [Replacement(1, "intermediate_size", 36, 0.0), Replacement(3, "intermediate_size", 36, 5.0)]
+    whole = count(parent)["total"]
+    small = count(hybrid(pattern="M-", mtp_depths=0, intermediate_size=36))["total"]
+    settings = SearchConfig(layers=("M:1-1", "-:1-1"), most_parameters=float(small), best=1)
+    (best,) = solve(parent, settings, scores).best
+    assert small < whole and (best.removed, best.model.pattern, best.score) == ((2, 3), "M-", 3.1 + 1.1)
+    assert best.facts()["remove_layers"] == [2, 3]
+    call = commands(asked, [best])
+    retrain([best], parent, asked, call)
+    prune, _ = load_prune([call.words[0][call.words[0].index("--gin_file") + 1]])
+    assert (prune.remove_layers, prune.pattern) == ((2, 3), None)
+    assert prune.widths == {"intermediate_size": 36}
+
+
+def test_candidates_lack_the_layers_of_lowest_score(asked):
+    """Of the file that the search names, or else of the pruning whose scores the candidates are pruned by."""
+    assert removal_of(SEARCH, PARENT, None) == removal_of(SEARCH, PARENT, asked) == []
+    line = lambda layer, score: json.dumps({"layer": layer, "removed": True, "score": score}) + "\n"  # noqa: E731
+    (asked.scores / "removal.jsonl").write_text(line(0, 3.0) + line(1, 2.0))
+    assert removal_of(SEARCH, PARENT, asked) == [1, 0]
+    named = asked.run.parent / "named.jsonl"
+    named.write_text(line(0, 1.0) + line(1, 2.0))
+    assert removal_of(dataclasses.replace(SEARCH, removal=str(named)), PARENT, asked) == [0, 1]
 
 
 def test_what_is_pruned_already_is_not_pruned_again(asked, found):

@@ -250,8 +250,8 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 def search(options: argparse.Namespace) -> int:
     """`orogen search`."""
-    from orogen.compress.puzzle import read_scores, removal_order, solve
-    from orogen.compress.retrain import call_orogen, retrain
+    from orogen.compress.puzzle import read_scores, solve
+    from orogen.compress.retrain import call_orogen, removal_of, retrain
     from orogen.compress.search import search_models
     from orogen.compress.speed import Speed
     from orogen.config.files import write_atomically
@@ -265,8 +265,8 @@ def search(options: argparse.Namespace) -> int:
     if model is None:
         raise ConfigError("the gin files have no bindings of ModelConfig; expected the model to make smaller")
     if settings.scores is None:
-        scored = [] if settings.removal is None else read_scores(Path(settings.removal), model, "removal")
-        found = search_models(model, settings, Speed(settings, cluster, engine), removal=removal_order(scored))
+        removal = removal_of(settings, model, asked)
+        found = search_models(model, settings, Speed(settings, cluster, engine), removal=removal)
     else:
         found = solve(model, settings, read_scores(Path(settings.scores), model))
     ranked = retrain(found.best, model, asked, call_orogen) if asked else []

@@ -225,6 +225,7 @@ class _Program:
         """The model with these choices, and their scores' sum."""
         parts = [self.options[i] for i in chosen if i < len(self.options)]
         kept = sorted(one.layer for one in parts if one.field != REMOVED)
+        removed = tuple(sorted(one.layer for one in parts if one.field == REMOVED))
         widths: dict[str, int] = {}
         for one in parts:
             widths |= _changes(one)
@@ -234,7 +235,8 @@ class _Program:
         counts = {letter: pattern.count(letter) for letter in dict.fromkeys(main)}
         score, present = float(sum(one.score for one in parts)), [counts[letter] for letter in dict.fromkeys(pattern)]
         totals = total_costs(model, self.search, np.array([present]))
-        return Found(model, widths, counts, {name: float(value[0]) for name, value in totals.items()}, score)
+        by_name = {name: float(value[0]) for name, value in totals.items()}
+        return Found(model, widths, counts, by_name, score, removed=removed)
 
     def refusal(self) -> str:
         """The least of each cost that the choices can have, as the nearest feasible budget."""

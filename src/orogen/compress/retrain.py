@@ -12,15 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orogen.compress.puzzle import read_scores, removal_order
 from orogen.compress.search import Found
 from orogen.config.checks import ConfigError
 from orogen.config.files import write_atomically
 from orogen.config.json_file import Record, Whole, read_json
 from orogen.config.model import ModelConfig
+from orogen.config.search import SearchConfig
 from orogen.report.metrics import read_metrics
 
 OROGEN = (sys.executable, "-m", "orogen.cli")
 PRUNING = "pruning.json"  # as `pruning.FILE`, which imports jax
+REMOVAL = "removal.jsonl"  # as `pruning.REMOVAL`
 CANDIDATES, RANKING, WINNER = "candidates.json", "ranking.jsonl", "winner"
 HELDOUT, DIVERGENCE = "whole_heldout_loss", "whole_heldout_divergence"
 # Of PruneConfig, how the scores were taken.
@@ -39,6 +42,15 @@ class Retraining(NamedTuple):
     training: Sequence[str]
     winner: Sequence[str]
     run: Path
+
+
+def removal_of(search: SearchConfig, parent: ModelConfig, asked: Retraining | None) -> list[int]:
+    """The parent's layers in the order in which candidates lack them: by the scores that the search names, or else by
+    those of the pruning whose scores the candidates are pruned by."""
+    file = search.removal
+    if file is None and asked is not None and (asked.scores / REMOVAL).is_file():
+        file = str(asked.scores / REMOVAL)
+    return [] if file is None else removal_order(read_scores(Path(file), parent, "removal"))
 
 
 def retrain(found: Sequence[Found], parent: ModelConfig, asked: Retraining, call: Call) -> list[dict[str, Any]]:
@@ -86,7 +98,9 @@ def _claim(asked: Retraining, candidates: list[dict[str, Any]]) -> None:
 def _pruning(one: Found, parent: ModelConfig, asked: Retraining, folder: Path) -> list[str]:
     """The words of the command that prunes the parent to a candidate; a file in the folder has its sizes."""
     sizes: dict[str, Any] = {field: size for field, size in one.widths.items() if size != getattr(parent, field)}
-    if one.model.layers.main != parent.layers.main:
+    if one.removed:  # a pattern may fit several choices of layers, of which the pruning's scores would take another
+        sizes["remove_layers"] = one.removed
+    elif one.model.layers.main != parent.layers.main:
         sizes["pattern"] = one.model.layers.main
     if not sizes:
         raise ConfigError("the model itself is a candidate; expected budgets that it exceeds")

@@ -37,7 +37,8 @@ SORTED = {
 
 
 class Found(NamedTuple):
-    """A candidate. model: runnable; layers: by letter; costs: by name; score: MiniPuzzle's; speed: as simulated."""
+    """A candidate. model: runnable; layers: by letter; costs: by name; score: MiniPuzzle's; speed: as simulated.
+    removed: the numbers of the parent's layers that it lacks; None: those that a pruning's scores say."""
 
     model: ModelConfig
     widths: dict[str, int]
@@ -45,11 +46,13 @@ class Found(NamedTuple):
     costs: dict[str, float]
     score: float | None = None
     speed: dict[str, float] | None = None
+    removed: tuple[int, ...] | None = None
 
     def facts(self) -> dict[str, Any]:
         """As JSON has it."""
         facts: dict[str, Any] = {"pattern": self.model.pattern, **self.widths, "layers": self.layers, **self.costs}
-        return facts | ({"score": self.score} if self.score is not None else {}) | (self.speed or {})
+        facts |= {} if self.score is None else {"score": self.score}
+        return facts | ({} if self.removed is None else {"remove_layers": list(self.removed)}) | (self.speed or {})
 
 
 class Ranking(NamedTuple):

@@ -39,7 +39,8 @@ class SearchConfig:
     scores: lines {"layer": 3, "removed": true, "score": 0.1} and {"layer": 3, "intermediate_size": 15360, "score":
     0.1}: how much the model's outputs change if that alone is replaced. With them, the search chooses for each layer by
     integer programming so that the sum of the scores is least (arXiv:2411.19146, eq. 1); widths are the same in all
-    layers. A pruning that scored layers writes `removal.jsonl`, for `scores` or `removal`.
+    layers. A pruning that scored layers writes `removal.jsonl`, for `scores` or `removal`. Candidates that are pruned
+    by its scores lack the layers that this file says, unless `removal` names another.
     """
 
     layers: Annotated[

@@ -92,8 +92,8 @@ HOPPER_FITTED = (
     "(h100_sxm); the rows of experiments/published_tables/fitted.json"
 )
 # H200: the scans of an SSD are as fast as on an H100, where they wait and do not lack bandwidth
-# (experiments/gpu_throughput), so their shares of its bandwidth are smaller. Products are slower than on an H100: 0.72 is
-# what its runs on one GPU need (experiments/predicted_and_measured), of products 2,048 to 28,672 wide.
+# (experiments/gpu_throughput), so their shares of its bandwidth are smaller. Products are slower than on an H100, for a
+# reason not known: its runs on one GPU need 0.72 (experiments/predicted_and_measured).
 H200_SHARES = Shares(matmul=0.72, grouped=0.73, ssd_forward=0.42, ssd_backward=0.33)
 # cast_bytes: on Hopper an operand is read for its largest number, read again for the cast, and written in both layouts;
 # MX blocks are cast as they are read. The scans of an SSD are taken to be as fast per multiprocessor as on an H100.
