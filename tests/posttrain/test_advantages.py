@@ -147,6 +147,9 @@ def test_settings_that_make_no_sense_are_refused(change, message):
         ({"name": "a b"}, "EnvironmentConfig.name is 'a b'; expected letters, digits"),
         ({"unsandboxed": True}, "EnvironmentConfig.unsandboxed is True; expected False"),
         ({"share": 0.0}, "EnvironmentConfig.share is 0.0; expected a number above 0"),
+        ({"kind": "reasoning_gym", "level": 2}, "EnvironmentConfig.level is 2; expected 1: only generated tasks"),
+        ({"kind": "code", "family": None, "corpus": "a.jsonl", "level": 2}, "EnvironmentConfig.level is 2; expected 1"),
+        ({"kind": "code", "family": None, "corpus": "a.jsonl", "examples": 9}, "examples is 9; expected 1000"),
     ],
 )
 def test_environments_that_make_no_sense_are_refused(change, message):

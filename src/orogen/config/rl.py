@@ -101,6 +101,10 @@ class EnvironmentConfig:
                 else f"None: kind {self.kind!r} has no families")  # fmt: skip
         expected = f"None: kind {self.kind!r} reads no file"
         require(self.corpus is None or self.kind in OF_FILES, self, "corpus", expected)
+        leveled = self.level == EnvironmentConfig.level or (self.corpus is None and self.kind != "reasoning_gym")
+        require(leveled, self, "level", "1: only generated tasks of our own have levels")
+        expected = f"{EnvironmentConfig.examples}: the tasks are those of EnvironmentConfig.corpus"
+        require(self.corpus is None or self.examples == EnvironmentConfig.examples, self, "examples", expected)
         for field in ("corpus", "teacher"):
             require(getattr(self, field) != "", self, field, "a non-empty string, or None")
         served = self.kind == GYM

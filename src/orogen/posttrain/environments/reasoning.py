@@ -1,9 +1,10 @@
-"""Data sets of `reasoning-gym` (https://github.com/open-thought/reasoning-gym, version 0.1.25, Apache-2.0): about a
-hundred families, each with a scorer of its own. Needs the extra `rl`.
+"""Data sets of `reasoning-gym` (https://github.com/open-thought/reasoning-gym, version 0.1.25, Apache-2.0): 106
+families, each with a scorer of its own and its own default settings. Needs the extra `rl`. `composite`, which needs
+settings, cannot be made.
 
 Scorers run in the process that verifies, outside the sandbox. Some evaluate the answer as Python, by `eval` or SymPy's
 `parse_expr`: n_queens, binary_matrix, spiral_matrix, string_insertion, countdown, puzzle24, polynomial_multiplication,
-simple_integration and intermediate_integration. A family whose modules call such a function is refused, unless
+simple_integration, intermediate_integration and codeio. A family whose modules call such a function is refused, unless
 `EnvironmentConfig.unsandboxed` allows it: text of the model then runs with the rights of this user.
 """
 
