@@ -145,6 +145,16 @@ def test_what_is_retrieved_changes_with_the_database_alone(run, database, tmp_pa
     assert json.loads(capsys.readouterr().out)["entries"] == 24
 
 
+def test_retrieval_that_finds_nothing_is_told(folder, run, database, capsys):
+    ask = ("--database", database, "--retrieved", 1, "--image", folder / "0.png")
+    assert captioned(capsys, run, *ask)["without_retrieved"] == 0
+    assert captioned(capsys, run, *ask, "--guard", "-1")["without_retrieved"] == 1
+    assert captioned(capsys, run, *ask[:2], "--retrieved", 0, *ask[4:])["without_retrieved"] == 0
+    assert main(["database", "remove", str(database), "--ids", ",".join(map(str, range(24)))]) == 0
+    assert main(["caption", "--checkpoint", str(run), *map(str, ask)]) == 0
+    assert "nothing was retrieved for 1 of 1 images" in capsys.readouterr().out
+
+
 def test_a_corpus_is_scored_and_shown_on_a_page(folder, run, tmp_path, capsys):
     page = tmp_path / "page.html"
     facts = captioned(capsys, run, "--input", folder / "pairs.jsonl", "--page", page)

@@ -104,6 +104,18 @@ def test_the_copy_guard_is_for_examples_that_are_learned(tmp_path, guard, retrie
         assert found[str(number)].tokens_t.tolist() == expected.tokens_t.tolist(), number
 
 
+def test_pairs_for_which_nothing_is_retrieved_are_counted(tmp_path, capsys):
+    encoder = types.SimpleNamespace(name="tiny", source="tiny", fingerprint="abc", dimension=2)
+    embedding_ne = np.array([[1, 0], [0, 1]], np.float32)
+    create(tmp_path / "db", encoder, embedding_ne, [Entry("one", ""), Entry("two", "")], index="flat")
+    encoded = Encoded([Document("a", (0, "one")), Document("b", (1, "two"))], np.zeros((2, 1, 1)), embedding_ne, {}, "")
+    given = {"tokenizer": TOKENIZER, "database": Database(tmp_path / "db")}
+    for guard, told in [(0.9, ""), (-1.0, "nothing is retrieved for 1 of 2 images\n")]:  # b is held out: no guard
+        vision = config(database="db", retrieved=1, guard=guard)
+        corpus._streams(encoded, {"a": "train", "b": "valid"}, vision=vision, **given)
+        assert capsys.readouterr().err == told
+
+
 def test_encoded_captions_stand_beside_their_image_and_not_in_the_text(tmp_path):
     encoder = types.SimpleNamespace(name="tiny", source="tiny", fingerprint="abc", dimension=2)
     embedding_ne = np.array([[1, 0], [0, 1], [0.7, 0.7]], np.float32)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,4 +234,6 @@ def _similar_captions(
         query_be = np.asarray(embedding_be)[np.array(numbers, np.int64)]
         for number, hits in zip(numbers, retrieve(database, query_be, vision.retrieved, **settings), strict=True):
             found[number] = [hit.caption for hit in hits]
+    if bare := sum(not one for one in found):
+        print(f"nothing is retrieved for {bare} of {len(found)} images", file=sys.stderr)
     return found

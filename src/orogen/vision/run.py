@@ -73,6 +73,7 @@ class Outcome(NamedTuple):
     items: list[Captioned]
     broken: dict[str, str]
     scores: dict[str, float]
+    bare: int = 0  # images for which nothing was retrieved, though captions were asked for
 
     def facts(self) -> dict[str, Any]:
         """As one JSON object."""
@@ -86,7 +87,8 @@ class Outcome(NamedTuple):
             }
             for one in self.items
         ]
-        return {"captions": items, "broken": self.broken, **({"scores": self.scores} if self.scores else {})}
+        scores = {"scores": self.scores} if self.scores else {}
+        return {"captions": items, "broken": self.broken, "without_retrieved": self.bare, **scores}
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -95,6 +97,7 @@ class Outcome(NamedTuple):
             lines.append(f"{one.name}: {one.caption}")
             lines += [f"    {hit.score:.3f}  {hit.caption}  ({hit.source})" for hit in one.hits]
         lines += [f"left out: {name}: {why}" for name, why in self.broken.items()]
+        lines += [f"nothing was retrieved for {self.bare} of {len(self.items)} images"] if self.bare else []
         return [*lines, *(f"{name:>10}  {value:.4f}" for name, value in self.scores.items())]
 
 
@@ -139,7 +142,7 @@ def caption_images(settings: Settings, seen: Seen, images: Sequence[Path], corpu
         raise ConfigError(f"image {name!r}: {why}; expected an image")
     known = [(one.caption, [one.known]) for one in items if one.known is not None]
     scores = caption_scores(*map(list, zip(*known, strict=True))) if known else {}
-    return Outcome(items, broken, scores)
+    return Outcome(items, broken, scores, sum(not one.hits for one in items) if settings.retrieved else 0)
 
 
 class _Part(NamedTuple):
