@@ -54,7 +54,7 @@ def test_an_attempt_that_takes_too_long_is_given_up_for_another(kind):
 
 @pytest.mark.parametrize(
     ("header", "least", "most"),
-    [("1", 1.0, 1.9), (email.utils.formatdate(time.time() - 99), 0.02, 0.9), ("soon", 0.02, 0.9), ("-5", 0.02, 0.9)],
+    [("1", 1.0, 1.9), ("Tue, 03 Jun 2008 11:05:30 GMT", 0.02, 0.9), ("soon", 0.02, 0.9), ("-5", 0.02, 0.9)],
 )
 def test_a_wait_is_no_shorter_than_the_server_asks_for(header, least, most):
     with front(faults=[Fault(status=503, headers={"retry-after": header}), GOOD]) as server:
