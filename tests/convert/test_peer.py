@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from tests.convert.synthetic import CASES, read, same, stored
+from tests.infer.engines import answers, asked, engine_of
 
 from orogen.cli import main
 
@@ -97,23 +98,9 @@ def test_scores_and_greedy_decoding_are_the_same(drawn, tmp_path, case):
 
 
 def greedy(folder, prompt_bt: np.ndarray) -> np.ndarray:
-    """The prompt and STEPS greedily decoded tokens."""
-    import jax
-    from flax import nnx
-
+    """The prompt and the STEPS tokens that the engine answers, from its caches: each prompt is read in two pieces."""
     from orogen.checkpoint.open import open_model
-    from orogen.layers.documents import documents
 
-    loaded = open_model(folder)
-
-    @jax.jit
-    def logits(tokens_bt, segments_bt):
-        model = nnx.merge(loaded.built.graph, loaded.params, loaded.buffers)
-        return model.logits(tokens_bt, documents(segments_bt), loaded.plan)
-
-    tokens_bt = np.zeros((len(prompt_bt), PROMPT + STEPS), np.int32)
-    tokens_bt[:, :PROMPT] = prompt_bt
-    for end in range(PROMPT, PROMPT + STEPS):
-        segments_bt = (np.arange(PROMPT + STEPS) < end).astype(np.int32) * np.ones((len(prompt_bt), 1), np.int32)
-        tokens_bt[:, end] = np.asarray(logits(tokens_bt, segments_bt))[:, end - 1].argmax(-1)
-    return tokens_bt
+    engine = engine_of(open_model(folder), slots=len(prompt_bt), max_length=48, chunk=4, page=4, prefill_tokens=4)
+    requests = [asked(tuple(map(int, prompt)), STEPS, ignore_eos=True) for prompt in prompt_bt]
+    return np.concatenate([prompt_bt, answers(engine, *requests)], axis=1)

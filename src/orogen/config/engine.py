@@ -30,8 +30,8 @@ class EngineConfig:
     which no checkpoint calibrates, have scales of 1: they draft, and change no answer. Scales are never measured while
     serving: answers would depend on the first request. With kernels='triton' they need a GPU of compute capability 8.9
     or more.
-    weights: with kernels='triton', kernels of decoding read FP8 as it lies in memory on such a GPU, which has been
-    interpreted but has not run on one yet; elsewhere, and for products of many rows, it is decoded in memory.
+    weights: with kernels='triton', kernels of decoding read FP8 as it lies in memory on such a GPU, which saves memory
+    and costs time (experiments/decode_throughput); elsewhere, and for products of many rows, it is decoded in memory.
     """
 
     slots: Annotated[int, "requests that run at once, over all data ranks"] = 8

@@ -75,7 +75,7 @@ def grouped_matmul_scaled(
 ) -> Array:
     """`grouped_matmul` with weights (e, d, f) in E4M3, by the implementations in SCALED: products with the numbers as
     they are, summed in float32, times their scales. No gradients. `triton_small` needs a GPU of compute capability 8.9
-    or more; with E4M3 it has been interpreted and lowered, but has not run on a GPU yet.
+    or more.
 
     Raises ValueError as it does, for weights in another dtype, and for scales that the kernel does not take
     (`thin_matmul.takes`).
