@@ -224,8 +224,8 @@ class Elastic:
     def _picks(
         self, router: Any, budget: Array, step: Array, key: Array, temperature: Array
     ) -> dict[str, Array]:  # fmt: skip
-        """A draw from the router's distribution over the submodels that the budget allows, so that what is trained is
-        what `sizes` may cut out. The gradient is that of each choice's probability."""
+        """Of the submodels that the budget allows, the likeliest after noise on each size's logits, so that what is
+        trained is what `sizes` may cut out. The gradient is that of each choice's probability."""
         total: Any = jnp.zeros(())
         for number, logits_c in enumerate(self.logits(router, budget, step).values()):
             noise_c = jax.random.gumbel(jax.random.fold_in(key, number), logits_c.shape)
