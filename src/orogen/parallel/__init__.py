@@ -50,8 +50,8 @@ all devices reach together at the end of a tick.
 a pool with one thread per device can fill with waiting ones; `runtime.py` requests four per device, and evaluation
 keeps one program in flight. glibc is told to keep large blocks, which saves a quarter of a step's CPU time.
 
-On every command, `--xla latency_hiding` overlaps communication with computation (ZeRO-1 on two H100s: 191.8 ms with it, 192.0 without), and `--xla
-deterministic` asks XLA for the same bits in every run; it needs attention in blocks (`PlanConfig.attention =
-'blocked'`), since cuDNN's is refused. `--xla unoptimised` is for programs on CPUs that run a few times, as those of
-`orogen verify`, which takes it by itself.
+On every command, `--xla latency_hiding` overlaps communication with computation (ZeRO-1 on two H100s: 191.8 ms with it,
+192.0 without), and `--xla deterministic` asks XLA for the same bits in every run; it needs attention in blocks
+(`PlanConfig.attention = 'blocked'`), since cuDNN's is refused. `--xla unoptimised` is for programs on CPUs that run a
+few times, as those of `orogen verify`, which takes it by itself.
 """

@@ -4,9 +4,9 @@ At each moment a device computes, or it only communicates ("exposed"), or it is 
 its first event to its last. Communication beside computation is hidden. A collective waits until its last device has
 begun; the rest of it is transfer.
 
-Kernels that XLA has put into CUDA graphs have no names of their own in a GPU's trace: with jax 0.11.2 on an H200 more than
-a third of the computation is called `command_buffer`, of kind "other". `XLA_FLAGS=--xla_gpu_enable_command_buffer=`
-launches kernels one by one instead, with more idle time between small ones.
+Kernels that XLA has put into CUDA graphs have no names of their own in a GPU's trace: with jax 0.11.2 on an H200 more
+than a third of the computation is called `command_buffer`, of kind "other". Kernels are launched one by one with
+`XLA_FLAGS=--xla_gpu_enable_command_buffer=`, and small ones then have more idle time between them.
 """
 
 import collections
