@@ -96,8 +96,8 @@ def test_a_candidate_is_pruned_to_its_own_sizes_by_the_scores_given(asked, found
 
 
 def test_the_layers_of_a_program_are_those_that_are_pruned(asked):
-    """The pattern alone fits two choices here: by it and the removal scores, layers 0 and 3 would stay, of which the
-    narrowing costs 5."""
+    """The pattern alone fits two choices here: by it and the removal scores layers 0 and 3 would stay, and to narrow
+    layer 3 costs 5."""
     parent = hybrid(pattern="M-M-", mtp_depths=0)
     scores = [Replacement(layer, "removed", 0, score) for layer, score in enumerate((9.0, 1.0, 3.1, 1.1))]
     scores += [Replacement(1, "intermediate_size", 36, 0.0), Replacement(3, "intermediate_size", 36, 5.0)]
