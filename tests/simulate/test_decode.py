@@ -109,14 +109,17 @@ def test_nano_2_reads_128k_tokens_on_a_card_of_22_gib():
 
 
 @pytest.mark.parametrize(
-    ("hardware", "slots", "measured"),
-    [("h100", 1, 817), ("h100", 64, 13_568), ("h200", 1, 917), ("h200", 4, 2_728), ("h200", 64, 18_635)],
-)
-def test_our_decoding_is_met(hardware, slots, measured):
-    """experiments/decode_throughput: R1 after a prompt of 1,024 tokens."""
-    found = predict_inference(
-        model("r1"), ClusterConfig(hardware=hardware), engine=engine(slots=slots), prompt=1024, new=128
-    )
+    ("hardware", "slots", "weights", "measured"),
+    [
+        ("h100", 1, "decoded", 817), ("h100", 64, "decoded", 13_568), ("h200", 1, "decoded", 917),
+        ("h200", 4, "decoded", 2_728), ("h200", 64, "decoded", 18_635), ("h200", 1, "fp8", 815),
+        ("h200", 64, "fp8", 17_352),
+    ],
+)  # fmt: skip
+def test_our_decoding_is_met(hardware, slots, weights, measured):
+    """experiments/decode_throughput: R1 after a prompt of 1,024 tokens. Weights in 8 bits are slower."""
+    served = engine(slots=slots, weights=weights)
+    found = predict_inference(model("r1"), ClusterConfig(hardware=hardware), engine=served, prompt=1024, new=128)
     assert found.tokens_per_second == pytest.approx(measured, rel=0.1)
 
 

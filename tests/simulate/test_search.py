@@ -73,6 +73,15 @@ def test_less_memory_brings_more_recomputation_or_sharding():
         search(CONFIG, CLUSTER, 13)
 
 
+@pytest.mark.parametrize(("devices", "memory", "nearest"), [(13, 79, 16), (1, 0.02, 4), (20_000, 79, 128)])
+def test_an_impossible_search_names_the_nearest_plan(capsys, devices, memory, nearest):
+    """On more devices, or on fewer where the batch has too few sequences for as many."""
+    asked = ["simulate", "--gin_file", "gin_configs/recipes/quickstart.gin", "--search", "--devices", str(devices)]
+    assert main([*asked, "--gin_bindings", f"ClusterConfig.memory_gib = {memory}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"; nearest that fits: {nearest} devices, " in line
+
+
 def test_plans_that_are_skipped_are_named():
     """One sequence: every pipeline of four stages takes 4 times as long as its work, or 2.5 with two chunks."""
     one = run_config(hybrid(), batch_size=1, sequence_length=48, compute_dtype="bfloat16")

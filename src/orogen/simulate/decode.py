@@ -23,7 +23,7 @@ from orogen.simulate.hardware import Hardware, Software, machine
 from orogen.simulate.passes import FORWARD, LOGITS, TOKENS, Passes
 
 INT32, IN_8_BITS = 4, 1  # bytes of a number
-# More tokens than any text has: the longest context where nothing grows with it.
+# More tokens than any text has: the longest context of models in which nothing grows with it.
 LONGEST = 2**24
 # Kernels of a decoding layer that one program launches one after another: R1's step has 327 in 24 layers and the head
 # (experiments/decode_throughput).
@@ -157,7 +157,7 @@ def predict_inference(
     return Inference(
         slots=slots * plan.data, prompt_tokens=prompt, new_tokens=new, first_token_seconds=first, step_seconds=step,
         tokens_per_second=slots * plan.data / step, memory=memory, device_memory_bytes=total,
-        memory_limit_bytes=hardware.memory_bytes, longest_context=max(0, min(longest, LONGEST)), limit=limit,
+        memory_limit_bytes=hardware.memory_bytes, longest_context=max(0, longest), limit=limit,
     )  # fmt: skip
 
 
@@ -223,6 +223,9 @@ def _step(serving: Serving, machine: tuple[Hardware, Software], length: float) -
     }
     parts = {name: size / (hardware.bandwidth * shares.memory) for name, size in read.items()}
     parts["routed experts"] = held["routed"] * used / (hardware.bandwidth * shares.decode_experts)
+    if engine.weights == IN_FP8:  # what converts them makes up for the bytes (experiments/decode_throughput)
+        parts["other weights"] *= shares.memory / shares.decode_8_bits
+        parts["routed experts"] *= shares.decode_experts / shares.decode_8_bits
     passes = Passes(model, plan, Workload(slots, 1, serving.itemsize), machine, dtype=engine.compute_dtype)
     units = [*model.layers.main, LOGITS]
     # Kernels for few rows are bound by bytes; their products run at the usual share once there are enough rows.

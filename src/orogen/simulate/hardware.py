@@ -35,6 +35,7 @@ class Shares:
     host: Annotated[float, "seconds that the host of an eager program takes to launch a kernel"] = 55e-6
     decode_launch: Annotated[float, "the same in a decoding step, all of whose kernels one program launches"] = 2e-6
     decode_experts: Annotated[float, "share of the memory bandwidth at which a decoding step reads experts"] = 0.63
+    decode_8_bits: Annotated[float, "the same, of weights in 8 bits, of experts and others"] = 0.32
     node: Annotated[float, "share of the node's links that large collectives reach"] = 0.80
     node_few: Annotated[float, "loss of that share with two devices, relative; with n devices 2/n of it"] = 0.28
     network: Annotated[float, "share of the network between nodes that large exchanges reach"] = 0.90

@@ -133,7 +133,12 @@ def _nearest(config: RunConfig, cluster: ClusterConfig, routing: Routing, device
 
 def _search(config: RunConfig, cluster: ClusterConfig, routing: Routing, options: argparse.Namespace) -> Answer:
     devices = options.devices or cluster.devices or config.plan.devices
-    ranking = search(config, cluster, devices, routing=routing)
+    try:
+        ranking = search(config, cluster, devices, routing=routing)
+    except ConfigError as error:
+        if not _runs_anywhere(config):
+            raise
+        raise ConfigError(f"{error}; {_nearest(config, cluster, routing, devices)}") from None
     best = ranking.plans[0]
     lines = explain(ranking)
     if options.out:

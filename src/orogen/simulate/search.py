@@ -1,7 +1,9 @@
-"""All legal plans of a model on so many devices, ranked by the time of the whole run, phases included.
+"""Legal plans of a model on so many devices, ranked by the time of the whole run, phases included.
 
-Sizes, sharding, microbatches, the schedule and recomputation are searched; implementations, offloading and the batch
-are those of the config. Every combination of sizes is predicted with the least recomputation that fits into memory.
+Sizes, sharding, microbatches, the schedule (1F1B, or interleaved with two chunks) and recomputation are searched;
+implementations, offloading and the batch are those of the config, and experts have no tensor ranks. Context ranks leave
+each at least LEAST_TOKENS; with stages, parameters are not sharded. Every combination of sizes is predicted with the
+least recomputation that fits into memory.
 """
 
 import dataclasses
@@ -214,16 +216,17 @@ def nearest_feasible(
     config: RunConfig, cluster: ClusterConfig, devices: int, *, routing: Routing = BALANCED
 ) -> Ranked | None:
     """The plan closest to `config`'s that fits: on so many devices if any does, else on the next power of two that has
-    one, up to MOST_DEVICES; None if there is none."""
+    one, up to MOST_DEVICES, else on one below; None if there is none."""
     hardware, software = machine(cluster)
     config, cluster = without_blend(config), dataclasses.replace(cluster, devices=None)
-    while devices <= MOST_DEVICES:
-        plans = sorted(candidates(config, hardware, devices), key=lambda plan: _distance(plan, config.plan))
+    above = [2**n for n in range(devices.bit_length(), MOST_DEVICES.bit_length())]
+    below = [2**n for n in reversed(range(min(devices - 1, MOST_DEVICES).bit_length())) if 2**n < devices]
+    for number in [devices] * (devices <= MOST_DEVICES) + above + below:
+        plans = sorted(candidates(config, hardware, number), key=lambda plan: _distance(plan, config.plan))
         for plan in filter(None, (_lightest(config, plan, (hardware, software), routing) for plan in plans)):
             found = predict(dataclasses.replace(config, plan=plan), cluster, routing=routing, most=FEW_PASSES)
             if found.fits:  # the lightest plan was tried on the first and the last stage alone
                 return Ranked(plan, found)
-        devices = 2 ** devices.bit_length()
     return None
 
 
