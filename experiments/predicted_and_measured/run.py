@@ -109,7 +109,8 @@ def print_table(results: Sequence[Result]) -> None:
         print(f"| {mark}{result['name']}{mark} | {result['hardware']} | {times} | {result['error']:+.1%} |")
     earlier, new = ([abs(result["error"]) for result in results if result["new"] == made] for made in (False, True))
     for what, errors in {"earlier": earlier, "new": new, **{name: new[part] for name, part in TURNS.items()}}.items():
-        print(f"\n{what} runs: median {statistics.median(errors):.1%}, worst {max(errors):.1%} of {len(errors)}")
+        if errors:
+            print(f"\n{what} runs: median {statistics.median(errors):.1%}, worst {max(errors):.1%} of {len(errors)}")
 
 
 def main() -> None:

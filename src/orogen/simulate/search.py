@@ -219,8 +219,8 @@ def nearest_feasible(
     one, up to MOST_DEVICES, else on one below; None if there is none."""
     hardware, software = machine(cluster)
     config, cluster = without_blend(config), dataclasses.replace(cluster, devices=None)
-    above = [2**n for n in range(devices.bit_length(), MOST_DEVICES.bit_length())]
-    below = [2**n for n in reversed(range(min(devices - 1, MOST_DEVICES).bit_length())) if 2**n < devices]
+    powers = [2**n for n in range(MOST_DEVICES.bit_length())]
+    above, below = [n for n in powers if n > devices], [n for n in reversed(powers) if n < devices]
     for number in [devices] * (devices <= MOST_DEVICES) + above + below:
         plans = sorted(candidates(config, hardware, number), key=lambda plan: _distance(plan, config.plan))
         for plan in filter(None, (_lightest(config, plan, (hardware, software), routing) for plan in plans)):
